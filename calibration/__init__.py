@@ -1,0 +1,1 @@
+"""What is measured on a float model and what is changed in it before packing."""

@@ -1,0 +1,1 @@
+"""What was lost and what was won: perplexity, divergence, tasks, latency, and the report."""

@@ -1,0 +1,95 @@
+"""The W4A8 operators, defined once for every device: schema, shape rule for torch.compile, and dispatch by layout."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qtoolkit.kernels import reference
+
+LIBRARY = torch.library.Library("qtoolkit", "DEF")  # the operators live as long as this object
+LIBRARY.define("quantize_tokens(Tensor x) -> (Tensor codes, Tensor scales)")
+LIBRARY.define(
+    "w4a8_linear(Tensor x, Tensor weight, Tensor scales, Tensor? bias, SymInt n, int group_size, str layout) -> Tensor"
+)
+
+
+class Run(Protocol):
+    """A backend's product: see ``w4a8_linear`` for what it receives; ``weight`` and ``scales`` are in its own layout."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int
+    ) -> Tensor:
+        """Return [..., n] in the dtype of x."""
+        ...
+
+
+_RUN: dict[str, Run] = {}
+
+
+def register_layout(layout: str, run: Run) -> None:
+    """Make ``run`` the implementation for prepared weights of ``layout``; a backend calls this when it is imported."""
+    _RUN[layout] = run
+
+
+def _run_neutral(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int) -> Tensor:
+    return reference.w4a8_linear(x, reference.unpack_int4(weight, x.shape[-1]), scales, bias, group_size)
+
+
+register_layout("neutral", _run_neutral)
+
+
+def _w4a8_linear(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int, layout: str
+) -> Tensor:
+    try:
+        run = _RUN[layout]
+    except KeyError:
+        raise ValueError(f"no backend is loaded for weight layout {layout!r}; loaded: {', '.join(_RUN)}") from None
+    return run(x, weight, scales, bias, n, group_size)
+
+
+def _fake_w4a8_linear(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int, layout: str
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _fake_quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+LIBRARY.impl("w4a8_linear", _w4a8_linear, "CompositeExplicitAutograd")
+LIBRARY.impl("quantize_tokens", reference.quantize_tokens, "CompositeExplicitAutograd")
+torch.library.register_fake("qtoolkit::w4a8_linear", _fake_w4a8_linear, lib=LIBRARY)
+torch.library.register_fake("qtoolkit::quantize_tokens", _fake_quantize_tokens, lib=LIBRARY)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize activations per token; see ``reference.quantize_tokens`` for the exact rule."""
+    return torch.ops.qtoolkit.quantize_tokens(x)
+
+
+def w4a8_linear(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int, layout: str = "neutral"
+) -> Tensor:
+    """Apply an int4 linear layer to activations that are quantized to int8 per token on the way.
+
+    Args:
+        x: bfloat16, float16 or float32 [..., k].
+        weight: int4 codes in ``layout``; for "neutral" int32 [n, ceil(k / 8)], low nibble first, stored with +8.
+        scales: for "neutral" float [n, groups]; other layouts say their own.
+        bias: [n] or None.
+        n: output features.
+        group_size: inputs that share a scale; -1 for per-channel.
+        layout: name of the weight layout, as ``selection.choose`` returned it with the prepared tensors.
+
+    Returns:
+        [..., n] in the dtype of x; the arithmetic is that of ``reference.w4a8_linear``.
+
+    Raises:
+        ValueError: no backend for ``layout`` is loaded.
+    """
+    return torch.ops.qtoolkit.w4a8_linear(x, weight, scales, bias, n, group_size, layout)

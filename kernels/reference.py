@@ -1,0 +1,84 @@
+"""Plain-torch W4A8 arithmetic, exact in int32: what every backend must reproduce, and the fallback on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ZERO_ROW = 2.0**-100  # rows whose absmax is below this count as zero: 127 / absmax must stay finite
+EXACT_K = 16384  # 16384 * 127 * 8 < 2**24: up to this depth an fp32 product of the codes is an exact integer
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each token (row) to int8, symmetric, from its own absolute maximum.
+
+    ``scale = absmax / 127`` and ``code = rint(x * (127 / absmax))``, both in fp32, codes in -127..127. A row of
+    zeros gets scale 0 and codes 0; a row with NaN or Inf gets scale NaN and codes 0, so its outputs become NaN.
+
+    Args:
+        x: bfloat16, float16 or float32 [..., k].
+
+    Returns:
+        codes int8 [..., k] and scales float32 [..., 1].
+    """
+    x = x.float()
+    absmax = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    finite, zero = absmax.isfinite(), absmax < ZERO_ROW
+    inverse = torch.where(finite & ~zero, 127.0 / absmax, 0.0)
+    codes = torch.where(finite, (x * inverse).round().clamp(-127, 127), 0.0).to(torch.int8)
+    scales = torch.where(zero, 0.0, torch.where(finite, absmax / 127.0, torch.nan))
+    return codes, scales
+
+
+def unpack_int4(packed: Tensor, k: int) -> Tensor:
+    """Decode int4 codes from the checkpoint's layout.
+
+    Args:
+        packed: int32 [n, ceil(k / 8)], eight nibbles a word, lowest first, stored with +8.
+        k: number of input features.
+
+    Returns:
+        int8 [n, k], values -8..7.
+    """
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+    nibbles = (packed.unsqueeze(-1) >> shifts) & 0xF  # [n, words, 8]
+    return (nibbles.flatten(1)[:, :k] - 8).to(torch.int8)
+
+
+def integer_product(a: Tensor, w: Tensor) -> Tensor:
+    """Return the exact int32 product ``a @ w.T`` of int8 codes a [m, k] and int4 codes w [n, k]."""
+    total = torch.zeros(a.shape[0], w.shape[0], dtype=torch.int32, device=a.device)
+    for start in range(0, a.shape[1], EXACT_K):
+        part = slice(start, start + EXACT_K)
+        total += (a[:, part].float() @ w[:, part].float().T).to(torch.int32)
+    return total
+
+
+def w4a8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+    """Multiply per-token int8 activations with int4 weights, as an engine with int32 accumulators does.
+
+    ``y[m, n] = a[m] * sum_g scales[n, g] * sum_{k in g} xq[m, k] * wq[n, k] + bias[n]``: the inner sum is exact in
+    int32, the outer one runs in fp32 over ascending groups.
+
+    Args:
+        x: bfloat16, float16 or float32 [..., k].
+        codes: int8 [n, k], values -8..7.
+        scales: float [n, groups]; one column for per-channel scales.
+        bias: [n] or None.
+        group_size: inputs that share a scale; -1 for one scale per output channel.
+
+    Returns:
+        [..., n] in the dtype of x.
+    """
+    n, k = codes.shape
+    rows = x.reshape(-1, k)
+    xq, a = quantize_tokens(rows)  # [m, k], [m, 1]
+    size = k if group_size == -1 else group_size
+    y = torch.zeros(rows.shape[0], n, dtype=torch.float32, device=x.device)
+    for g, start in enumerate(range(0, k, max(size, 1))):
+        group = slice(start, start + size)
+        y += integer_product(xq[:, group], codes[:, group]).float() * scales[:, g].float()
+    y = y * a
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], n)

@@ -1,0 +1,1 @@
+"""Everything that answers requests: the vLLM plugin and the launchers."""
