@@ -1,0 +1,54 @@
+"""Names to implementations: "module:attr" strings imported on first use, open to third parties through entry points."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from qtoolkit.errors import RequestError
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return a hint with the nearest known names, or all of them when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known) or 'none'}."
+
+
+class Registry:
+    """A table of one kind of thing; third parties add rows through the entry-point group ``qtoolkit.<kind>s``."""
+
+    def __init__(self, kind: str, targets: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._targets = dict(targets)
+
+    def targets(self) -> dict[str, str]:
+        """Return every name with its "module:attr" string, third parties' rows included."""
+        found = {entry.name: entry.value for entry in entry_points(group=f"qtoolkit.{self.kind}s")}
+        return {**found, **self._targets}
+
+    def names(self) -> list[str]:
+        """Return the known names in order."""
+        return sorted(self.targets())
+
+    def get(self, name: str) -> Any:
+        """Import and return what ``name`` stands for.
+
+        Raises:
+            RequestError: the name is unknown; the hint has the nearest ones.
+        """
+        targets = self.targets()
+        if name not in targets:
+            raise RequestError(f"There is no {self.kind} named {name!r}.", suggest(name, targets))
+        module, _, attr = targets[name].partition(":")
+        return getattr(import_module(module), attr)
+
+
+transforms = Registry(
+    "transform",
+    {"smooth": "qtoolkit.calibration.smoothing:Smooth", "gptq": "qtoolkit.calibration.compensation:Compensate"},
+)
+packers = Registry("packer", {"int4": "qtoolkit.packing.int4:PACKER", "qqq": "qtoolkit.packing.qqq:PACKER"})

@@ -1,0 +1,132 @@
+"""The nouns every method shares: block, channel group, transform, packer. Each method of the toolkit is rows of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qtoolkit.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """One channel dimension inside a block: the modules that write it and those that read it.
+
+    Smoothing divides the producers and multiplies the consumers, pruning deletes the same rows and columns, rotation
+    multiplies both sides by an orthogonal matrix.
+
+    Attributes:
+        name: the field's name of the group, such as ``qkv``.
+        producers: modules whose output channels these are (a norm, or a linear layer's rows).
+        consumers: linear layers whose input channels these are.
+        inside: module to run when the effect of a change is measured; empty for the consumers themselves.
+        observe: module inside it whose *input* is compared; empty for the consumers' output.
+        heads: the channels are attention heads' values, and several query heads read one key/value head.
+    """
+
+    name: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    inside: str = ""
+    observe: str = ""
+    heads: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The integers that will be stored: codes int8 [n, k] and scales [n, groups] in the checkpoint's dtype."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def dequantize(self) -> Tensor:
+        """Return the weight the codes stand for, float32 [n, k]."""
+        n, k = self.codes.shape
+        groups = self.scales.shape[1]
+        return (self.codes.float().view(n, groups, k // groups) * self.scales.float().unsqueeze(-1)).view(n, k)
+
+
+@dataclass
+class Block:
+    """The unit of work, of memory and of resume: one decoder layer in float32, with what has been decided about it.
+
+    Attributes:
+        name: full name in the model, such as ``model.layers.3``.
+        module: the layer itself; transforms change its weights in place.
+        targets: names, inside the block, of the linear layers to quantize.
+        groups: the block's channel groups.
+        kv_repeats: query heads per key/value head.
+        head_dim: channels of a head.
+        quantized: filled by a compensating transform: codes and scales per target.
+        refused: targets that stay in float, with the reason in words.
+    """
+
+    name: str
+    module: nn.Module
+    targets: tuple[str, ...]
+    groups: tuple[ChannelGroup, ...]
+    kv_repeats: int
+    head_dim: int
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def layer(self, name: str) -> nn.Module:
+        """Return the submodule ``name``."""
+        return self.module.get_submodule(name)
+
+    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
+        """Yield name and module of every target that is to be quantized."""
+        for name in self.targets:
+            if name not in self.refused:
+                yield name, self.module.get_submodule(name)  # type: ignore[misc]
+
+
+@dataclass
+class Stream:
+    """Hidden states on their way through the blocks: batches of [sequences, tokens, hidden] and the call's keywords."""
+
+    batches: list[Tensor]
+    kwargs: list[dict[str, Any]]
+
+    def calls(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Yield each batch with its keywords."""
+        return zip(self.batches, self.kwargs, strict=True)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every transform may use besides the block: the scheme, the stored dtype of scales, and a line to the user."""
+
+    scheme: Scheme
+    scale_dtype: Any  # torch.dtype
+    say: Callable[[str], None]
+
+
+class Transform(Protocol):
+    """Changes a block's float weights so that the float block computes what will be served."""
+
+    def apply(self, block: Block, stream: Stream, context: Context) -> dict[str, dict[str, float]]:
+        """Change ``block`` in place; return figures per target or group for the report."""
+        ...
+
+
+class Packer(Protocol):
+    """Pure and invertible: a method's integers to named tensors and back. ``pack(unpack(p)) == p`` bit for bit."""
+
+    name: str
+
+    def refuse(self, n: int, k: int, scheme: Scheme) -> str | None:
+        """Return why a layer of n outputs and k inputs cannot be packed, or None."""
+        ...
+
+    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """Return the tensors to store, on local names."""
+        ...
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        """Return what ``pack`` was given."""
+        ...
