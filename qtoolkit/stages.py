@@ -1,4 +1,4 @@
-"""The nouns every method shares: block, channel group, transform, packer. Each method of the toolkit is rows of these."""
+"""The nouns every method shares: block, channel group, transform, packer. Each method is rows of these."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Context:
-    """What every transform may use besides the block: the scheme, the stored dtype of scales, and a line to the user."""
+    """What a transform may use besides the block: the scheme, the stored dtype of scales, a line to the user."""
 
     scheme: Scheme
     scale_dtype: Any  # torch.dtype

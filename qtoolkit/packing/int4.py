@@ -1,4 +1,4 @@
-"""int4 in the standard compressed-tensors ``pack-quantized`` layout: eight codes a word, low nibble first, stored +8."""
+"""int4 in the standard compressed-tensors ``pack-quantized`` layout: eight codes a word, low nibble first, +8."""
 
 from __future__ import annotations
 

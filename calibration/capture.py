@@ -1,0 +1,105 @@
+"""Streaming calibration text through a model one block at a time: what each block and each layer receives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtoolkit.architecture import Skeleton
+from qtoolkit.errors import NumericError
+from qtoolkit.source import Source
+from qtoolkit.stages import Block, Stream
+
+TOKENS = 4096  # tokens that go through a block at once: bounds the memory of activations inside a block
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the first block."""
+
+
+@torch.inference_mode()
+def embed(skeleton: Skeleton, source: Source, tokens: Tensor) -> Stream:
+    """Return what the first block receives for ``tokens`` int64 [sequences, length], with its keyword arguments.
+
+    Only the embedding is loaded; everything else the decoder computes before its first block (positions, masks) is
+    computed by the decoder itself, so no architecture is described twice.
+    """
+    decoder = skeleton.decoder
+    embedding = decoder.get_input_embeddings()  # type: ignore[operator]
+    name = next(key for key, module in skeleton.model.named_modules() if module is embedding)
+    embedding.to_empty(device="cpu")
+    embedding.weight.data = source.read(f"{name}.weight").float()
+    decoder.rotary_emb = type(decoder.rotary_emb)(skeleton.config)  # type: ignore[operator]  # buffers are not stored
+    stream = Stream([], [])
+
+    def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        stream.batches.append(args[0])
+        stream.kwargs.append({**kwargs, "use_cache": False, "past_key_values": None})
+        raise _Reached
+
+    handle = skeleton.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for batch in tokens.split(max(1, TOKENS // tokens.shape[1])):
+            try:
+                decoder(input_ids=batch, use_cache=False)
+            except _Reached:
+                continue
+    finally:
+        handle.remove()
+        embedding.to("meta")
+    return stream
+
+
+@torch.inference_mode()
+def advance(block: Block, stream: Stream) -> Stream:
+    """Return the stream behind ``block``.
+
+    Raises:
+        NumericError: an output is NaN or Inf.
+    """
+    batches = []
+    for hidden, kwargs in stream.calls():
+        out = block.module(hidden, **kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        if not out.isfinite().all():
+            raise NumericError(
+                f"The output of {block.name} holds NaN or Inf on the calibration text.",
+                "The weights or the calibration data are damaged.",
+            )
+        batches.append(out)
+    return Stream(batches, stream.kwargs)
+
+
+@torch.inference_mode()
+def layer_inputs(block: Block, stream: Stream, seen: dict[str, Callable[[Tensor], None]]) -> None:
+    """Run ``block`` over ``stream`` and hand every input of the named layers to its callback as [tokens, in]."""
+    with ExitStack() as stack:
+        for name, callback in seen.items():
+
+            def hook(module: nn.Module, args: tuple[Tensor, ...], to: Callable[[Tensor], None] = callback) -> None:
+                to(args[0].flatten(0, -2))
+
+            stack.callback(block.layer(name).register_forward_pre_hook(hook).remove)
+        for hidden, kwargs in stream.calls():
+            block.module(hidden, **kwargs)
+
+
+@contextmanager
+def quantized_activations(block: Block, bits: int) -> Iterator[None]:
+    """Inside this context every quantized target of ``block`` sees its input rounded per token, as when served."""
+    with ExitStack() as stack:
+        for _, linear in block.linears():
+            hook = linear.register_forward_pre_hook(lambda module, args: (round_tokens(args[0], bits),))
+            stack.callback(hook.remove)
+        yield
+
+
+def round_tokens(x: Tensor, bits: int = 8) -> Tensor:
+    """Return x [..., k] rounded to ``bits`` integers per token (last dimension), symmetric, scale from its absmax."""
+    top = float((1 << (bits - 1)) - 1)
+    scale = x.abs().amax(dim=-1, keepdim=True) / top
+    return torch.where(scale > 0, (x / scale).round().clamp(-top, top) * scale, 0.0)

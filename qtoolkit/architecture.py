@@ -1,0 +1,161 @@
+"""What qtoolkit knows of a family of models: one YAML file each, and the empty module tree built from a config."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from qtoolkit.errors import ModelError, NumericError
+from qtoolkit.recipe import explain
+from qtoolkit.registry import suggest
+from qtoolkit.source import Source
+from qtoolkit.stages import Block, ChannelGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class Architecture(BaseModel):
+    """One file of ``architectures/``: names relative to the language model (model, blocks) or to a block (the rest)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_types: tuple[str, ...]
+    model: str
+    blocks: str
+    targets: tuple[str, ...]
+    groups: tuple[ChannelGroup, ...]
+
+
+@cache
+def table() -> dict[str, Architecture]:
+    """Return the architecture of every known ``model_type``."""
+    found = {}
+    for entry in (files("qtoolkit") / "architectures").iterdir():
+        if entry.name.endswith(".yaml"):
+            try:
+                row = Architecture.model_validate(yaml.safe_load(entry.read_text("utf-8")))
+            except ValidationError as error:
+                raise explain(error, Architecture, f"architecture file {entry.name}") from None
+            found |= dict.fromkeys(row.model_types, row)
+    return found
+
+
+def of(model_type: str) -> Architecture:
+    """Return the architecture of a ``model_type``.
+
+    Raises:
+        ModelError: nobody has described it yet.
+    """
+    if model_type not in table():
+        raise ModelError(f"The architecture {model_type!r} is not supported.", suggest(model_type, table()))
+    return table()[model_type]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A language model without weights (on torch's meta device), with its architecture; weights come block by block."""
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    architecture: Architecture
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Return the decoder inside the language model: embeddings, blocks, final norm."""
+        return self.model.get_submodule(self.architecture.model)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Return the list of blocks."""
+        return self.model.get_submodule(self.architecture.blocks)  # type: ignore[return-value]
+
+    def block(self, index: int, source: Source) -> Block:
+        """Load block ``index`` in float32 from ``source``; the skeleton's own block stays empty.
+
+        Raises:
+            ModelError: a tensor is missing.
+            NumericError: a weight holds NaN or Inf.
+        """
+        name = f"{self.architecture.blocks}.{index}"
+        empty = self.blocks[index]
+        module = copy.deepcopy(empty).to_empty(device="cpu")
+        state = {local: _finite(f"{name}.{local}", source) for local in empty.state_dict()}
+        module.load_state_dict(state, strict=True)
+        module.to(torch.float32).eval().requires_grad_(False)
+        heads, kv_heads = self.config.num_attention_heads, getattr(self.config, "num_key_value_heads", None)
+        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        return Block(
+            name=name,
+            module=module,
+            targets=self.architecture.targets,
+            groups=self.architecture.groups,
+            kv_repeats=heads // (kv_heads or heads),
+            head_dim=head_dim,
+        )
+
+
+def skeleton(source: Source) -> Skeleton:
+    """Build the empty model that ``source`` describes and compare every stored shape with it.
+
+    Raises:
+        ModelError: unsupported architecture, a config that does not build, missing or mismatching tensors.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type = str(source.config.get("model_type", ""))
+    architecture = of(model_type)
+    if "quantization_config" in source.config:
+        method = source.config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(f"{source.name} is already quantized ({method}).", "Give the float model.")
+    try:
+        config = AutoConfig.from_pretrained(source.path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise ModelError(f"{source.name}: config.json does not describe a model: {_one_line(error)}.") from None
+    _check_shapes(model, source)
+    return Skeleton(model, config, architecture)
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """Return the dtype in which a checkpoint of this model keeps its floats: the config's, or bfloat16."""
+    text: Any = source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16"
+    dtype = getattr(torch, str(text), None)
+    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.bfloat16
+
+
+def _finite(name: str, source: Source) -> torch.Tensor:
+    tensor = source.read(name).float()
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise NumericError(f"{source.name}: {name} holds {bad} values that are NaN or Inf.", "The weights are damaged.")
+    return tensor
+
+
+def _check_shapes(model: PreTrainedModel, source: Source) -> None:
+    stored = source.shapes()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in stored:
+            if name in tied and model.config.tie_word_embeddings:
+                continue
+            raise ModelError(f"{source.name} has no tensor {name}.", "The model folder is incomplete.")
+        if stored[name] != tuple(parameter.shape):
+            raise ModelError(
+                f"{source.name}: tensor {name} has shape {list(stored[name])}, config.json asks for "
+                f"{list(parameter.shape)}.",
+                "Weights and config.json do not belong together.",
+            )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,165 @@
+"""Text for calibration and evaluation: files, chat transcripts, hub data sets, and what the model writes itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qtoolkit.errors import DataError, RequestError
+from qtoolkit.registry import suggest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# name -> (hub data set, configuration, training split, text column)
+HUB = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
+    "wikitext2-test": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
+    "c4": ("allenai/c4", "en", "train", "text"),
+    "pile": ("mit-han-lab/pile-val-backup", None, "validation", "text"),
+    "ultrachat": ("HuggingFaceH4/ultrachat_200k", None, "train_sft", "messages"),
+}
+HUB_DOCUMENTS = 4000  # enough for 128 windows of 2048 tokens from any of the sets above
+BATCH = 32  # sequences that a model writes at once
+
+
+def documents(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+    """Return the documents of a text file, a .jsonl file, or a hub data set.
+
+    A .jsonl line holds ``text``, ``messages`` (rendered with the tokenizer's chat template) or ``prompt`` and
+    ``completion``. A hub data set is one of ``HUB``, or ``org/name[:configuration[:split]]`` with a text column.
+
+    Raises:
+        RequestError: no such file or data set name.
+        DataError: the file is empty, a line is malformed, or the hub cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        found = list(_jsonl(path, tokenizer)) if path.suffix == ".jsonl" else [_read_text(path)]
+    elif name in HUB:
+        found = list(_hub(*HUB[name], tokenizer))
+    elif name.split(":")[0].count("/") == 1 and not name.startswith((".", "/", "~")):
+        repo, configuration, split, *_ = (*name.split(":"), "", "")
+        found = list(_hub(repo, configuration or None, split or "train", None, tokenizer))
+    else:
+        raise RequestError(f"There is no data {name!r}: no such file or data set.", suggest(name, {*HUB, "self"}))
+    found = [text for text in found if text.strip()]
+    if not found:
+        raise DataError(f"The data {name} holds no text.", "Give a .txt or .jsonl file, or a data set's name.")
+    return found
+
+
+def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int) -> Tensor:
+    """Cut ``samples`` windows of ``length`` tokens at random places of the joined texts.
+
+    Each window starts with the tokenizer's own first token (BOS) where it adds one, as every served request does.
+
+    Returns:
+        int64 [samples, length]; fewer rows when the text does not hold that many windows without overlap.
+
+    Raises:
+        DataError: the text is shorter than one window.
+    """
+    ids = torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
+    start = start_tokens(tokenizer)
+    room = length - len(start)
+    if len(ids) < room:
+        raise DataError(
+            f"The calibration text has {len(ids)} tokens, but one window takes {room}.",
+            "Give more text, or lower --length.",
+        )
+    samples = min(samples, max(1, len(ids) // room))
+    places = torch.randint(0, len(ids) - room + 1, (samples,), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([torch.cat([start, ids[place : place + room]]) for place in places.tolist()])
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return what the tokenizer puts before every text: int64 [1] with BOS, or [0]."""
+    adds = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return torch.tensor([tokenizer.bos_token_id] if adds else [], dtype=torch.int64)
+
+
+@torch.inference_mode()
+def self_written(model: PreTrainedModel, first: int, samples: int, length: int, seed: int) -> Tensor:
+    """Let the model write its own calibration text: ``samples`` sequences drawn at temperature 1 after token ``first``.
+
+    Source: data-free calibration of LLM-QAT (Liu et al. 2023, section 3.1), without its greedy prefix.
+
+    Returns:
+        int64 [samples, length].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for start in range(0, samples, BATCH):
+        token = torch.full((min(BATCH, samples - start), 1), first)
+        written, past = [token], None
+        while len(written) < length:
+            out = model(input_ids=token, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            token = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+            written.append(token)
+        batches.append(torch.cat(written, dim=1))
+    return torch.cat(batches)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+
+
+def _jsonl(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        if line.strip():
+            try:
+                yield _render(json.loads(line), tokenizer)
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(
+                    f"{path}, line {number}: {' '.join(str(error).split())}.",
+                    "A line holds text, messages, or prompt and completion.",
+                ) from None
+
+
+def _render(row: Any, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    if isinstance(row.get("messages"), list):
+        if tokenizer is None or not tokenizer.chat_template:
+            return "\n".join(f"{message['role']}: {message['content']}" for message in row["messages"])
+        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        return row["prompt"] + row["completion"]
+    raise KeyError(f"no text among the keys {', '.join(sorted(map(str, row)))}")
+
+
+def _hub(
+    repo: str, configuration: str | None, split: str, column: str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(repo, configuration, split=split, streaming=not os.environ.get("HF_DATASETS_OFFLINE"))
+        for number, row in enumerate(rows):
+            if number >= HUB_DOCUMENTS:
+                break
+            yield _render({"text": row[column]} if column == "text" else row, tokenizer)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # offline, unknown set, unknown split, no text column
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise DataError(
+            f"The data set {repo} could not be read: {reason}",
+            "Without network, give a local .txt or .jsonl file, or `--data self`.",
+        ) from None

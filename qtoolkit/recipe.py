@@ -1,0 +1,160 @@
+"""A recipe says everything that decides a result: YAML to validated data, unknown keys refused, a naming digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qtoolkit.errors import RequestError
+from qtoolkit.registry import suggest
+from qtoolkit.scheme import Scheme
+
+Scalar = str | int | float | bool | None
+
+
+class Calibration(BaseModel):
+    """Where the calibration text comes from and how much of it is used."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str = Field("self", description="text file, .jsonl, hub data set, or 'self': text the model itself writes")
+    samples: int = Field(128, ge=1, description="windows of `length` tokens")
+    length: int = Field(2048, ge=8, description="tokens a window; cut to the model's context")
+    seed: int = 0
+
+
+class Recipe(BaseModel):
+    """One way to compress a model: scheme, calibration, transforms in order with their options, packer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    about: str = ""
+    scheme: Scheme = Scheme()
+    calibration: Calibration = Calibration()
+    steps: dict[str, dict[str, Scalar]] = Field(description="transforms in order, each with its options")
+    packer: str = "int4"
+    keep: tuple[str, ...] = Field(("lm_head",), description="modules that stay in float")
+
+    @property
+    def digest(self) -> str:
+        """Return 12 hex digits that change with anything that changes the result."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"name", "about"}), separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_yaml(self) -> str:
+        """Return the recipe as a file that ``load`` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=False), sort_keys=False)
+
+
+def presets() -> dict[str, str]:
+    """Return the shipped recipes: name to one line about it."""
+    folder = files("qtoolkit.calibration") / "recipes"
+    found = {}
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".yaml"):
+            found[entry.name.removesuffix(".yaml")] = str(yaml.safe_load(entry.read_text("utf-8")).get("about", ""))
+    return found
+
+
+def load(name_or_path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a preset or a recipe file and apply ``changes`` on dotted keys, such as ``{"gptq.damping": 0.02}``.
+
+    A change's first word is a part of the recipe (``scheme``, ``calibration``) or a step.
+
+    Raises:
+        RequestError: no such preset or file, a file that is not YAML, an unknown key or a wrong value.
+    """
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise RequestError(f"There is no recipe file {path}.", "`qtoolkit list recipes` shows the shipped ones.")
+        text = path.read_text("utf-8")
+    else:
+        known = presets()
+        if str(name_or_path) not in known:
+            raise RequestError(f"There is no recipe named {str(name_or_path)!r}.", suggest(str(name_or_path), known))
+        text = (files("qtoolkit.calibration") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"The recipe {name_or_path} is not valid YAML: {_one_line(error)}.") from None
+    if not isinstance(data, dict):
+        raise RequestError(f"The recipe {name_or_path} holds no mapping of keys to values.")
+    for key, value in (changes or {}).items():
+        _change(data, key, value)
+    return validate(data)
+
+
+def validate(data: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that ``data`` describes.
+
+    Raises:
+        RequestError: an unknown key (with the nearest known one) or a wrong value, named by its dotted place.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise explain(error, Recipe, "recipe") from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], what: str) -> RequestError:
+    """Turn pydantic's first complaint into one sentence with the place, the value and a hint."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        return RequestError(f"Unknown {what} key {'.'.join(place)!r}.", suggest(place[-1], _fields(model, place[:-1])))
+    message = first["msg"].removeprefix("Value error, ")
+    return RequestError(f"Wrong {what} value at {'.'.join(place)}: {first.get('input')!r} ({message}).")
+
+
+def parse_set(settings: Sequence[str]) -> dict[str, Any]:
+    """Read ``step.key=value`` words; values are YAML scalars.
+
+    Raises:
+        RequestError: a word without ``=`` or without a dot before it.
+    """
+    changes = {}
+    for word in settings:
+        key, equals, value = word.partition("=")
+        if not equals or "." not in key:
+            raise RequestError(f"--set {word} is not of the form step.key=value.", "Example: --set gptq.damping=0.02")
+        changes[key] = yaml.safe_load(value)
+    return changes
+
+
+def _change(data: dict[str, Any], key: str, value: Any) -> None:
+    first, _, rest = key.partition(".")
+    parts = {name for name, info in Recipe.model_fields.items() if _is_model(info.annotation)}
+    if first in parts:
+        data[first] = {**(data.get(first) or {}), rest: value}
+        return
+    steps = data.setdefault("steps", {})
+    if not isinstance(steps, dict) or first not in steps:
+        raise RequestError(f"The recipe has no step {first!r} to set {rest!r} in.", suggest(first, {*parts, *steps}))
+    steps[first] = {**(steps[first] or {}), rest: value}
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _fields(model: type[BaseModel], place: Sequence[str]) -> set[str]:
+    for part in place:
+        info = model.model_fields.get(part)
+        inner = [a for a in (info.annotation, *get_args(info.annotation)) if _is_model(a)] if info else []
+        if not inner:
+            break
+        model = inner[0]  # type: ignore[assignment]
+    return set(model.model_fields)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,158 @@
+"""Where a model comes from: the bundled one, a local folder, or the Hugging Face hub; read lazily, tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtoolkit.errors import ModelError, RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BUNDLED = ("tiny",)
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]  # never *.bin: pickles run code
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder on this disk, and the name and revision a report should give it."""
+
+    path: Path
+    name: str
+    revision: str | None = None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Return config.json as it stands."""
+        return _read_json(self.path / "config.json")
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Return the file of every stored tensor.
+
+        Raises:
+            ModelError: no safetensors, a missing or truncated file.
+        """
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = _read_json(index).get("weight_map", {})
+            shards = sorted({self.path / name for name in weight_map.values()})
+        else:
+            shards = sorted(self.path.glob("*.safetensors"))
+        if not shards:
+            pickles = sorted(path.name for path in self.path.glob("*.bin"))
+            if pickles:
+                raise ModelError(
+                    f"{self.name} has only pickled weights ({pickles[0]}), which can run code when they are read.",
+                    "Convert it: load it with transformers and call save_pretrained.",
+                )
+            raise ModelError(f"{self.name} has no *.safetensors weights.", "Is this a complete model folder?")
+        return {tensor: shard for shard in shards for tensor in _tensor_names(shard)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every stored tensor, read from the files' headers."""
+        found: dict[str, tuple[int, ...]] = {}
+        for shard in sorted(set(self.files.values())):
+            with _open(shard) as handle:
+                found |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor.
+
+        Raises:
+            ModelError: the model has no tensor of that name.
+        """
+        if name not in self.files:
+            raise ModelError(f"{self.name} has no tensor {name}.", "The model folder is incomplete.")
+        with _open(self.files[name]) as handle:
+            return handle.get_tensor(name)
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of the weight files in bytes."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    def digest(self) -> str:
+        """Return 12 hex digits of config and weight files' headers and sizes: enough to notice another model."""
+        state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for path in sorted(set(self.files.values())):
+            with path.open("rb") as file:
+                head = file.read(1 << 16)
+            state.update(f"{path.name} {path.stat().st_size}".encode() + head)
+        return state.hexdigest()[:12]
+
+
+def resolve(model: str | Path) -> Source:
+    """Find ``model``: a bundled name, a folder, or a hub name such as ``org/name`` (optionally ``org/name@revision``).
+
+    Raises:
+        RequestError: there is no such folder or hub model.
+        ModelError: the hub cannot be reached, or the folder has no config.json.
+    """
+    text = str(model)
+    if text in BUNDLED:
+        return Source(Path(str(files("qtoolkit") / "models" / text)), text)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"The folder {path} has no config.json.", "Give a Hugging Face model folder.")
+        return Source(path, text)
+    if path.is_file() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise RequestError(
+            f"There is no model {text!r}: no such folder, and not a hub name.",
+            f"Give a folder, a hub name like org/name, or {', '.join(BUNDLED)}.",
+        )
+    return _download(text)
+
+
+def _download(name: str) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    repo, _, revision = name.partition("@")
+    try:
+        path = Path(snapshot_download(repo, revision=revision or None, allow_patterns=PATTERNS))
+    except GatedRepoError:
+        raise ModelError(f"The hub model {repo} needs an accepted licence.", "Run `hf auth login` first.") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise RequestError(f"The hub has no model {repo!r}.", "Check the spelling, or give a local folder.") from None
+    except (OSError, HfHubHTTPError) as error:  # offline, time-out, disk
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ModelError(
+            f"The hub model {repo} could not be downloaded: {reason}",
+            "Without network, give a local folder, or `tiny`, the bundled model.",
+        ) from None
+    return Source(path, name, revision=path.name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}.") from None
+
+
+def _tensor_names(path: Path) -> Iterator[str]:
+    with _open(path) as handle:
+        yield from handle.keys()
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ModelError(f"The weight file {path} named by the index is missing.", "Download it again.") from None
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"The weight file {path} is damaged or truncated: {' '.join(str(error).split())}.", "Download it again."
+        ) from None
