@@ -1,0 +1,144 @@
+"""Hessian compensation (GPTQ): round one input's weights at a time and let the inputs still to come make up for it.
+
+Source: GPTQ (Frantar et al. 2022, algorithm 1), in activation order with static groups, so that the packed layout
+needs no permutation. The grid's scales are fixed before the first column is rounded, in the dtype they are stored in.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qtoolkit.calibration import grid
+from qtoolkit.calibration.hessian import Hessian, collect, shared_inputs
+from qtoolkit.calibration.options import Options
+from qtoolkit.errors import NumericError
+from qtoolkit.scheme import CHANNEL, Scheme
+from qtoolkit.stages import Block, Context, QuantizedWeight, Stream
+
+COLUMNS = 128  # columns rounded before the rest of the matrix is updated in one product
+RETRIES = 5  # times the damping is raised tenfold when the Hessian is not positive definite
+
+
+class CompensateOptions(Options):
+    """Options of the step ``gptq``."""
+
+    compensate: bool = Field(True, description="false: round to nearest")
+    scale_search: bool = Field(True, description="search each scale by Hessian-weighted error; false: absmax / 7")
+    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a part of its mean")
+    activation_order: bool = Field(True, description="round the inputs with the largest Hessian diagonal first")
+
+
+class Compensate:
+    """The transform: replaces every target's weight by what its int4 codes stand for."""
+
+    Options = CompensateOptions
+
+    def __init__(self, options: CompensateOptions) -> None:
+        self.options = options
+
+    @torch.inference_mode()
+    def apply(self, block: Block, stream: Stream, context: Context) -> dict[str, dict[str, float]]:
+        """Quantize the targets of ``block``; return the relative squared output error and the damping of each."""
+        hessians = collect(block, stream, context.scheme.activation_bits)
+        report = {}
+        for first, names in shared_inputs(block).items():
+            solved = Solved(hessians.pop(first), self.options)
+            for name in names:
+                layer = block.layer(name)
+                weight = layer.weight.data.clone()  # type: ignore[operator, union-attr]
+                quantized = solved.quantize(weight, context.scheme, context.scale_dtype)
+                served = quantized.dequantize()
+                if not served.isfinite().all():
+                    raise NumericError(f"The scales of {block.name}.{name} overflow {context.scale_dtype}.")
+                report[name] = {"error": solved.relative_error(weight, served), "damping": solved.damping}
+                block.quantized[name] = quantized
+                layer.weight.data = served  # type: ignore[union-attr]
+        return report
+
+
+class Solved:
+    """A Hessian made invertible and factored once, for all layers that share the input."""
+
+    def __init__(self, hessian: Hessian, options: CompensateOptions) -> None:
+        self.options = options
+        self.matrix = hessian.matrix
+        diagonal = self.matrix.diagonal()
+        self.dead = diagonal == 0  # inputs that were always zero: nothing is known, so nothing is compensated there
+        self.order = torch.argsort(diagonal, descending=True, stable=True) if options.activation_order else None
+        self.damping = options.damping
+        self.factor = self._factor() if options.compensate else None
+
+    def _factor(self) -> Tensor:
+        """Return the upper Cholesky factor of the inverse of the damped, reordered Hessian.
+
+        Raises:
+            NumericError: it is singular even with a large damping.
+        """
+        matrix = self.matrix + torch.diag(self.dead.float())
+        if self.order is not None:
+            matrix = matrix[self.order][:, self.order]
+        mean = float(matrix.diagonal().mean())
+        for _ in range(RETRIES):
+            lower, failed = torch.linalg.cholesky_ex(matrix + torch.eye(len(matrix)) * (self.damping * mean))
+            if not failed:
+                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if not failed:
+                    return upper
+            self.damping *= 10
+        raise NumericError(f"A Hessian of {len(matrix)} inputs is singular even with damping {self.damping:g}.")
+
+    def quantize(self, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
+        """Return codes and scales for weight float32 [n, k]; scales are in ``dtype``."""
+        importance = self.matrix.diagonal()
+        weight = weight.masked_fill(self.dead, 0.0)
+        if self.options.scale_search:
+            scales = grid.searched_scales(weight, importance, scheme, dtype)
+        else:
+            scales = grid.minmax_scales(weight, scheme, dtype)
+        if self.factor is None:
+            return QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
+        return QuantizedWeight(round_in_order(weight, self.factor, scales, scheme, self.order), scales)
+
+    def relative_error(self, weight: Tensor, served: Tensor) -> float:
+        """Return |(W - Q) x|^2 / |W x|^2 over the calibration inputs x, from the Hessian."""
+        difference = weight - served
+        lost = float(((difference @ self.matrix) * difference).sum())
+        total = float(((weight @ self.matrix) * weight).sum())
+        return lost / total if total > 0 else 0.0
+
+
+def round_in_order(weight: Tensor, factor: Tensor, scales: Tensor, scheme: Scheme, order: Tensor | None) -> Tensor:
+    """Round weight [n, k] column by column in ``order``, spreading each error over the columns still to come.
+
+    Args:
+        weight: float32 [n, k].
+        factor: float32 [k, k], upper Cholesky factor of the inverse Hessian, rows and columns in ``order``.
+        scales: [n, groups], fixed.
+        scheme: gives group size and code range.
+        order: int64 [k] permutation of the inputs, or None.
+
+    Returns:
+        int8 codes [n, k], in the weight's own column order.
+    """
+    n, k = weight.shape
+    order = torch.arange(k) if order is None else order
+    size = k if scheme.group_size == CHANNEL else scheme.group_size
+    work = weight[:, order].T.contiguous()  # [k, n]: a column of the weight is a contiguous row here
+    steps = scales.float().T[order // size]  # [k, n]
+    codes = torch.empty(k, n, dtype=torch.int8)
+    low, high = scheme.code_range
+    for start in range(0, k, COLUMNS):
+        stop = min(start + COLUMNS, k)
+        part, errors = work[start:stop], torch.empty(stop - start, n)
+        inside = factor[start:stop, start:stop]
+        for i in range(stop - start):
+            code = (part[i] / steps[start + i]).round_().clamp_(low, high)
+            codes[start + i] = code.to(torch.int8)
+            errors[i] = (part[i] - code * steps[start + i]) / inside[i, i]
+            part[i + 1 :].addr_(inside[i, i + 1 :], errors[i], alpha=-1.0)
+        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1.0)
+    result = torch.empty(n, k, dtype=torch.int8)
+    result[:, order] = codes.T
+    return result

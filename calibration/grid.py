@@ -1,0 +1,67 @@
+"""The int4 grid of a weight: which scale each channel or group gets, and rounding onto it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtoolkit.scheme import Scheme
+
+SHRINK = tuple(1 - step / 40 for step in range(25))  # scale candidates: 1.0 down to 0.4 of absmax / 7
+SMALLEST = 2.0**-24  # the smallest float16 subnormal: a group of zeros needs some scale that every dtype can hold
+
+
+def groups(weight: Tensor, scheme: Scheme) -> Tensor:
+    """View a weight [n, k] as [n, groups, inputs of a group]."""
+    return weight.view(weight.shape[0], scheme.groups(weight.shape[1]), -1)
+
+
+def minmax_scales(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """Return absmax / 7 for every group of weight [n, k], rounded to ``dtype``: [n, groups]."""
+    top = float(scheme.code_range[1])
+    return (groups(weight, scheme).abs().amax(dim=-1) / top).clamp_min(SMALLEST).to(dtype)
+
+
+def searched_scales(weight: Tensor, importance: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """Return, for every group, the candidate scale with the least squared error weighted by ``importance``.
+
+    Args:
+        weight: float32 [n, k].
+        importance: float32 [k], how much an error of each input's weight matters (the Hessian's diagonal).
+        scheme: gives the groups and the code range.
+        dtype: in which the scale is stored; candidates are rounded to it before they are judged.
+
+    Returns:
+        [n, groups] in ``dtype``.
+    """
+    grouped = groups(weight, scheme)
+    matter = importance.view(grouped.shape[1], -1)  # [groups, size]
+    full = minmax_scales(weight, scheme, torch.float32)
+    best = torch.full_like(full, torch.inf)
+    chosen = full.to(dtype)
+    for shrink in SHRINK:
+        scales = (full * shrink).clamp_min(SMALLEST).to(dtype)
+        step = scales.float().unsqueeze(-1)
+        rounded = (grouped / step).round_().clamp_(*scheme.code_range).mul_(step)
+        error = rounded.sub_(grouped).square_().mul_(matter).sum(dim=-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        chosen = torch.where(better, scales, chosen)
+    return chosen
+
+
+def to_codes(weight: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+    """Round weight [n, k] to the nearest codes, int8 [n, k]."""
+    return (
+        (groups(weight, scheme) / scales.float().unsqueeze(-1))
+        .round()
+        .clamp(*scheme.code_range)
+        .to(torch.int8)
+        .view(weight.shape)
+    )
+
+
+def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Return weight [n, k] after min-max rounding to the nearest code: what a search can afford to evaluate often."""
+    step = minmax_scales(weight, scheme, torch.float32).unsqueeze(-1)
+    return (groups(weight, scheme) / step).round_().clamp_(*scheme.code_range).mul_(step).view(weight.shape)

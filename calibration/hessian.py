@@ -1,0 +1,59 @@
+"""The Hessian of a layer's output error, accumulated over calibration batches in bounded memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtoolkit.calibration.capture import layer_inputs, round_tokens
+from qtoolkit.errors import NumericError
+from qtoolkit.stages import Block, Stream
+
+
+class Hessian:
+    """Running ``H = 2 / tokens * sum x x^T`` of one layer's inputs: float32 [k, k]."""
+
+    def __init__(self, k: int) -> None:
+        self.matrix = torch.zeros(k, k)
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs x [tokens, k]."""
+        seen = self.tokens + x.shape[0]
+        self.matrix.mul_(self.tokens / seen).addmm_(x.T, x, alpha=2.0 / seen)
+        self.tokens = seen
+
+
+def shared_inputs(block: Block) -> dict[str, list[str]]:
+    """Return which targets read the same input: first target of each set to all of the set."""
+    wanted = [name for name, _ in block.linears()]
+    sets: dict[str, list[str]] = {}
+    for name in wanted:
+        group = next((g for g in block.groups if name in g.consumers), None)
+        mates = [other for other in wanted if group and other in group.consumers] or [name]
+        sets[mates[0]] = mates
+    return sets
+
+
+@torch.inference_mode()
+def collect(block: Block, stream: Stream, activation_bits: int) -> dict[str, Hessian]:
+    """Return the Hessian of each set of targets (see ``shared_inputs``), from inputs rounded as they will be served.
+
+    Raises:
+        NumericError: an input holds NaN or Inf; the layer is named.
+    """
+    found = {name: Hessian(block.layer(name).in_features) for name in shared_inputs(block)}  # type: ignore[arg-type]
+
+    def watch(name: str, hessian: Hessian) -> None:
+        def update(x: Tensor) -> None:
+            if not x.isfinite().all():
+                raise NumericError(f"The input of {block.name}.{name} holds NaN or Inf on the calibration text.")
+            hessian.update(round_tokens(x, activation_bits))
+
+        watchers[name] = update
+
+    watchers: dict = {}
+    for name, hessian in found.items():
+        watch(name, hessian)
+    layer_inputs(block, stream, watchers)
+    return found

@@ -1,0 +1,178 @@
+"""Adaptive smoothing: move activation outliers into the weights, by the scale vector that a search finds best.
+
+Source: QQQ (Zhang et al. 2024, section 3.2, "adaptive smoothing"): only channels beyond a threshold t are scaled, down
+to t, and t is searched for each group of layers so that the quantized group's output is nearest to the float one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qtoolkit.calibration import grid
+from qtoolkit.calibration.capture import layer_inputs, round_tokens
+from qtoolkit.calibration.options import Options
+from qtoolkit.stages import Block, ChannelGroup, Context, Stream
+
+LOWEST = 0.1  # the official search stops at this threshold; models with smaller activations go lower
+
+
+class SmoothOptions(Options):
+    """Options of the step ``smooth``."""
+
+    grid: int = Field(100, ge=1, description="thresholds tried for each group, at least")
+    tokens: int = Field(8192, ge=1, description="calibration tokens on which each threshold is judged")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call of the module that a group is judged by, with the float output to compare with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    expected: Tensor
+
+
+class Smooth:
+    """The transform: for each channel group search the scales, then fold them into producers and consumers."""
+
+    Options = SmoothOptions
+
+    def __init__(self, options: SmoothOptions) -> None:
+        self.options = options
+
+    @torch.inference_mode()
+    def apply(self, block: Block, stream: Stream, context: Context) -> dict[str, dict[str, float]]:
+        """Smooth every group of ``block`` in place; return threshold, losses and the largest scale per group."""
+        report = {}
+        for group in block.groups:
+            if all(name in dict(block.linears()) for name in group.consumers):
+                scales, report[group.name] = self._search(block, group, stream, context)
+                fold(block, group, scales)
+        return report
+
+    def _search(
+        self, block: Block, group: ChannelGroup, stream: Stream, context: Context
+    ) -> tuple[Tensor, dict[str, float]]:
+        largest = input_range(block, group, stream)
+        calls = record(block, group, stream, self.options.tokens)
+        start = float(largest.max())
+        steps = max(self.options.grid, int(start / 0.5))
+        lowest = min(LOWEST, start / 100)
+        best_loss, best_scales, best_threshold = torch.inf, torch.ones_like(largest), start
+        first_loss = torch.inf
+        for step in range(steps):
+            threshold = start - (start - lowest) * step / steps
+            scales = (largest / threshold).clamp_min(1.0)
+            loss = group_loss(block, group, calls, scales, context)
+            if step == 0:
+                first_loss = loss  # every scale is 1: the group without smoothing
+            if loss < best_loss:
+                best_loss, best_scales, best_threshold = loss, scales, threshold
+        return best_scales, {
+            "threshold": best_threshold,
+            "largest_input": start,
+            "loss": best_loss,
+            "loss_unsmoothed": first_loss,
+            "largest_scale": float(best_scales.max()),
+        }
+
+
+def input_range(block: Block, group: ChannelGroup, stream: Stream) -> Tensor:
+    """Return the largest absolute input of each of the group's channels over ``stream``, tied where they must be: [k].
+
+    The channels of a value head are read by several query heads under grouped-query attention; the producer has one
+    row for all of them, so they share the largest value.
+    """
+    first = group.consumers[0]
+    largest = torch.zeros(block.layer(first).in_features)  # type: ignore[arg-type]
+
+    def update(x: Tensor) -> None:
+        torch.maximum(largest, x.abs().amax(dim=0), out=largest)
+
+    layer_inputs(block, stream, {first: update})
+    if group.heads:
+        heads = largest.view(-1, block.kv_repeats, block.head_dim)  # [kv heads, repeats, head_dim]
+        largest = heads.amax(dim=1, keepdim=True).expand_as(heads).reshape(-1)
+    return largest
+
+
+def record(block: Block, group: ChannelGroup, stream: Stream, tokens: int) -> list[Call]:
+    """Record calls of the module that ``group`` is judged by, until ``tokens`` tokens are seen, and their outputs."""
+    module = block.layer(group.inside or group.consumers[0])
+    recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorded.append((args, kwargs))
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    seen = 0
+    for hidden, kwargs in stream.calls():
+        if seen >= tokens:
+            break
+        block.module(hidden, **kwargs)
+        seen += hidden.shape[0] * hidden.shape[1]
+    handle.remove()
+    return [Call(args, kwargs, observe(block, group, args, kwargs)) for args, kwargs in recorded]
+
+
+def observe(block: Block, group: ChannelGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Run the group's module and return what the group is judged by: a layer's input inside it, or its output."""
+    module = block.layer(group.inside or group.consumers[0])
+    if not group.observe:
+        return module(*args, **kwargs)
+    seen: list[Tensor] = []
+    handle = block.layer(group.observe).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    module(*args, **kwargs)
+    handle.remove()
+    return seen[0]
+
+
+def group_loss(block: Block, group: ChannelGroup, calls: list[Call], scales: Tensor, context: Context) -> float:
+    """Return the mean over tokens of the squared output difference when the group runs quantized under ``scales``."""
+    total, tokens = 0.0, 0
+    with smoothed_and_rounded(block, group, scales, context):
+        for call in calls:
+            difference = observe(block, group, call.args, call.kwargs) - call.expected
+            total += float(difference.square().sum())
+            tokens += difference.numel() // difference.shape[-1]
+    return total / max(tokens, 1)
+
+
+@contextmanager
+def smoothed_and_rounded(block: Block, group: ChannelGroup, scales: Tensor, context: Context) -> Iterator[None]:
+    """Inside, the group's consumers compute ``Q(x / s) @ Q(W * s).T``: int8 per token, int4 by rounding to nearest."""
+    bits = context.scheme.activation_bits
+    with ExitStack() as stack:
+        for name in group.consumers:
+            layer = block.layer(name)
+            original = layer.weight.data
+            stack.callback(setattr, layer.weight, "data", original)
+            layer.weight.data = grid.rounded(original * scales, context.scheme)
+            hook = layer.register_forward_pre_hook(lambda module, args: (round_tokens(args[0] / scales, bits),))
+            stack.callback(hook.remove)
+        yield
+
+
+def fold(block: Block, group: ChannelGroup, scales: Tensor) -> None:
+    """Divide the producers' channels by ``scales`` [k] and multiply the consumers' columns: the block's function stays.
+
+    A norm's gain and a linear layer's rows (and bias) are divided; for value heads shared by several query heads the
+    producer's row takes the scale that all of them were given.
+    """
+    for name in group.consumers:
+        block.layer(name).weight.data.mul_(scales)  # type: ignore[operator]
+    if group.heads:
+        scales = scales.view(-1, block.kv_repeats, block.head_dim)[:, 0].reshape(-1)  # [kv heads * head_dim]
+    for name in group.producers:
+        producer = block.layer(name)
+        rows = scales.unsqueeze(1) if isinstance(producer, nn.Linear) else scales
+        producer.weight.data.div_(rows)  # type: ignore[operator]
+        if getattr(producer, "bias", None) is not None:
+            producer.bias.data.div_(scales)  # type: ignore[operator, union-attr]

@@ -1,0 +1,193 @@
+"""The packed checkpoint: a Hugging Face folder in the standard compressed-tensors layout, plus qtoolkit.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qtoolkit.errors import CheckpointError, RequestError
+from qtoolkit.scheme import CHANNEL, Scheme
+from qtoolkit.source import Source
+
+MANIFEST = "qtoolkit.json"
+SCHEMA_VERSION = 1
+COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*")  # what goes with the weights, from the source
+OWN = ("config.json", MANIFEST, "model.safetensors.index.json")
+
+
+class LayerRecord(BaseModel):
+    """One quantized layer: full name, scheme, shape [n, k] and the figures its transforms reported."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    scheme: str
+    shape: tuple[int, int]
+    error: float = Field(description="|(W - Q) x|^2 / |W x|^2 on the calibration inputs")
+    figures: dict[str, float] = {}
+
+
+class GroupRecord(BaseModel):
+    """One channel group's figures, such as the smoothing threshold and its losses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    step: str
+    figures: dict[str, float]
+
+
+class Unquantized(BaseModel):
+    """A layer that stayed in float, and why."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    reason: str
+
+
+class Manifest(BaseModel):
+    """What qtoolkit.json says: where the checkpoint comes from and what was done. Unknown keys are an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["llm", "vision"] = "llm"
+    source: str
+    revision: str | None = None
+    source_digest: str
+    recipe: dict[str, Any]
+    digest: str
+    scheme: Scheme
+    seed: int
+    calibration_tokens: int
+    versions: dict[str, str]
+    packing: tuple[str, ...] = ("int4",)
+    layers: tuple[LayerRecord, ...]
+    groups: tuple[GroupRecord, ...] = ()
+    unquantized: tuple[Unquantized, ...] = ()
+    bytes_before: int
+    bytes_after: int
+    files: dict[str, int] = Field(description="bytes of every weight file")
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read ``qtoolkit.json`` of the checkpoint folder ``path``.
+
+    Raises:
+        RequestError: the folder is not there.
+        CheckpointError: no manifest, a damaged one, or one of a newer schema.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RequestError(f"There is no checkpoint folder {folder}.", "`qtoolkit quantize MODEL -o DIR` makes one.")
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no {MANIFEST}.", "It is not a finished qtoolkit checkpoint.")
+    try:
+        data = json.loads(file.read_text("utf-8"))
+        version = int(data["schema_version"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged: {' '.join(str(error).split())}.", "Quantize again.") from None
+    if version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{file} has schema version {version}, but this qtoolkit knows up to {SCHEMA_VERSION}.", "Update qtoolkit."
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{file} is damaged at {place}: {first['msg']}.", "Quantize again.") from None
+
+
+def verify(path: str | Path) -> Manifest:
+    """Check, before anything runs, that every file has its size and every packed layer its tensors and shapes.
+
+    Raises:
+        CheckpointError: something is missing, truncated or does not fit; the file or tensor is named.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    for name, size in manifest.files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(f"{folder / name} {state}.", "Copy the checkpoint again, or quantize again.")
+    shapes = Source(folder, str(folder)).shapes()
+    for layer in manifest.layers:
+        n, k = layer.shape
+        expected = {"weight_packed": (n, (k + 7) // 8), "weight_scale": (n, manifest.scheme.groups(k))}
+        for tensor, shape in expected.items():
+            name = f"{layer.name}.{tensor}"
+            if shapes.get(name) != shape:
+                state = f"shape {list(shapes[name])}" if name in shapes else "nothing"
+                raise CheckpointError(f"{folder}: {name} should have shape {list(shape)}, found {state}.")
+    return manifest
+
+
+def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
+    """Return the standard compressed-tensors entry for config.json: nothing in it is our own."""
+    channel = scheme.group_size == CHANNEL
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": scheme.weight_bits,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "channel" if channel else "group",
+                    "group_size": None if channel else scheme.group_size,
+                    "dynamic": False,
+                    "actorder": None,
+                    "observer": "minmax",
+                },
+                "input_activations": {
+                    "num_bits": scheme.activation_bits,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "token",
+                    "dynamic": True,
+                    "observer": None,
+                },
+                "output_activations": None,
+            }
+        },
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+    }
+
+
+def companions(source: Path) -> Iterator[Path]:
+    """Yield the files of a model folder that belong beside the weights: tokenizer, generation config, templates."""
+    for pattern in COPIED:
+        for file in sorted(source.glob(pattern)):
+            if file.name not in OWN:
+                yield file
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` to ``path`` so that a crash leaves the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the files that go with the weights."""
+    for file in companions(source):
+        shutil.copyfile(file, target / file.name)

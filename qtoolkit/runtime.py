@@ -1,0 +1,151 @@
+"""Running a packed checkpoint in transformers: the W4A8 linear layer, and ``load``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qtoolkit import checkpoint, registry
+from qtoolkit.errors import CheckpointError
+from qtoolkit.kernels import ops, selection
+from qtoolkit.scheme import CHANNEL, Scheme
+from qtoolkit.source import Source, resolve
+from qtoolkit.stages import QuantizedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class W4A8Linear(nn.Module):
+    """A linear layer with int4 weights that quantizes its input to int8 per token: ``qtoolkit::w4a8_linear``.
+
+    The weight is brought into the layout of the chosen backend when the layer is made.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, packed: Tensor, scales: Tensor, bias: Tensor | None, k: int, scheme: Scheme, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = k, packed.shape[0], scheme.group_size
+        problem = selection.Problem(k, self.out_features, scheme.group_size, dtype, packed.device.type)
+        prepared = selection.prepare(packed, scales, problem)
+        self.layout, self.backend = prepared.layout, prepared.backend
+        self.register_buffer("weight", prepared.weight)
+        self.register_buffer("scales", prepared.scales)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., n] in the dtype of x [..., k]."""
+        return ops.w4a8_linear(x, self.weight, self.scales, self.bias, self.out_features, self.group_size, self.layout)
+
+    def extra_repr(self) -> str:
+        """Return what a printed model shows."""
+        group = "channel" if self.group_size == CHANNEL else self.group_size
+        return f"in={self.in_features}, out={self.out_features}, group={group}, backend={self.backend}"
+
+
+def load(
+    path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, activations: bool = True
+) -> PreTrainedModel:
+    """Load a packed checkpoint, or a float model, as a transformers model that is ready to generate.
+
+    Args:
+        path: checkpoint folder; or a float model's folder, hub name, or ``tiny``.
+        device: torch device.
+        dtype: of activations and float weights; the checkpoint's own when None.
+        activations: False gives the float simulation of the weights: dequantized, activations stay in float.
+
+    Raises:
+        RequestError: no such folder or model.
+        CheckpointError: the checkpoint is damaged or of a newer schema.
+        ModelError: a float model that cannot be read.
+    """
+    source = resolve(path)
+    if not (source.path / checkpoint.MANIFEST).is_file():
+        return _load_float(source, device, dtype)
+    return _load_packed(source, device, dtype, activations)
+
+
+def _load_float(source: Source, device: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    from qtoolkit import architecture
+
+    architecture.skeleton(source)  # says in one sentence what is wrong, before transformers says it in fifty lines
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype or architecture.stored_dtype(source))
+    return model.to(device).eval()
+
+
+@torch.inference_mode()
+def _load_packed(source: Source, device: str, dtype: torch.dtype | None, activations: bool) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qtoolkit import architecture
+
+    manifest = checkpoint.verify(source.path)
+    if manifest.kind != "llm":
+        raise CheckpointError(f"{source.name} holds a {manifest.kind} model, not a language model.")
+    config = AutoConfig.from_pretrained(source.path)
+    del config.quantization_config  # transformers must build plain linear layers; ours replace them below
+    dtype = dtype or architecture.stored_dtype(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    quantized = {layer.name for layer in manifest.layers}
+    packer = registry.packers.get(manifest.packing[0])
+    for name in quantized:
+        tensors = {
+            tensor: source.read(f"{name}.{tensor}") for tensor in ("weight_packed", "weight_scale", "weight_shape")
+        }
+        bias = source.read(f"{name}.bias").to(dtype) if f"{name}.bias" in source.files else None
+        weight = packer.unpack(tensors)
+        made = _packed_layer(tensors, weight, bias, manifest.scheme, dtype, device) if activations else None
+        model.set_submodule(name, made or _float_layer(weight, bias, dtype, device))
+    _fill(model, source, dtype, device, skip=quantized)
+    return model.eval().requires_grad_(False)
+
+
+def _packed_layer(
+    tensors: Mapping[str, Tensor],
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    device: str,
+) -> nn.Module:
+    packed, scales = tensors["weight_packed"].to(device), weight.scales.to(device)
+    bias = bias.to(device) if bias is not None else None
+    return W4A8Linear(packed, scales, bias, weight.codes.shape[1], scheme, dtype)
+
+
+def _float_layer(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, device: str) -> nn.Module:
+    n, k = weight.codes.shape
+    layer = nn.Linear(k, n, bias=bias is not None, device="meta", dtype=dtype)
+    state: dict[str, Any] = {"weight": weight.dequantize().to(device, dtype)}
+    if bias is not None:
+        state["bias"] = bias.to(device)
+    layer.load_state_dict(state, assign=True)
+    return layer
+
+
+def _fill(model: PreTrainedModel, source: Source, dtype: torch.dtype, device: str, skip: set[str]) -> None:
+    """Load everything that is not packed: embeddings, norms, layers left in float; and the buffers nobody stores."""
+    state = {name: source.read(name).to(device, dtype) for name in source.files if name.rpartition(".")[0] not in skip}
+    missing = {name for name, parameter in model.named_parameters() if parameter.is_meta} - state.keys()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else set()
+    if missing - tied:
+        raise CheckpointError(f"{source.name} has no tensor {sorted(missing - tied)[0]}.", "Quantize again.")
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary tables: computed, not stored
+            fresh = type(module)(model.config)
+            for name, buffer in fresh.named_buffers(recurse=False):
+                module.register_buffer(name, buffer.to(device), persistent=False)
