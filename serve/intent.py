@@ -1,0 +1,71 @@
+"""What a checkpoint's ``quantization_config`` asks for, and what the user asks on top: which int4 layers run W4A8."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from qtoolkit.errors import RequestError
+
+MODE = "QTOOLKIT_W4A8"  # environment variable: it must reach every worker process of an engine
+
+
+class Mode(str, Enum):
+    """When int4 layers get int8 activations."""
+
+    DECLARED = "declared"  # the checkpoint says so; the default
+    ALWAYS = "always"  # every symmetric int4 layer, whatever the checkpoint says
+    OFF = "off"  # never: the engine's own kernels run
+
+
+class Declared(str, Enum):
+    """How many of a checkpoint's int4 groups of layers declare int8 activations."""
+
+    ALL = "all"
+    SOME = "some"  # each layer must then be asked for itself
+    NONE = "none"
+
+
+def mode() -> Mode:
+    """Return the user's choice from the environment.
+
+    Raises:
+        RequestError: the variable holds an unknown word.
+    """
+    value = os.environ.get(MODE, "") or Mode.DECLARED.value
+    try:
+        return Mode(value.lower())
+    except ValueError:
+        known = ", ".join(word.value for word in Mode)
+        raise RequestError(f"{MODE}={value} is not known.", f"Use one of: {known}.") from None
+
+
+def _is_int4(weights: Mapping[str, Any] | None) -> bool:
+    return weights is not None and weights.get("num_bits") == 4 and weights.get("type", "int") == "int"
+
+
+def is_token_int8(activations: Mapping[str, Any] | None) -> bool:
+    """Say whether ``input_activations`` of a config group mean int8, symmetric, one dynamic scale a token."""
+    return (
+        activations is not None
+        and activations.get("num_bits") == 8
+        and activations.get("type", "int") == "int"
+        and activations.get("symmetric", True) is True
+        and activations.get("dynamic") is True
+        and activations.get("strategy") in (None, "token")
+    )
+
+
+def declared(quantization_config: Mapping[str, Any] | None) -> Declared:
+    """Read from a ``quantization_config`` whether its int4 layers are meant to run with int8 activations.
+
+    Only compressed-tensors can say so; GPTQ files have no word for activations. Groups whose weights are not int4
+    do not count.
+    """
+    groups = (quantization_config or {}).get("config_groups") or {}
+    answers = {is_token_int8(g.get("input_activations")) for g in groups.values() if _is_int4(g.get("weights"))}
+    if answers == {True}:
+        return Declared.ALL
+    return Declared.SOME if True in answers else Declared.NONE

@@ -1,0 +1,25 @@
+"""Entry point ``vllm.general_plugins``: vLLM calls ``register`` in each of its processes before it loads a model."""
+
+from __future__ import annotations
+
+from qtoolkit.serve.intent import mode
+
+
+def register() -> None:
+    """Put our kernel ahead of vLLM's for W4A8 layers, bring ``quant_method: qqq`` back, and report after loading.
+
+    Light and safe to call twice: it adds rows to vLLM's tables and touches no device.
+
+    Raises:
+        RequestError: the environment asks for an unknown mode.
+    """
+    mode()
+    from qtoolkit.serve.process import die_with_engine
+    from qtoolkit.serve.vllm_kernel import place_first
+    from qtoolkit.serve.vllm_qqq import register_qqq
+    from qtoolkit.serve.vllm_report import report_after_loading
+
+    die_with_engine()
+    place_first()
+    register_qqq()
+    report_after_loading()
