@@ -141,6 +141,7 @@ def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": {
+                "format": "pack-quantized",  # transformers would infer int-quantized from the quantized inputs
                 "targets": ["Linear"],
                 "weights": {
                     "num_bits": scheme.weight_bits,

