@@ -29,11 +29,11 @@ def embed(skeleton: Skeleton, source: Source, tokens: Tensor) -> Stream:
     computed by the decoder itself, so no architecture is described twice.
     """
     decoder = skeleton.decoder
-    embedding = decoder.get_input_embeddings()  # type: ignore[operator]
+    embedding = decoder.get_input_embeddings()
     name = next(key for key, module in skeleton.model.named_modules() if module is embedding)
     embedding.to_empty(device="cpu")
     embedding.weight.data = source.read(f"{name}.weight").float()
-    decoder.rotary_emb = type(decoder.rotary_emb)(skeleton.config)  # type: ignore[operator]  # buffers are not stored
+    decoder.rotary_emb = type(decoder.rotary_emb)(skeleton.config)  # its tables are not stored
     stream = Stream([], [])
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:

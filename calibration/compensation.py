@@ -46,15 +46,15 @@ class Compensate:
         for first, names in shared_inputs(block).items():
             solved = Solved(hessians.pop(first), self.options)
             for name in names:
-                layer = block.layer(name)
-                weight = layer.weight.data.clone()  # type: ignore[operator, union-attr]
+                layer = block.linear(name)
+                weight = layer.weight.data.clone()
                 quantized = solved.quantize(weight, context.scheme, context.scale_dtype)
                 served = quantized.dequantize()
                 if not served.isfinite().all():
                     raise NumericError(f"The scales of {block.name}.{name} overflow {context.scale_dtype}.")
                 report[name] = {"error": solved.relative_error(weight, served), "damping": solved.damping}
                 block.quantized[name] = quantized
-                layer.weight.data = served  # type: ignore[union-attr]
+                layer.weight.data = served
         return report
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,18 +44,15 @@ def collect(block: Block, stream: Stream, activation_bits: int) -> dict[str, Hes
     Raises:
         NumericError: an input holds NaN or Inf; the layer is named.
     """
-    found = {name: Hessian(block.layer(name).in_features) for name in shared_inputs(block)}  # type: ignore[arg-type]
+    found = {name: Hessian(block.linear(name).in_features) for name in shared_inputs(block)}
 
-    def watch(name: str, hessian: Hessian) -> None:
+    def watch(name: str) -> Callable[[Tensor], None]:
         def update(x: Tensor) -> None:
             if not x.isfinite().all():
                 raise NumericError(f"The input of {block.name}.{name} holds NaN or Inf on the calibration text.")
-            hessian.update(round_tokens(x, activation_bits))
+            found[name].update(round_tokens(x, activation_bits))
 
-        watchers[name] = update
+        return update
 
-    watchers: dict = {}
-    for name, hessian in found.items():
-        watch(name, hessian)
-    layer_inputs(block, stream, watchers)
+    layer_inputs(block, stream, {name: watch(name) for name in found})
     return found

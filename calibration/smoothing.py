@@ -91,7 +91,7 @@ def input_range(block: Block, group: ChannelGroup, stream: Stream) -> Tensor:
     row for all of them, so they share the largest value.
     """
     first = group.consumers[0]
-    largest = torch.zeros(block.layer(first).in_features)  # type: ignore[arg-type]
+    largest = torch.zeros(block.linear(first).in_features)
 
     def update(x: Tensor) -> None:
         torch.maximum(largest, x.abs().amax(dim=0), out=largest)
@@ -151,7 +151,7 @@ def smoothed_and_rounded(block: Block, group: ChannelGroup, scales: Tensor, cont
     bits = context.scheme.activation_bits
     with ExitStack() as stack:
         for name in group.consumers:
-            layer = block.layer(name)
+            layer = block.linear(name)
             original = layer.weight.data
             stack.callback(setattr, layer.weight, "data", original)
             layer.weight.data = grid.rounded(original * scales, context.scheme)
@@ -167,12 +167,9 @@ def fold(block: Block, group: ChannelGroup, scales: Tensor) -> None:
     producer's row takes the scale that all of them were given.
     """
     for name in group.consumers:
-        block.layer(name).weight.data.mul_(scales)  # type: ignore[operator]
+        block.linear(name).weight.data.mul_(scales)
     if group.heads:
         scales = scales.view(-1, block.kv_repeats, block.head_dim)[:, 0].reshape(-1)  # [kv heads * head_dim]
     for name in group.producers:
-        producer = block.layer(name)
-        rows = scales.unsqueeze(1) if isinstance(producer, nn.Linear) else scales
-        producer.weight.data.div_(rows)  # type: ignore[operator]
-        if getattr(producer, "bias", None) is not None:
-            producer.bias.data.div_(scales)  # type: ignore[operator, union-attr]
+        for parameter in block.layer(name).parameters():  # a linear layer's rows, a norm's gain, either's bias
+            parameter.data.div_(scales.view(-1, *[1] * (parameter.dim() - 1)))

@@ -38,7 +38,7 @@ class Architecture(BaseModel):
 @cache
 def table() -> dict[str, Architecture]:
     """Return the architecture of every known ``model_type``."""
-    found = {}
+    found: dict[str, Architecture] = {}
     for entry in (files("qtoolkit") / "architectures").iterdir():
         if entry.name.endswith(".yaml"):
             try:
@@ -69,7 +69,7 @@ class Skeleton:
     architecture: Architecture
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """Return the decoder inside the language model: embeddings, blocks, final norm."""
         return self.model.get_submodule(self.architecture.model)
 

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qtoolkit import __version__, architecture, checkpoint, data, recipe as recipes, registry
+from qtoolkit import __version__, architecture, checkpoint, data, registry
+from qtoolkit import recipe as recipes
 from qtoolkit.calibration import capture
 from qtoolkit.calibration.options import read as read_options
 from qtoolkit.errors import QToolkitError
@@ -178,7 +179,7 @@ class Run:
                 for block, fact in facts.items()
                 for name, reason in fact["refused"].items()
             )
-            ignore = [name for name in self.recipe.keep] + [row.name for row in unquantized]
+            ignore = [*self.recipe.keep, *(row.name for row in unquantized)]
             config = {k: v for k, v in self.source.config.items() if k != "torch_dtype"}
             config["dtype"] = str(self.dtype).removeprefix("torch.")
             if layers:
@@ -237,8 +238,8 @@ class Run:
     def _block(self, index: int) -> Block:
         block = self.skeleton.block(index, self.source)
         for name in block.targets:
-            layer = block.layer(name)
-            reason = self.packer.refuse(layer.out_features, layer.in_features, self.recipe.scheme)  # type: ignore[arg-type]
+            layer = block.linear(name)
+            reason = self.packer.refuse(layer.out_features, layer.in_features, self.recipe.scheme)
             if f"{block.name}.{name}" in self.recipe.keep or name in self.recipe.keep:
                 reason = "the recipe keeps it"
             if reason:

@@ -152,7 +152,7 @@ def _fields(model: type[BaseModel], place: Sequence[str]) -> set[str]:
         inner = [a for a in (info.annotation, *get_args(info.annotation)) if _is_model(a)] if info else []
         if not inner:
             break
-        model = inner[0]  # type: ignore[assignment]
+        model = inner[0]
     return set(model.model_fields)
 
 

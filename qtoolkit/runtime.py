@@ -81,7 +81,7 @@ def _load_float(source: Source, device: str, dtype: torch.dtype | None) -> PreTr
 
     architecture.skeleton(source)  # says in one sentence what is wrong, before transformers says it in fifty lines
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype or architecture.stored_dtype(source))
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps nn.Module.to in a decorator
 
 
 @torch.inference_mode()

@@ -78,11 +78,15 @@ class Block:
         """Return the submodule ``name``."""
         return self.module.get_submodule(name)
 
+    def linear(self, name: str) -> nn.Linear:
+        """Return the linear layer ``name``."""
+        return self.module.get_submodule(name)  # type: ignore[return-value]
+
     def linears(self) -> Iterator[tuple[str, nn.Linear]]:
         """Yield name and module of every target that is to be quantized."""
         for name in self.targets:
             if name not in self.refused:
-                yield name, self.module.get_submodule(name)  # type: ignore[misc]
+                yield name, self.linear(name)
 
 
 @dataclass

@@ -8,11 +8,11 @@ import traceback
 
 import typer
 
-from qtoolkit.cli import doctor, inspect, listing, output, quantize
+from qtoolkit.cli import doctor, inspect, listing, output, quantize, serve
 from qtoolkit.errors import QToolkitError
 
 BUG, INTERRUPTED, MISUSED = 70, 130, 2
-UsageError = typer.BadParameter.__mro__[1]  # typer carries its own click; this is the base of all wrong usage
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # base of all wrong usage; typer carries its own click
 
 app = typer.Typer(
     name="qtoolkit",
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("quantize")(quantize.command)
+app.command("serve")(serve.command)
 app.command("inspect")(inspect.command)
 app.command("list")(listing.command)
 app.command("doctor")(doctor.command)

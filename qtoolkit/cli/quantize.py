@@ -18,8 +18,8 @@ def command(
     recipe: Annotated[str, typer.Option(help="Preset name or YAML file.")] = "",
     group_size: Annotated[str, typer.Option(help="Inputs that share a scale, or 'channel'.")] = "",
     data: Annotated[str, typer.Option(help="Calibration text: file, data set name, or 'self'.")] = "",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 0,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 0,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="step.key=value, any recipe value.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; replace a finished checkpoint.")] = False,
@@ -35,8 +35,8 @@ def command(
     options = {
         "scheme.group_size": _group_size(group_size),
         "calibration.data": data or None,
-        "calibration.samples": samples or None,
-        "calibration.length": length or None,
+        "calibration.samples": samples,
+        "calibration.length": length,
         "calibration.seed": seed,
     }
     changes = recipes.parse_set(settings or [])
