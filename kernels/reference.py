@@ -12,7 +12,8 @@ EXACT_K = 16384  # 16384 * 127 * 8 < 2**24: up to this depth an fp32 product of 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize each token (row) to int8, symmetric, from its own absolute maximum.
 
-    ``scale = absmax / 127`` and ``code = rint(x * (127 / absmax))``, both in fp32, codes in -127..127. A row of
+    ``scale = absmax / 127`` and ``code = rint(x * (127 / absmax))``, both in fp32 with
+    correctly rounded divisions, codes in -127..127. A row of
     zeros gets scale 0 and codes 0; a row with NaN or Inf gets scale NaN and codes 0, so its outputs become NaN.
 
     Args:
@@ -24,9 +25,10 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     absmax = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     finite, zero = absmax.isfinite(), absmax < ZERO_ROW
-    inverse = torch.where(finite & ~zero, 127.0 / absmax, 0.0)
+    most = torch.full_like(absmax, 127.0)  # a tensor: torch turns division with a Python number into a reciprocal
+    inverse = torch.where(finite & ~zero, most / absmax, 0.0)
     codes = torch.where(finite, (x * inverse).round().clamp(-127, 127), 0.0).to(torch.int8)
-    scales = torch.where(zero, 0.0, torch.where(finite, absmax / 127.0, torch.nan))
+    scales = torch.where(zero, 0.0, torch.where(finite, absmax / most, torch.nan))
     return codes, scales
 
 

@@ -1,0 +1,164 @@
+// The library's C face: which paths this CPU has, packing of weights, and one call for one linear layer.
+#include <sys/mman.h>
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include "job.h"
+#include "threads.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace {
+
+constexpr int64_t BLOCK_ROWS = 504;   // rows quantized at a time: bounds the scratch, and keeps codes in L2/L3
+constexpr int64_t SERIAL_CODES = 1 << 15;  // fewer activations than this are quantized before the threads are woken
+constexpr int MAX_THREADS = 1024;
+
+#if defined(__x86_64__)
+const Path* const PATHS[] = {&AVX512_PATH, &AVXVNNI_PATH, &AVX2_PATH, &PORTABLE_PATH};
+
+bool supported(int path) {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  unsigned a = 0, b, c = 0, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+  switch (path) {
+    case 0:
+      return avx2 && f16c && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vnni");
+    case 1: return avx2 && f16c && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    case 2: return avx2 && f16c;
+    default: return true;
+  }
+}
+#else
+const Path* const PATHS[] = {&PORTABLE_PATH};
+bool supported(int) { return true; }
+#endif
+constexpr int PATH_COUNT = int(sizeof(PATHS) / sizeof(PATHS[0]));
+
+struct Scratch {
+  std::unique_ptr<char, void (*)(void*)> memory{nullptr, std::free};
+  size_t size = 0;
+
+  char* take(size_t bytes) {
+    if (bytes > size) {
+      size = (bytes + 4095) / 4096 * 4096;
+      memory.reset(static_cast<char*>(std::aligned_alloc(64, size)));
+      if (!memory) size = 0;
+    }
+    return memory.get();
+  }
+};
+
+thread_local Scratch scratch;
+thread_local std::unique_ptr<Share[]> shares;
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+void run_block(const Path& path, const Job& job, int threads) {
+  const int64_t panels = round_up(job.n, PANEL) / PANEL;
+  // Enough tasks for every thread: when panels are few, rows are split too (in multiples of the largest tile).
+  const int64_t wanted = threads == 1 ? 1 : std::max<int64_t>(1, 4 * threads / panels);
+  const int64_t chunk = std::max<int64_t>(12, round_up((job.m + wanted - 1) / wanted, 12));
+  const int64_t chunks = (job.m + chunk - 1) / chunk, tasks = panels * chunks;
+  threads = int(std::min<int64_t>(threads, tasks));
+  const bool serial = job.m * job.k <= SERIAL_CODES;
+  if (serial) path.quantize(job, 0, job.m);
+  if (!shares) shares.reset(new Share[MAX_THREADS]);
+  Share* share = shares.get();
+  for (int i = 0; i < threads; ++i) share[i].set(uint64_t(tasks * i / threads), uint64_t(tasks * (i + 1) / threads));
+  auto body = [&](int thread, int given) {
+    if (!serial) {
+      path.quantize(job, job.m * thread / given, job.m * (thread + 1) / given);
+      barrier(given);
+    }
+    auto work = [&](int64_t task, int64_t next) {
+      const int64_t first = task % chunks * chunk;
+      path.multiply(job, task / chunks, first, std::min(job.m, first + chunk), next);
+    };
+    for (int64_t task; (task = share[thread].take()) >= 0;)
+      work(task, (task + 1) / chunks < panels ? (task + 1) / chunks : -1);
+    for (int victim = 0; victim < threads; ++victim)
+      for (int64_t task; (task = share[victim].steal()) >= 0;) work(task, -1);
+  };
+  parallel(threads, body);
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+const char* qtk_path_name(int path) { return path >= 0 && path < PATH_COUNT ? PATHS[path]->name : nullptr; }
+
+int qtk_path_supported(int path) { return path >= 0 && path < PATH_COUNT && supported(path); }
+
+int qtk_threads() { return have_openmp() ? omp_get_max_threads() : 0; }
+
+// Ask for 2 MB pages under [data, data + bytes): fewer TLB misses while weights stream. Failure only costs speed.
+void qtk_advise(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t page = 1 << 21, first = (uintptr_t(data) + page - 1) / page * page;
+  const uintptr_t last = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// packed: int32 [n, words], eight nibbles a word, low nibble first; out: [panels, steps, 128], see job.h.
+void qtk_pack(const int32_t* packed, int64_t words, int64_t n, int64_t k, uint8_t* out) {
+  const int64_t steps = round_up(k, 4) / 4, panels = round_up(n, PANEL) / PANEL;
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(packed);  // four nibbles: one step of one channel
+  std::atomic<int64_t> next{0};
+  auto body = [&](int, int) {
+    for (int64_t panel; (panel = next++) < panels;) {
+      uint8_t* block = out + panel * steps * STEP_BYTES;
+      for (int64_t slot = 0; slot < 32; ++slot) {  // 16 lanes of two 64-byte words
+        const int64_t low = panel * PANEL + slot / 16 * 32 + slot % 16, high = low + 16;
+        for (int64_t step = 0; step < steps; ++step) {
+          const uint32_t l = low < n ? halves[low * words * 2 + step] : 0x8888;
+          const uint32_t h = high < n ? halves[high * words * 2 + step] : 0x8888;
+          for (int b = 0; b < 4; ++b)
+            block[step * STEP_BYTES + slot * 4 + b] = uint8_t((l >> 4 * b & 15) | (h >> 4 * b & 15) << 4);
+        }
+      }
+    }
+  };
+  parallel(max_threads(), body);
+}
+
+// y = linear(x), see ops.w4a8_linear; dtypes are those of job.h. Returns 0, or 1 when memory is short.
+int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int64_t m, int64_t k, int64_t n,
+               int64_t group_size, const void* weight, const void* scales, int scale_dtype, const void* bias,
+               int bias_dtype, void* y) {
+  Job job{};
+  job.x_stride = x_stride, job.dtype = Dtype(dtype), job.k = k, job.n = n;
+  job.steps = round_up(k, 4) / 4;
+  job.group_steps = group_size < 0 ? std::max<int64_t>(job.steps, 1) : group_size / 4;
+  job.groups = group_size < 0 ? 1 : round_up(job.steps, job.group_steps) / job.group_steps;
+  job.weight = static_cast<const uint8_t*>(weight);
+  job.scales = static_cast<const char*>(scales), job.scale_dtype = Dtype(scale_dtype);
+  job.bias = static_cast<const char*>(bias), job.bias_dtype = Dtype(bias_dtype);
+  // One line more than needed: rows a power of two apart would meet in the same few cache sets.
+  job.code_stride = round_up(job.steps * 4, 64) + 64;
+  const int64_t element = job.dtype == FLOAT32 ? 4 : 2, rows = std::min(m, BLOCK_ROWS);
+  const int64_t codes = rows * job.code_stride, offsets = round_up(rows * job.groups * 4, 64);
+  char* memory = scratch.take(size_t(codes + offsets + rows * 4));
+  if (!memory) return 1;
+  job.codes = reinterpret_cast<int8_t*>(memory);
+  job.offsets = reinterpret_cast<int32_t*>(memory + codes);
+  job.token_scales = reinterpret_cast<float*>(memory + codes + offsets);
+  const int threads = std::min(max_threads(), MAX_THREADS);
+  for (int64_t first = 0; first < m; first += BLOCK_ROWS) {
+    job.m = std::min(BLOCK_ROWS, m - first);
+    job.x = static_cast<const char*>(x) + first * x_stride * element;
+    job.y = static_cast<char*>(y) + first * n * element;
+    run_block(*PATHS[path], job, threads);
+  }
+  return 0;
+}
+
+}
+#pragma GCC visibility pop

@@ -1,0 +1,193 @@
+// Row work shared by every code path: per-token quantization, row tiles, and the epilogue that rounds and stores.
+//
+// The loops here are plain C++ that the compiler vectorizes with the flags of the including file; everything has
+// internal linkage, so code compiled for a newer instruction set can never be linked into an older path.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+#include "job.h"
+
+namespace {
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float half_to_float(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, body = h & 0x7fff;
+  if (body >= 0x7c00) return from_bits(sign | 0x7f800000 | (body & 0x3ff) << 13);  // infinity, NaN
+  // Exponent and mantissa moved into place are 2**112 too small; the product is exact, subnormal halves included.
+  return from_bits(sign | to_bits(from_bits(body << 13) * from_bits(0x77800000)));
+#endif
+}
+
+inline uint16_t float_to_half(float value) {
+#if defined(__F16C__)
+  return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000, body = bits & 0x7fffffff;
+  if (body > 0x7f800000) return uint16_t(sign | 0x7e00 | (body >> 13 & 0x3ff));  // NaN stays quiet
+  if (body >= 0x477ff000) return uint16_t(sign | 0x7c00);                        // rounds past 65504
+  if (body < 0x38800000)  // subnormal half: adding 0.5 leaves the rounded multiple of 2**-24 in the low mantissa bits
+    return uint16_t(sign | (to_bits(from_bits(body) + 0.5f) - 0x3f000000));
+  return uint16_t(sign | ((body - 0x38000000 + 0xfff + (body >> 13 & 1)) >> 13));
+#endif
+}
+
+inline float bfloat16_to_float(uint16_t h) { return from_bits(uint32_t(h) << 16); }
+
+inline uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+struct Float32 {
+  using Storage = uint32_t;
+  static constexpr uint32_t MAGNITUDE = 0x7fffffff, INFINITE = 0x7f800000;
+  static float load(Storage s) { return from_bits(s); }
+  static Storage store(float v) { return to_bits(v); }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+  static constexpr uint16_t MAGNITUDE = 0x7fff, INFINITE = 0x7f80;
+  static float load(Storage s) { return bfloat16_to_float(s); }
+  static Storage store(float v) { return float_to_bfloat16(v); }
+};
+
+struct Float16 {
+  using Storage = uint16_t;
+  static constexpr uint16_t MAGNITUDE = 0x7fff, INFINITE = 0x7c00;
+  static float load(Storage s) { return half_to_float(s); }
+  static Storage store(float v) { return float_to_half(v); }
+};
+
+// scale = absmax / 127, code = rint(x * (127 / absmax)), both in fp32. |x| compares like its bits without the sign.
+template <class T>
+void quantize_row(const Job& job, int64_t row) {
+  using Storage = typename T::Storage;
+  const Storage* x = reinterpret_cast<const Storage*>(job.x) + row * job.x_stride;
+  int8_t* codes = job.codes + row * job.code_stride;
+  int32_t* offsets = job.offsets + row * job.groups;
+  Storage largest = 0;
+  for (int64_t i = 0; i < job.k; ++i) largest = std::max<Storage>(largest, Storage(x[i] & T::MAGNITUDE));
+  const float absmax = T::load(largest);
+  const bool finite = largest < T::INFINITE;
+  if (!finite || absmax < 0x1p-100f) {  // below 2**-100 the row counts as zero: 127 / absmax must stay finite
+    job.token_scales[row] = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+    std::memset(codes, 0, size_t(job.steps * 4));
+    std::memset(offsets, 0, size_t(job.groups) * sizeof(int32_t));
+    return;
+  }
+  job.token_scales[row] = absmax / 127.0f;
+  const float inverse = 127.0f / absmax;
+  // Adding 1.5 * 2**23 rounds to the nearest integer (ties to even) and leaves it in the low bits of the mantissa;
+  // |x * inverse| is at most 127 * (1 + 2**-22), so no clamp is needed.
+  for (int64_t i = 0; i < job.k; ++i) codes[i] = int8_t(to_bits(T::load(x[i]) * inverse + 12582912.0f) & 0xff);
+  for (int64_t i = job.k; i < job.steps * 4; ++i) codes[i] = 0;
+  const int64_t group = job.group_steps * 4;
+  for (int64_t g = 0; g < job.groups; ++g) {
+    int32_t sum = 0;
+    const int64_t end = std::min(job.k, (g + 1) * group);
+    for (int64_t i = g * group; i < end; ++i) sum += codes[i];
+    offsets[g] = -8 * sum;
+  }
+}
+
+void quantize_rows(const Job& job, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (job.dtype == BFLOAT16) quantize_row<BFloat16>(job, row);
+    else if (job.dtype == FLOAT16) quantize_row<Float16>(job, row);
+    else quantize_row<Float32>(job, row);
+  }
+}
+
+template <class T>
+void store_row(const Job& job, int64_t row, int64_t channel, int64_t count, const float* sums, const float* bias) {
+  typename T::Storage* y = reinterpret_cast<typename T::Storage*>(job.y) + row * job.n + channel;
+  const float a = job.token_scales[row];
+  typename T::Storage out[PANEL];
+  if (bias) for (int i = 0; i < PANEL; ++i) out[i] = T::store(sums[i] * a + bias[i]);
+  else for (int i = 0; i < PANEL; ++i) out[i] = T::store(sums[i] * a);
+  std::memcpy(y, out, size_t(count) * sizeof(out[0]));
+}
+
+// One tile of rows times one panel, before the epilogue.
+struct Tile {
+  const uint8_t* weight;   // the panel
+  const int8_t* codes;     // first row
+  int64_t code_stride;
+  const int32_t* offsets;  // first row, [rows, groups]
+  const char* scales;      // [groups, 64]
+  bool scales_bfloat16;
+  int64_t steps, group_steps, groups;
+  const char* prefetch;    // first byte to prefetch, and how far to move on at each step
+  int64_t prefetch_stride;
+  float* sums;             // out: [rows, 64] sums over the groups, scaled by the weights' scales
+};
+
+inline void load_bias(const Job& job, int64_t channel, int64_t count, float* bias) {
+  for (int64_t i = 0; i < count; ++i) {
+    const char* b = job.bias + (channel + i) * (job.bias_dtype == FLOAT32 ? 4 : 2);
+    uint32_t wide = 0;
+    std::memcpy(&wide, b, job.bias_dtype == FLOAT32 ? 4 : 2);
+    bias[i] = job.bias_dtype == FLOAT32 ? from_bits(wide)
+              : job.bias_dtype == BFLOAT16 ? bfloat16_to_float(uint16_t(wide)) : half_to_float(uint16_t(wide));
+  }
+  for (int64_t i = count; i < PANEL; ++i) bias[i] = 0.0f;
+}
+
+// Rows [begin, end) in balanced tiles of at most `most` rows; `run(tile, rows)` computes one tile's sums.
+// While a panel's tiles run, each brings its share of the next panel into the cache. A single tile instead runs
+// PREFETCH_AHEAD bytes ahead of itself, and so into the next panel, which follows in memory.
+constexpr int64_t PREFETCH_AHEAD = 4096;
+
+template <int most, class Run>
+void multiply_rows(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next, Run run) {
+  const int64_t channel = panel * PANEL, count = std::min(PANEL, job.n - channel);
+  const int64_t panel_bytes = job.steps * STEP_BYTES, tiles = (end - begin + most - 1) / most;
+  const char* weight = reinterpret_cast<const char*>(job.weight);
+  alignas(64) float sums[most * PANEL], bias[PANEL];
+  if (job.bias) load_bias(job, channel, count, bias);
+  Tile tile{};
+  tile.weight = job.weight + panel * panel_bytes;
+  tile.code_stride = job.code_stride;
+  tile.scales_bfloat16 = job.scale_dtype == BFLOAT16;
+  tile.scales = job.scales + panel * job.groups * PANEL * (tile.scales_bfloat16 ? 2 : 4);
+  tile.steps = job.steps, tile.group_steps = job.group_steps, tile.groups = job.groups;
+  tile.sums = sums;
+  for (int64_t t = 0, row = begin; t < tiles; ++t) {
+    const int rows = int((end - begin) / tiles + (t < (end - begin) % tiles));
+    tile.codes = job.codes + row * job.code_stride;
+    tile.offsets = job.offsets + row * job.groups;
+    tile.prefetch_stride = tiles == 1 ? STEP_BYTES : next < 0 ? 0 : STEP_BYTES / tiles;
+    tile.prefetch = tiles == 1 ? weight + panel * panel_bytes + PREFETCH_AHEAD
+                               : weight + (next < 0 ? panel : next) * panel_bytes + t * (panel_bytes / tiles);
+    run(tile, rows);
+    for (int r = 0; r < rows; ++r, ++row) {
+      const float* b = job.bias ? bias : nullptr;
+      if (job.dtype == BFLOAT16) store_row<BFloat16>(job, row, channel, count, sums + r * PANEL, b);
+      else if (job.dtype == FLOAT16) store_row<Float16>(job, row, channel, count, sums + r * PANEL, b);
+      else store_row<Float32>(job, row, channel, count, sums + r * PANEL, b);
+    }
+  }
+}
+
+}  // namespace
