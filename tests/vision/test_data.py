@@ -1,0 +1,70 @@
+"""Images from files, folders and scikit-learn; what does not fit is refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qtoolkit.errors import DataError, RequestError
+from qtoolkit.vision import data
+from qtoolkit.vision.models import Augment, table
+
+LENET = table()["lenet"]
+
+
+def test_npz_images_keep_their_pixels(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "i.npz", x=x, y=np.arange(5))
+    images = data.load(str(tmp_path / "i.npz"), LENET)
+    assert torch.equal(images.x[:, 0], torch.from_numpy(x))
+    assert images.y.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_folder_of_images_gives_classes_in_alphabetical_order(tmp_path: Path) -> None:
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 30), (label * 255,) * 3).save(tmp_path / name / "1.png")
+    images = data.load(str(tmp_path), LENET)
+    assert images.x.shape == (2, 1, 28, 28)
+    assert images.y.tolist() == [0, 1]
+    assert images.x[1].float().mean() == 255
+
+
+def test_digits_are_split_once_and_for_all() -> None:
+    digits = table()["digits"]
+    assert len(data.load("digits-train", digits)) == 1297
+    assert len(data.load("digits-test", digits)) == 500
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="nowhere"):
+        data.load("nowhere", LENET)
+    with pytest.raises(DataError, match="8"):
+        data.load("digits", LENET)
+    np.savez(tmp_path / "f.npz", x=np.zeros((5, 28, 28)), y=np.arange(5))
+    with pytest.raises(DataError, match="uint8"):
+        data.load(str(tmp_path / "f.npz"), LENET)
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match="no images"):
+        data.load(str(tmp_path / "empty"), LENET)
+
+
+def test_augmentation_only_shifts_and_mirrors() -> None:
+    x = torch.zeros(64, 1, 9, 9, dtype=torch.uint8)
+    x[:, 0, 4, 4] = 7
+    moved = data.augmented(x, Augment(crop=2, flip=True), torch.Generator().manual_seed(0))
+    assert (moved == 7).sum(dim=(1, 2, 3)).eq(1).all()
+    places = (moved[:, 0] == 7).nonzero()[:, 1:]
+    assert places.min() == 2
+    assert places.max() == 6
+
+
+def test_an_epoch_sees_every_image_of_its_full_batches_once() -> None:
+    images = data.Images(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10))
+    seen = [y for _, y in images.epoch(4, LENET, torch.Generator().manual_seed(0))]
+    assert sorted(torch.cat(seen).tolist()) == sorted(set(torch.cat(seen).tolist()))
+    assert len(seen) == 2
