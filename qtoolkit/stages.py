@@ -69,8 +69,8 @@ class Block:
     module: nn.Module
     targets: tuple[str, ...]
     groups: tuple[ChannelGroup, ...]
-    kv_repeats: int
-    head_dim: int
+    kv_repeats: int = 1
+    head_dim: int = 0
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
