@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from qtoolkit.cli import doctor, inspect, listing, output, quantize, serve
+from qtoolkit.cli import doctor, eval as evaluation, inspect, listing, output, quantize, serve
 from qtoolkit.errors import QToolkitError
 
 BUG, INTERRUPTED, MISUSED = 70, 130, 2
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.command)
 app.command("serve")(serve.command)
+app.command("eval")(evaluation.command)
 app.command("inspect")(inspect.command)
 app.command("list")(listing.command)
 app.command("doctor")(doctor.command)

@@ -1,0 +1,193 @@
+"""Runs lm-eval tasks on a model in memory, on vLLM, or on a running server; the only file that imports lm_eval."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtoolkit.errors import DataError, RequestError
+from qtoolkit.evals import task_files
+from qtoolkit.evals.results import TaskScore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qtoolkit.evals.endpoint import Endpoint
+
+PREFERRED = ("acc", "exact_match", "word_perplexity")  # a task's primary metric is the first of these it has
+BOOTSTRAPS = 1000  # for the standard error of metrics that are not means
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tasks that were found: lm-eval's specifications, and where it should look for further ones.
+
+    Attributes:
+        names: as asked for.
+        specs: one a task: a name that lm-eval knows, or a whole definition.
+        chance: what guessing scores, where known.
+        folder: a folder with more lm-eval YAML files, or None.
+        offline: nothing has to be downloaded.
+    """
+
+    names: tuple[str, ...]
+    specs: tuple[str | dict[str, Any], ...]
+    chance: dict[str, float]
+    folder: str | None
+    offline: bool
+
+
+def plan(names: Sequence[str], task_dir: str | Path | None = None) -> Plan:
+    """Find every task before anything runs: NAME.jsonl of ``task_dir`` first, then its YAML files, then lm-eval's own.
+
+    Raises:
+        RequestError: no such folder, or an unknown task; the hint has the nearest names.
+        DataError: a task file is damaged.
+    """
+    folder = Path(task_dir).expanduser() if task_dir else None
+    if folder and not folder.is_dir():
+        raise RequestError(
+            f"There is no task folder {folder}.", "--task-dir takes a folder with NAME.jsonl or YAML files."
+        )
+    local = [name for name in task_files.names() if folder and (folder / f"{name}.jsonl").is_file()]
+    remaining = [name for name in names if name not in local]
+    include = str(folder) if folder and any(folder.glob("**/*.yaml")) else None
+    own = set(_manager(include, defaults=False).all_tasks) if include else set()
+    if set(remaining) - own:
+        _check_known(remaining, {*local, *own, *_manager(include, defaults=True).all_tasks})
+    specs: list[str | dict[str, Any]] = []
+    chance = {}
+    for name in names:
+        if name in local:
+            spec = task_files.definition(name, folder / f"{name}.jsonl") if folder else {}
+            chance[name] = spec["metadata"]["chance"]
+            specs.append(spec)
+        else:
+            specs.append(name)
+    return Plan(tuple(names), tuple(specs), chance, include, offline=not remaining)
+
+
+def on_model(
+    tasks: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None, batch_size: int
+) -> dict[str, TaskScore]:
+    """Score a transformers model that is already in memory."""
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet(tasks.offline):
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=_adds_bos(tokenizer))
+    return _run(tasks, lm, {}, limit)
+
+
+def on_vllm(tasks: Plan, path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> dict[str, TaskScore]:
+    """Score the model folder ``path`` on a vLLM engine started for it in this process."""
+    return _run(tasks, "vllm", {"pretrained": str(path), "add_bos_token": _adds_bos(tokenizer)}, limit)
+
+
+def on_endpoint(
+    tasks: Plan, server: Endpoint, path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> dict[str, TaskScore]:
+    """Score a served model by its log probabilities; ``path`` has its tokenizer."""
+    arguments = {
+        "base_url": f"{server.url}/v1/completions",
+        "model": server.model,
+        "tokenizer": str(path),
+        "tokenizer_backend": "huggingface",
+        "add_bos_token": _adds_bos(tokenizer),
+        "num_concurrent": 8,
+        **({"max_length": server.context} if server.context else {}),
+    }
+    return _run(tasks, "local-completions", arguments, limit)
+
+
+def _run(tasks: Plan, model: Any, arguments: dict[str, Any], limit: int | None) -> dict[str, TaskScore]:
+    import datasets  # noqa: F401  # reads the environment once, now: offline must not outlive this run
+
+    with _quiet(tasks.offline):
+        from lm_eval import simple_evaluate
+
+        try:
+            found = simple_evaluate(
+                model=model,
+                model_args=arguments or None,
+                tasks=list(tasks.specs),
+                limit=limit,
+                task_manager=_manager(tasks.folder, defaults=not tasks.offline),
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=True,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DataError(
+                f"The tasks {', '.join(tasks.names)} could not be run: {reason}",
+                "Without network, give --task-dir with the tasks' NAME.jsonl files.",
+            ) from error
+    assert found is not None  # only on further ranks of a distributed run
+    return {name: _score(name, found, tasks.chance.get(name)) for name in found["results"]}
+
+
+def _score(name: str, found: Any, chance: float | None) -> TaskScore:
+    row = found["results"][name]  # {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...}
+    values = {key.split(",")[0]: value for key, value in row.items() if "," in key and isinstance(value, int | float)}
+    metrics = {key: float(value) for key, value in values.items() if not key.endswith("_stderr")}
+    if not metrics:
+        raise DataError(f"lm-eval gave no figure for the task {name}.", "Is it a group without an aggregate?")
+    stderr = {key.removesuffix("_stderr"): float(value) for key, value in values.items() if key.endswith("_stderr")}
+    primary = next((key for key in PREFERRED if key in metrics), next(iter(metrics)))
+    count = found["n-samples"].get(name, {})
+    samples = found["samples"].get(name, [])
+    return TaskScore(
+        metrics=metrics,
+        stderr={key: value for key, value in stderr.items() if math.isfinite(value)},
+        primary=primary,
+        higher_is_better=found["higher_is_better"].get(name, {}).get(primary) is not False,
+        documents=count.get("effective", row.get("sample_len", 0)),
+        available=count.get("original", row.get("sample_len", 0)),
+        chance=chance,
+        each=[float(sample[primary]) for sample in samples if isinstance(sample.get(primary), int | float)],
+    )
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether the tokenizer starts every text with BOS; the three back ends would each decide otherwise."""
+    from qtoolkit.data import start_tokens
+
+    return len(start_tokens(tokenizer)) > 0
+
+
+def _manager(folder: str | None, defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder, include_defaults=defaults)
+
+
+def _check_known(names: Sequence[str], known: set[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
+            hint = f"Did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them."
+            raise RequestError(f"There is no task named {name!r}.", hint)
+
+
+@contextlib.contextmanager
+def _quiet(offline: bool) -> Iterator[None]:
+    """Keep lm-eval's prints off stdout and its advice off stderr; tell it and its children when to stay offline."""
+    logger = logging.getLogger("lm_eval")
+    level, before = logger.level, {key: os.environ.get(key) for key in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")}
+    logger.setLevel(logging.ERROR)
+    if offline:
+        os.environ.update(dict.fromkeys(before, "1"))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.setLevel(level)
+        for key, value in before.items():
+            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
