@@ -1,0 +1,167 @@
+"""The Hopper backend: refuses what the kernels cannot do, prepares weights, and launches quantizer and product."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from qtoolkit.kernels import ops
+from qtoolkit.kernels.cuda import compiler, driver, layout, plan, source
+from qtoolkit.kernels.selection import Backend, Problem
+
+CAPABILITY = (9, 0)
+MAX_K = 65536  # a token's inputs stay in one block's registers while it is quantized
+LAYOUT = "hopper"
+
+
+class Arguments(ctypes.Structure):
+    """The linear kernel's argument, field for field its ``struct Problem``."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("token_scales", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("tokens", ctypes.c_int),
+        ("tokens8", ctypes.c_int),
+        ("n", ctypes.c_int),
+        ("n_padded", ctypes.c_int),
+        ("k_blocks", ctypes.c_int),
+        ("group_blocks", ctypes.c_int),
+        ("split", ctypes.c_int),
+    )
+
+
+def refuse(problem: Problem) -> str | None:
+    """Return why these kernels cannot run ``problem`` here, or None."""
+    if problem.device != "cuda":
+        return "needs a CUDA device"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"activations must be bfloat16 or float16, not {problem.dtype}"
+    if reason := refuse_shape(problem):
+        return reason
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    if torch.cuda.get_device_capability() != CAPABILITY:
+        return f"written for compute capability 9.0 (H100, H200), not {torch.cuda.get_device_capability()}"
+    if compiler.version() is None:
+        return "no CUDA compiler: neither NVRTC (nvidia-cuda-nvrtc) nor nvcc was found"
+    return None
+
+
+def refuse_shape(problem: Problem) -> str | None:
+    """Return why these kernels cannot run a layer of this shape on any card, or None."""
+    if problem.k % 8 or not 8 <= problem.k <= MAX_K:
+        return f"k must be a multiple of 8 from 8 to {MAX_K}, not {problem.k}"
+    if problem.n % 8 or problem.n < 8:
+        return f"n must be a multiple of 8, not {problem.n}"
+    if problem.group_size != -1 and (problem.group_size % layout.K_BLOCK or problem.k % problem.group_size):
+        return f"groups must be whole blocks of {layout.K_BLOCK} inputs, not {problem.group_size} of {problem.k}"
+    return None
+
+
+def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Permute a checkpoint's weight into fragment order, on the device it lies on."""
+    return layout.prepare(packed, scales, problem.k, problem.group_size)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a launch goes: the card's name, its multiprocessors, the stream, and how to load a kernel there."""
+
+    card: str
+    multiprocessors: int
+    stream: int
+    load: Callable[[source.Kernel], driver.Launch]
+
+
+@lru_cache(maxsize=16)
+def _card(device: int) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+@contextmanager
+def place_of(x: Tensor) -> Iterator[Place]:
+    """Make the device of ``x`` current and yield it with its current stream."""
+    device = x.device.index if x.device.index is not None else torch.cuda.current_device()
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        yield Place(*_card(device), stream, lambda kernel: driver.load(kernel, device))
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def quantize(x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """Launch the quantizer for x [tokens, k]; return swizzled codes (``layout.to_swizzled``), scales [tokens8]."""
+    tokens, k = x.shape
+    tokens8, k_padded = -(-tokens // 8) * 8, layout.padded(k)
+    codes = torch.empty(k_padded // layout.K_BLOCK, tokens8, layout.K_BLOCK, dtype=torch.int8, device=x.device)
+    scales = torch.empty(tokens8, dtype=torch.float32, device=x.device)
+    arguments = (_pointer(x), _pointer(codes), _pointer(scales), *map(ctypes.c_int, (tokens8, k, k_padded)))
+    place.load(source.quantize(k, x.dtype == torch.float16))(tokens, 1, arguments, place.stream, False)
+    return codes, scales
+
+
+def multiply(
+    codes: Tensor,
+    token_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    group_size: int,
+    tiling: source.Tiling,
+    place: Place,
+) -> None:
+    """Launch the product of quantized tokens with a prepared weight into out [tokens, n]; bias has the dtype of out."""
+    tokens, n = out.shape
+    row_chunks, k_blocks, _ = weight.shape
+    group_blocks = k_blocks if group_size == -1 else group_size // layout.K_BLOCK
+    arguments = Arguments(
+        *(tensor.data_ptr() for tensor in (weight, scales, codes, token_scales)),
+        bias.data_ptr() if bias is not None else None,
+        out.data_ptr(),
+        tokens,
+        token_scales.numel(),
+        n,
+        row_chunks * layout.ROWS,
+        k_blocks,
+        group_blocks,
+        tiling.split,
+    )
+    tiles = row_chunks // tiling.blocks * -(-tokens // tiling.tokens)
+    blocks = tiles * tiling.split if tiling.split > 1 else min(tiles, place.multiprocessors * tiling.resident)
+    kernel = source.linear(tiling, group_size != -1, out.dtype == torch.float16)
+    place.load(kernel)(blocks, tiling.split, (arguments,), place.stream, True)
+
+
+def run(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int) -> Tensor:
+    """Quantize tokens and multiply; see ``ops.w4a8_linear``. Two launches on the current stream, no synchronization."""
+    out = x.new_empty(*x.shape[:-1], n)
+    if out.numel() == 0:
+        return out
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if rows.data_ptr() % 16:  # the quantizer loads 16 bytes at once
+        rows = rows.clone()
+    tokens, k = rows.shape
+    with place_of(x) as place:
+        codes, token_scales = quantize(rows, place)
+        tiling = plan.choose(tokens, n, k, group_size != -1, place.card, place.multiprocessors)
+        bias = bias.to(x.dtype) if bias is not None else None
+        multiply(codes, token_scales, weight, scales, bias, out.view(tokens, n), group_size, tiling, place)
+    return out
+
+
+ops.register_layout(LAYOUT, run)
+BACKENDS = (Backend("cuda", LAYOUT, refuse, prepare),)

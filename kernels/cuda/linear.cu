@@ -1,0 +1,304 @@
+// out[token, n] = a[token] * sum_k codes[token, k] * weight[n, k] * scale[n or group] + bias[n], int8 x int4, for Hopper.
+//
+// The product is computed transposed. Weights are the left operand, which wgmma takes from registers, so the unpacked
+// nibbles never go back to shared memory; tokens are the right operand, so few tokens waste little of the tensor core.
+//
+//     producer warp                  consumer warpgroups (0-3, 4-7): 64 * BLOCKS weight rows each
+//     bulk copies into a ring  --->  16-byte loads -> 3 logic operations per 8 weights -> wgmma m64nTOKENSk32
+//     of STAGES k-blocks of 128      the unpack of one k-step runs while the product of the one before is under way
+//
+// A tile is 128 * BLOCKS rows x TOKENS tokens. With split = 1 the grid is persistent and walks over tiles. With split > 1
+// a cluster of `split` blocks shares the k-blocks of one tile and sums its parts through distributed shared memory in
+// rank order, so results are the same in every run and no workspace, flag or atomic operation exists.
+//
+// Compile-time numbers: TOKENS (8..256), BLOCKS (1, 2), STAGES, GROUPED (a scale per row and k-group, applied in fp32),
+// FP16 (else bfloat16), MIN_BLOCKS (resident blocks per multiprocessor). The wrapper `wgmma` is generated for TOKENS.
+
+constexpr bool LARGE = MIN_BLOCKS == 1;  // a block has the multiprocessor, and its registers, for itself
+constexpr int CONSUMERS = 256, THREADS = CONSUMERS + (LARGE ? 128 : 32);
+constexpr int ROWS = 128 * BLOCKS, PARTS = TOKENS / 2;  // PARTS: accumulators of a thread for 64 rows
+constexpr int WEIGHT_BYTES = BLOCKS * 8192, TOKEN_BYTES = TOKENS * 128, SCALE_BYTES = GROUPED ? ROWS * 4 : 0;
+constexpr int STAGE_BYTES = WEIGHT_BYTES + TOKEN_BYTES;
+constexpr int SCALES_AT = STAGES * STAGE_BYTES, BARRIERS_AT = SCALES_AT + STAGES * SCALE_BYTES;
+
+struct Problem {
+    const char* weight;        // [n / 128][k / 128][8192 bytes], fragment order
+    const float* scales;       // [n padded] already divided by 16, or [groups][n padded] likewise
+    const char* codes;         // [k / 128][tokens8][128 bytes], swizzled
+    const float* token_scales; // [tokens8]
+    const unsigned short* bias;  // [n] in the dtype of out, or null
+    unsigned short* out;       // [tokens][n]
+    int tokens, tokens8;       // tokens8: rounded up to a multiple of 8
+    int n, n_padded;           // n_padded: rounded up to a multiple of 128
+    int k_blocks;              // blocks of 128 inputs
+    int group_blocks;          // k-blocks that share a scale
+    int split;                 // blocks of a cluster
+};
+
+struct Tile { int row, token; };
+
+// Tiles of up to 16 neighbouring token tiles run together, so that a wave of blocks shares both operands in L2.
+__device__ __forceinline__ Tile tile_at(int tile, int row_tiles, int token_tiles) {
+    const int band = tile / (16 * row_tiles), first = band * 16;
+    const int height = token_tiles - first < 16 ? token_tiles - first : 16, inside = tile - band * 16 * row_tiles;
+    return Tile{inside / height * ROWS, (first + inside % height) * TOKENS};
+}
+
+// The ring position: stage, and the parity of the phase that the next wait on it refers to.
+struct Ring {
+    int stage = 0;
+    unsigned parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) { stage = 0; parity ^= 1; }
+    }
+};
+
+__device__ __forceinline__ unsigned full_barrier(unsigned base, int stage) { return base + BARRIERS_AT + 8 * stage; }
+__device__ __forceinline__ unsigned empty_barrier(unsigned base, int stage) {
+    return base + BARRIERS_AT + 8 * (STAGES + stage);
+}
+
+__device__ __forceinline__ void load_weights(const Problem& p, unsigned base, int stage, Tile tile, int k_block) {
+    const int rows8 = p.tokens8 - tile.token < TOKENS ? p.tokens8 - tile.token : TOKENS;
+    const unsigned full = full_barrier(base, stage);
+    barrier_arrive_expect(full, WEIGHT_BYTES + SCALE_BYTES + rows8 * 128);
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b)
+        copy_to_shared(base + stage * STAGE_BYTES + b * 8192,
+                       p.weight + ((long long)(tile.row / 128 + b) * p.k_blocks + k_block) * 8192, 8192, full);
+    if (GROUPED)
+        copy_to_shared(base + SCALES_AT + stage * SCALE_BYTES,
+                       p.scales + (long long)(k_block / p.group_blocks) * p.n_padded + tile.row, SCALE_BYTES, full);
+}
+
+__device__ __forceinline__ void load_tokens(const Problem& p, unsigned base, int stage, Tile tile, int k_block) {
+    const int rows8 = p.tokens8 - tile.token < TOKENS ? p.tokens8 - tile.token : TOKENS;
+    copy_to_shared(base + stage * STAGE_BYTES + WEIGHT_BYTES,
+                   p.codes + ((long long)k_block * p.tokens8 + tile.token) * 128, rows8 * 128,
+                   full_barrier(base, stage));
+}
+
+// High nibbles become one register's bytes and low nibbles another's, each 16 times the code: its sign bit is the byte's.
+__device__ __forceinline__ void unpack(unsigned word0, unsigned word1, unsigned (&a)[4]) {
+    a[0] = word0 & 0xf0f0f0f0u;
+    a[1] = (word0 << 4) & 0xf0f0f0f0u;
+    a[2] = word1 & 0xf0f0f0f0u;
+    a[3] = (word1 << 4) & 0xf0f0f0f0u;
+}
+
+// Shared-memory descriptor of the right operand: K-major, 128-byte swizzle, 1024 bytes from one group of 8 tokens to the next.
+__device__ __forceinline__ unsigned long long descriptor(unsigned address) {
+    return (unsigned long long)((address & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// An exact int32 as fp32, without the slow conversion unit: |v| < 2^22, so 1.5 * 2^23 + v is exact in the mantissa.
+__device__ __forceinline__ float small_int_to_float(int v) { return __int_as_float(v + 0x4b400000) - 12582912.0f; }
+
+// Scale, add bias, narrow, and store four accumulators of a thread: rows r and r + 8, tokens t and t + 1.
+__device__ __forceinline__ void store_unit(const Problem& p, const float (&sum)[4], int row, int token, int lane,
+                                           float bias0, float bias1) {
+    const float a0 = p.token_scales[token + 2 * (lane % 4)], a1 = p.token_scales[token + 2 * (lane % 4) + 1];
+    const unsigned upper = transpose_8x8(pack_pair(sum[0] * a0 + bias0, sum[1] * a1 + bias0, FP16));
+    const unsigned lower = transpose_8x8(pack_pair(sum[2] * a0 + bias1, sum[3] * a1 + bias1, FP16));
+    const int mine = token + lane / 4, n = row + 2 * (lane % 4);  // after the transposition: two neighbouring outputs
+    if (mine >= p.tokens) return;
+    unsigned short* at = p.out + (long long)mine * p.n + n;
+    if (n < p.n) *(unsigned*)at = upper;
+    if (n + 8 < p.n) *(unsigned*)(at + 8) = lower;
+}
+
+__device__ __forceinline__ float bias_at(const Problem& p, int n) {
+    return p.bias != nullptr && n < p.n ? widen(p.bias[n], FP16) : 0.0f;
+}
+
+__device__ __forceinline__ void produce(const Problem& p, unsigned base, int first, int last, int tiles, int row_tiles,
+                                        int token_tiles, int tile, int stride) {
+    Ring ring;
+    const int ahead = last - first < STAGES ? last - first : STAGES;
+    const Tile start = tile_at(tile, row_tiles, token_tiles);
+    for (int i = 0; i < ahead; ++i) load_weights(p, base, i, start, first + i);  // weights do not wait for the quantizer
+    wait_for_previous_grid();
+    for (int i = 0; i < ahead; ++i, ring.advance()) load_tokens(p, base, i, start, first + i);
+    int k_block = first + ahead;
+    bool refill = ahead == STAGES;  // from the second round on a stage must have been emptied
+    for (; tile < tiles; tile += stride, k_block = first) {
+        const Tile place = tile_at(tile, row_tiles, token_tiles);
+        for (; k_block < last; ++k_block) {
+            if (refill) barrier_wait(empty_barrier(base, ring.stage), ring.parity ^ 1);
+            load_weights(p, base, ring.stage, place, k_block);
+            load_tokens(p, base, ring.stage, place, k_block);
+            ring.advance();
+            refill = refill || ring.stage == 0;
+        }
+    }
+}
+
+#if GROUPED
+using Sum = float;
+__device__ __forceinline__ unsigned bits_of(Sum v) { return __float_as_uint(v); }
+__device__ __forceinline__ Sum sum_of(unsigned v) { return __uint_as_float(v); }
+#else
+using Sum = int;
+__device__ __forceinline__ unsigned bits_of(Sum v) { return v; }
+__device__ __forceinline__ Sum sum_of(unsigned v) { return v; }
+#endif
+
+// Multiply one tile's k-blocks; leaves the sums of this thread's rows in `sums`.
+__device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks, int group, int warp, int lane,
+                                         Sum (&sums)[BLOCKS][PARTS]) {
+    const int thread = warp * 32 + lane;  // within the warpgroup
+    const unsigned mine = group * BLOCKS * 4096 + thread * 16;
+#if GROUPED
+    int part[PARTS];
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) sums[b][i] = 0.0f;
+    for (int k = 0; k < k_blocks; ++k) {
+        const unsigned stage = base + ring.stage * STAGE_BYTES;
+        const unsigned long long tokens = descriptor(stage + WEIGHT_BYTES);
+        barrier_wait(full_barrier(base, ring.stage), ring.parity);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) {
+            const Words low = load_shared(stage + mine + b * 4096), high = load_shared(stage + mine + b * 4096 + 2048);
+            const unsigned scale_at = base + SCALES_AT + ring.stage * SCALE_BYTES
+                + ((group * BLOCKS + b) * 64 + warp * 16 + lane / 4) * 4;
+            const float scale0 = __uint_as_float(load_shared_word(scale_at));
+            const float scale1 = __uint_as_float(load_shared_word(scale_at + 32));
+            unsigned a[4][4];
+            unpack(low.x, low.y, a[0]);
+            unpack(low.z, low.w, a[1]);
+            unpack(high.x, high.y, a[2]);
+            unpack(high.z, high.w, a[3]);
+            products_fence();
+#pragma unroll
+            for (int s = 0; s < 4; ++s) wgmma(part, a[s], tokens + 2 * s, s > 0);
+            products_commit();
+            products_wait<0>();
+            if (b == BLOCKS - 1 && lane == 0) barrier_arrive(empty_barrier(base, ring.stage));
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i)
+                sums[b][i] = fmaf(small_int_to_float(part[i]), i / 2 % 2 ? scale1 : scale0, sums[b][i]);
+        }
+        ring.advance();
+    }
+#else
+    unsigned a[2][BLOCKS][4];  // two k-steps: one feeds the product under way while the other is unpacked
+    int previous = -1;         // the stage whose last product may still be under way
+    for (int k = 0; k < k_blocks; ++k) {
+        const unsigned stage = base + ring.stage * STAGE_BYTES;
+        const unsigned long long tokens = descriptor(stage + WEIGHT_BYTES);
+        Words words[BLOCKS][2];
+        barrier_wait(full_barrier(base, ring.stage), ring.parity);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) {
+            words[b][0] = load_shared(stage + mine + b * 4096);
+            words[b][1] = load_shared(stage + mine + b * 4096 + 2048);
+        }
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) {
+                const Words& w = words[b][s / 2];
+                unpack(s % 2 ? w.z : w.x, s % 2 ? w.w : w.y, a[s % 2][b]);
+            }
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) {
+                products_fence();  // one a product: with a single one for both the assembler waits after every product
+                wgmma(sums[b], a[s % 2][b], tokens + 2 * s, k > 0 || s > 0);
+            }
+            products_commit();
+            products_wait<1>();  // the step before this one has ended: its registers, and at s = 0 its stage, are free
+            if (s == 0 && previous >= 0 && lane == 0) barrier_arrive(empty_barrier(base, previous));
+        }
+        previous = ring.stage;
+        ring.advance();
+    }
+    products_wait<0>();
+    if (lane == 0) barrier_arrive(empty_barrier(base, previous));
+#endif
+}
+
+// Split = 1: the sums are complete; scale and store them from registers.
+__device__ __forceinline__ void finish_alone(const Problem& p, Tile tile, int row, int lane,
+                                             const Sum (&sums)[BLOCKS][PARTS]) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+        const int r = tile.row + row + b * 64, mine = r + lane / 4;
+        const float scale0 = GROUPED ? 1.0f : p.scales[mine], scale1 = GROUPED ? 1.0f : p.scales[mine + 8];
+        const float bias0 = bias_at(p, mine), bias1 = bias_at(p, mine + 8);
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; ++j) {
+            if (tile.token + 8 * j >= p.tokens) break;
+            const float sum[4] = {sums[b][4 * j] * scale0, sums[b][4 * j + 1] * scale0,
+                                  sums[b][4 * j + 2] * scale1, sums[b][4 * j + 3] * scale1};
+            store_unit(p, sum, r, tile.token + 8 * j, lane, bias0, bias1);
+        }
+    }
+}
+
+// Split > 1: every block lays its part into its own stages, [accumulator][thread]; after all have, the blocks take turns
+// over units of 8 tokens x 64 rows, add the parts of all ranks in rank order, scale and store.
+__device__ __forceinline__ void finish_together(const Problem& p, unsigned base, Tile tile, int rank, int row, int lane,
+                                                const Sum (&sums)[BLOCKS][PARTS]) {
+    sync_some<1, CONSUMERS>();  // both warpgroups have read their last stage
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i)
+            store_shared_word(base + ((b * PARTS + i) * CONSUMERS + threadIdx.x) * 4, bits_of(sums[b][i]));
+    cluster_sync();
+    for (int unit = rank; unit < BLOCKS * TOKENS / 8; unit += p.split) {
+        const int b = unit / (TOKENS / 8), j = unit % (TOKENS / 8), r = tile.row + row + b * 64, mine = r + lane / 4;
+        if (tile.token + 8 * j >= p.tokens) continue;
+        const float scale0 = GROUPED ? 1.0f : p.scales[mine], scale1 = GROUPED ? 1.0f : p.scales[mine + 8];
+        Sum total[4] = {0, 0, 0, 0};
+        for (int peer = 0; peer < p.split; ++peer)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                total[i] += sum_of(load_peer_word(base + ((unit * 4 + i) * CONSUMERS + threadIdx.x) * 4, peer));
+        const float sum[4] = {total[0] * scale0, total[1] * scale0, total[2] * scale1, total[3] * scale1};
+        store_unit(p, sum, r, tile.token + 8 * j, lane, bias_at(p, mine), bias_at(p, mine + 8));
+    }
+    cluster_sync();  // a block's shared memory must outlive its peers' reads
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) w4a8_linear(const Problem p) {
+    const unsigned base = shared_base();
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
+    const int row_tiles = p.n_padded / ROWS, token_tiles = (p.tokens + TOKENS - 1) / TOKENS;
+    const int tiles = row_tiles * token_tiles, stride = gridDim.x / p.split, rank = p.split > 1 ? cluster_rank() : 0;
+    const int first = p.k_blocks * rank / p.split, last = p.k_blocks * (rank + 1) / p.split;
+    int tile = blockIdx.x / p.split;
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; ++s) {
+            barrier_init(full_barrier(base, s), 1);
+            barrier_init(empty_barrier(base, s), CONSUMERS / 32);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+
+    if (warp >= CONSUMERS / 32) {
+        if (LARGE) registers_give_back<40>();
+        if (warp == CONSUMERS / 32 && lane == 0)
+            produce(p, base, first, last, tiles, row_tiles, token_tiles, tile, stride);
+        if (p.split > 1) {  // all threads of a cluster meet twice, see finish_together
+            cluster_sync();
+            cluster_sync();
+        }
+    } else {
+        if (LARGE) registers_take<232>();
+        const int group = warp / 4, row = group * BLOCKS * 64 + warp % 4 * 16;  // the warp's first row inside the tile
+        Ring ring;
+        for (; tile < tiles; tile += stride) {
+            Sum sums[BLOCKS][PARTS];
+            multiply(base, ring, last - first, group, warp % 4, lane, sums);
+            wait_for_previous_grid();  // the producer has waited already; this makes its token scales visible here
+            const Tile place = tile_at(tile, row_tiles, token_tiles);
+            if (p.split == 1) finish_alone(p, place, row, lane, sums);
+            else finish_together(p, base, place, rank, row, lane, sums);
+        }
+    }
+}

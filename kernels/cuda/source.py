@@ -1,0 +1,91 @@
+"""Puts the text of a kernel together for one configuration: its numbers, the PTX helpers, and the kernel itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+SHARED_PER_MULTIPROCESSOR = 233472  # Hopper: 228 KiB, of which each resident block takes 1 KiB for the system
+CONSUMERS = 256
+K_BLOCK = 128
+MAX_STAGES = 12
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's numbers, its text without helpers, and what a launch of it needs."""
+
+    entry: str
+    defines: tuple[tuple[str, int], ...]
+    file: str
+    threads: int
+    shared_bytes: int
+
+    def text(self, helpers: str | None = None) -> str:
+        """Return the whole source; ``helpers`` replaces the PTX helpers (tests pass ones that run on a CPU)."""
+        numbers = "".join(f"#define {name} {value}\n" for name, value in self.defines)
+        if helpers is None:
+            tokens = dict(self.defines).get("TOKENS")
+            helpers = (FOLDER / "ptx.cuh").read_text() + (wgmma(tokens) if tokens else "")
+        return f"{numbers}{helpers}\n{(FOLDER / self.file).read_text()}"
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a linear is cut: ``tokens`` x ``128 * blocks`` tiles, ``split`` blocks share k, ``resident`` fit in an SM."""
+
+    tokens: int
+    blocks: int
+    split: int
+    resident: int
+
+
+def wgmma(tokens: int) -> str:
+    """Return the CUDA wrapper of the register-operand int8 product of 64 rows, ``tokens`` columns and 32 inputs."""
+    parts = tokens // 2
+    accumulators = ",".join(f"%{i}" for i in range(parts))
+    left = ",".join(f"%{parts + i}" for i in range(4))
+    outputs = ",".join(f'"+r"(d[{i}])' for i in range(parts))
+    return (
+        f"__device__ __forceinline__ void wgmma(int (&d)[{parts}], const unsigned (&a)[4], unsigned long long b, "
+        "int accumulate) {\n"
+        f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{parts + 5}, 0;\\n"\n'
+        f'        "wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 {{{accumulators}}}, {{{left}}}, '
+        f'%{parts + 4}, p;\\n}}"\n'
+        f'        : {outputs}\n        : "r"(a[0]),"r"(a[1]),"r"(a[2]),"r"(a[3]),"l"(b),"r"(accumulate));\n}}\n'
+    )
+
+
+def stage_bytes(tokens: int, blocks: int, grouped: bool) -> int:
+    """Return the shared memory of one k-block of 128 inputs: weights, tokens, and scales when they are per group."""
+    return blocks * 8192 + tokens * 128 + (blocks * 512 if grouped else 0)
+
+
+@lru_cache(maxsize=256)
+def linear(tiling: Tiling, grouped: bool, fp16: bool) -> Kernel:
+    """Return the W4A8 product for ``tiling``; it depends on everything but the split, which is a launch argument."""
+    stage = stage_bytes(tiling.tokens, tiling.blocks, grouped)
+    room = SHARED_PER_MULTIPROCESSOR // tiling.resident - 1024 - 2 * 8 * MAX_STAGES
+    stages = min(MAX_STAGES, room // stage)
+    defines = {
+        "TOKENS": tiling.tokens,
+        "BLOCKS": tiling.blocks,
+        "STAGES": stages,
+        "GROUPED": int(grouped),
+        "FP16": int(fp16),
+        "MIN_BLOCKS": tiling.resident,
+    }
+    threads = CONSUMERS + (128 if tiling.resident == 1 else 32)  # a whole warpgroup gives registers back, or one warp
+    shared = stages * (stage + 16)  # and two barriers a stage
+    return Kernel("w4a8_linear", tuple(defines.items()), "linear.cu", threads, shared)
+
+
+@lru_cache(maxsize=64)
+def quantize(k: int, fp16: bool) -> Kernel:
+    """Return the token quantizer for rows of ``k`` inputs (a multiple of 8, at most 65536)."""
+    vectors_in_row = -(-k // K_BLOCK) * K_BLOCK // 8
+    threads = min(1024, -(-vectors_in_row // 32) * 32)
+    defines = {"VECTORS": -(-vectors_in_row // threads), "FP16": int(fp16)}
+    return Kernel("quantize_tokens", tuple(defines.items()), "quantize.cu", threads, 128)

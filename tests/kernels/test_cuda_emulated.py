@@ -1,0 +1,191 @@
+"""The CUDA kernels' own text, run on the CPU by emulating the instructions it uses, against the exact reference."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtoolkit.kernels import ops, reference
+from qtoolkit.kernels.cuda import backend, layout, source
+from qtoolkit.kernels.cuda.source import Tiling
+from qtoolkit.kernels.selection import Problem
+
+from .cuda_emulator import COMPILER, Emulator
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return Emulator(tmp_path_factory.mktemp("emulated"))
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Pack int8 [n, k] into the checkpoint's int32 [n, k / 8]: low nibble first, stored with +8."""
+    nibbles = (codes.long() + 8).reshape(codes.shape[0], -1, 8)
+    words = (nibbles << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+@dataclasses.dataclass
+class Layer:
+    """Random tokens and weights, prepared; ``seed`` also orders the emulated copies."""
+
+    tokens: int
+    n: int
+    k: int
+    group_size: int = -1
+    dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        random = torch.Generator().manual_seed(self.seed)
+        self.x = torch.randn(self.tokens, self.k, generator=random).to(self.dtype)
+        self.codes = torch.randint(-8, 8, (self.n, self.k), generator=random, dtype=torch.int8)
+        groups = 1 if self.group_size == -1 else self.k // self.group_size
+        self.scales = torch.rand(self.n, groups, generator=random) * 0.02 + 0.001
+        self.bias = torch.randn(self.n, generator=random).to(self.dtype)
+
+    def want(self) -> torch.Tensor:
+        return reference.w4a8_linear(self.x, self.codes, self.scales, self.bias, self.group_size)
+
+
+def quantized(emulator: Emulator, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+    return backend.quantize(layer.x, emulator.place())
+
+
+def product(emulator: Emulator, layer: Layer, tiling: Tiling) -> torch.Tensor:
+    codes, token_scales = quantized(emulator, layer)
+    weight, scales = layout.to_fragments(layer.codes), layout.to_kernel_scales(layer.scales, layer.group_size)
+    out = torch.full((layer.tokens, layer.n), torch.nan, dtype=layer.dtype)
+    emulator.tensors, emulator.seed = [codes, weight, scales], layer.seed
+    place = emulator.place()
+    backend.multiply(codes, token_scales, weight, scales, layer.bias, out, layer.group_size, tiling, place)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "k"), [(1, 8), (9, 520), (3, 8448)])
+def test_the_quantizer_gives_the_references_bits(emulator: Emulator, dtype: torch.dtype, tokens: int, k: int) -> None:
+    layer = Layer(tokens, 8, k, dtype=dtype)
+    layer.x[0] *= 1e-3
+    codes, scales = quantized(emulator, layer)
+    want_codes, want_scales = reference.quantize_tokens(layer.x)
+    assert torch.equal(codes[:, :tokens], layout.to_swizzled(want_codes)[:, :tokens])
+    assert torch.equal(scales[:tokens], want_scales[:, 0])
+
+
+def test_zero_and_non_finite_rows_follow_the_references_rule(emulator: Emulator) -> None:
+    layer = Layer(4, 8, 128)
+    layer.x[0], layer.x[1, 5], layer.x[2, 7] = 0, torch.nan, -torch.inf
+    codes, scales = quantized(emulator, layer)
+    want_codes, want_scales = reference.quantize_tokens(layer.x)
+    assert torch.equal(codes[:, :4], layout.to_swizzled(want_codes)[:, :4])
+    assert torch.equal(scales[:4].nan_to_num(-1), want_scales[:, 0].nan_to_num(-1))
+    assert scales[:4].isnan().tolist() == [False, True, True, False]
+
+
+# Every tile shape; one and several tiles a block; a ring that wraps; shares of k that differ; odd edges everywhere.
+PER_CHANNEL = [
+    (Layer(1, 8, 8), Tiling(8, 1, 1, 2)),
+    (Layer(13, 264, 520, dtype=torch.float16), Tiling(16, 1, 2, 2)),
+    (Layer(30, 136, 2176), Tiling(32, 1, 8, 2)),
+    (Layer(41, 384, 384), Tiling(48, 1, 1, 2)),
+    (Layer(100, 256, 2048), Tiling(64, 2, 4, 1)),
+    (Layer(200, 256, 640, dtype=torch.float16), Tiling(96, 2, 1, 1)),
+    (Layer(300, 512, 1152), Tiling(128, 2, 1, 1)),
+    (Layer(259, 128, 1024), Tiling(256, 1, 2, 1)),
+]
+
+
+@pytest.mark.parametrize(("layer", "tiling"), PER_CHANNEL, ids=lambda v: f"{v.tokens}")
+def test_per_channel_products_equal_the_reference_bit_for_bit(emulator: Emulator, layer: Layer, tiling: Tiling) -> None:
+    assert torch.equal(product(emulator, layer, tiling), layer.want())
+
+
+GROUPED = [
+    (Layer(13, 256, 384, 128), Tiling(8, 1, 1, 2)),
+    (Layer(40, 136, 1024, 256), Tiling(48, 1, 2, 2)),
+    (Layer(100, 512, 1024, 128, torch.float16), Tiling(96, 2, 2, 1)),
+    (Layer(150, 256, 512, 512), Tiling(128, 2, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("layer", "tiling"), GROUPED, ids=lambda v: f"{v.tokens}")
+def test_grouped_products_differ_by_fp32_rounding_only(emulator: Emulator, layer: Layer, tiling: Tiling) -> None:
+    """The kernel fuses multiply and add, and adds shares in rank order: a last bit of the 16-bit result may differ."""
+    got, want = product(emulator, layer, tiling), layer.want()
+    spacing = 2.0**-8 if layer.dtype == torch.bfloat16 else 2.0**-11
+    assert torch.allclose(got.double(), want.double(), rtol=2 * spacing, atol=1e-5)
+    assert (got != want).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_copies_gives_the_same_bits(emulator: Emulator, seed: int) -> None:
+    layer = Layer(20, 256, 2048, 128, seed=7)
+    first = product(emulator, layer, Tiling(32, 1, 4, 2))
+    layer.seed = 100 + seed
+    assert torch.equal(product(emulator, layer, Tiling(32, 1, 4, 2)), first)
+
+
+# Each change plants a synchronization bug that a GPU might hide most of the time. The emulation must not.
+BUGS = {
+    "a register operand is overwritten while it is read": ("products_wait<1>()", "products_wait<2>()"),
+    "a stage is handed back too early": ("if (s == 0 && previous >= 0", "if (s == 3 && (previous = ring.stage) >= 0"),
+    "the producer does not wait for empty stages": ("if (refill) barrier_wait", "if (false) barrier_wait"),
+    "consumers do not wait for full stages": ("barrier_wait(full_barrier(base, ring.stage), ring.parity);", ""),
+    "parts are laid over stages in use": ("sync_some<1, CONSUMERS>();", ""),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_emulation_finds_planted_races(emulator: Emulator, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, split = Path(source.FOLDER / "linear.cu").read_text(), 2 if "parts" in bug else 1
+    assert text.count(BUGS[bug][0]) >= 1
+    original = source.Kernel.text
+
+    def broken(kernel: source.Kernel, helpers: str | None = None) -> str:
+        return original(kernel, helpers).replace(*BUGS[bug])
+
+    layer, tiling = Layer(16, 128, 4096, seed=3), Tiling(64, 1, split, 2)
+    want = layer.want()
+    monkeypatch.setattr(source.Kernel, "text", broken)
+    try:
+        got = product(emulator, layer, tiling)
+    except RuntimeError:  # the emulation named a deadlock or a broken barrier
+        return
+    assert not torch.equal(got, want)
+
+
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_the_operator_runs_prepared_weights_of_this_layout(
+    emulator: Emulator, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer(6, 136, 256, group_size)
+    problem = Problem(layer.k, layer.n, group_size, layer.dtype, "cuda")
+    weight, scales = backend.prepare(pack(layer.codes), layer.scales, problem)
+
+    @contextmanager
+    def place_of(x: torch.Tensor) -> Iterator[backend.Place]:
+        emulator.tensors = [weight, scales]
+        yield emulator.place(everything_readable=True)
+
+    monkeypatch.setattr(backend, "place_of", place_of)
+    x = torch.cat((layer.x, layer.x)).view(2, 6, 256)[:, :, :]
+    got = ops.w4a8_linear(x, weight, scales, layer.bias.float(), layer.n, group_size, backend.LAYOUT)
+    assert got.shape == (2, 6, 136)
+    assert torch.allclose(got[1].float(), layer.want().float(), rtol=2**-7, atol=1e-5)
+    assert ops.w4a8_linear(x[:0], weight, scales, None, layer.n, group_size, backend.LAYOUT).shape == (0, 6, 136)
+
+
+def test_shapes_that_the_kernels_cannot_do_are_refused_in_words() -> None:
+    for k, n, group_size, word in [(100, 64, -1, "k must"), (128, 12, -1, "n must"), (256, 64, 64, "groups")]:
+        reason = backend.refuse_shape(Problem(k, n, group_size, torch.bfloat16, "cuda"))
+        assert reason is not None
+        assert word in reason
+    assert backend.refuse_shape(Problem(4096, 11008, 128, torch.bfloat16, "cuda")) is None
+    assert backend.refuse(Problem(128, 64, -1, torch.float32, "cuda")) is not None
+    assert backend.refuse(Problem(128, 64, -1, torch.bfloat16, "cpu")) == "needs a CUDA device"

@@ -1,0 +1,52 @@
+"""The Hopper layouts: fragment order and swizzle against their definitions, and their inverses."""
+
+import pytest
+import torch
+
+from qtoolkit.kernels.cuda import layout
+
+
+def random_codes(n: int, k: int) -> torch.Tensor:
+    return torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(n + k))
+
+
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (8, 8), (200, 136), (384, 256)])
+def test_fragment_order_loses_nothing(n: int, k: int) -> None:
+    codes = random_codes(n, k)
+    assert torch.equal(layout.from_fragments(layout.to_fragments(codes), n, k), codes)
+
+
+def test_a_threads_sixteen_bytes_are_two_steps_of_its_operand_registers() -> None:
+    """Register r, byte b of thread t holds row 16 (t/32) + (t%32)/4 + 8 (r%2), k 4 (t%4) + b + 16 (r/2) of m64k32."""
+    n, k = 256, 256
+    codes = random_codes(n, k)
+    weight = layout.to_fragments(codes)
+    places = [(0, 0, 0, 0, 0), (1, 0, 1, 77, 1), (0, 1, 1, 127, 3), (1, 1, 0, 34, 2)]
+    for row_chunk, k_block, block, thread, step in places:
+        at = block * 4096 + (step // 2) * 2048 + thread * 16 + (step % 2) * 8
+        words = weight[row_chunk, k_block, at : at + 8]
+        for r in range(4):
+            for byte in range(4):
+                packed = int(words[4 * (r // 2) + byte])
+                nibble = packed >> 4 if r % 2 == 0 else packed & 15
+                row = row_chunk * 128 + block * 64 + 16 * (thread // 32) + thread % 32 // 4 + 8 * (r % 2)
+                column = k_block * 128 + step * 32 + 4 * (thread % 4) + byte + 16 * (r // 2)
+                assert (nibble ^ 8) - 8 == codes[row, column]
+
+
+def test_swizzled_tokens_stand_where_the_tensor_core_looks_for_them() -> None:
+    codes = torch.randint(-127, 128, (21, 256), dtype=torch.int8)
+    swizzled = layout.to_swizzled(codes)
+    assert swizzled.shape == (2, 24, 128)
+    for token, k in [(0, 0), (3, 17), (9, 130), (20, 255), (7, 127)]:
+        address = token * 128 + k % 128
+        address ^= (address >> 7 & 7) << 4  # the hardware's 128-byte swizzle works on address bits
+        assert swizzled[k // 128].flatten()[address] == codes[token, k]
+
+
+def test_scales_lose_nothing_to_the_factor_of_sixteen() -> None:
+    scales = torch.rand(40, 3).bfloat16()
+    own = layout.to_kernel_scales(scales, 128)
+    assert own.shape == (3, 128)
+    assert torch.equal(own[:, :40].T * 16, scales.float())
+    assert not own[:, 40:].any()
