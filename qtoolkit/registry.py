@@ -49,6 +49,26 @@ class Registry:
 
 transforms = Registry(
     "transform",
-    {"smooth": "qtoolkit.calibration.smoothing:Smooth", "gptq": "qtoolkit.calibration.compensation:Compensate"},
+    {
+        "smooth": "qtoolkit.calibration.smoothing:Smooth",
+        "gptq": "qtoolkit.calibration.compensation:Compensate",
+        "sparsify": "qtoolkit.calibration.sparsify:Sparsify",
+        "filters": "qtoolkit.calibration.filters:Filters",
+        "binarize": "qtoolkit.calibration.binarize:Binarize",
+        "debut": "qtoolkit.calibration.debut:Debut",
+        "recover": "qtoolkit.calibration.recover:Recover",
+        "batchnorm": "qtoolkit.calibration.batchnorm:BatchNorm",
+    },
 )
-packers = Registry("packer", {"int4": "qtoolkit.packing.int4:PACKER", "qqq": "qtoolkit.packing.qqq:PACKER"})
+packers = Registry(
+    "packer",
+    {
+        "int4": "qtoolkit.packing.int4:PACKER",
+        "qqq": "qtoolkit.packing.qqq:PACKER",
+        "nm": "qtoolkit.packing.nm:PACKER",
+        "block": "qtoolkit.packing.block:PACKER",
+        "filter": "qtoolkit.packing.filter:PACKER",
+        "binary": "qtoolkit.packing.binary:PACKER",
+        "debut": "qtoolkit.packing.debut:PACKER",
+    },
+)

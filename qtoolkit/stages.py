@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qtoolkit.scheme import Scheme
 
@@ -110,27 +110,40 @@ class Context:
     say: Callable[[str], None]
 
 
-class Transform(Protocol):
+class Weight(Protocol):
+    """What a packer stores, whatever its form: integers and scales, a sparse matrix, a product of factors."""
+
+    def dequantize(self) -> Tensor:
+        """Return the matrix [n, k] that it stands for."""
+        ...
+
+
+C = TypeVar("C", contravariant=True)  # Context for language models, vision's own for image classifiers
+S = TypeVar("S", contravariant=True)  # Scheme, or vision's Pattern
+W = TypeVar("W", bound=Weight)
+
+
+class Transform(Protocol[C]):
     """Changes a block's float weights so that the float block computes what will be served."""
 
-    def apply(self, block: Block, stream: Stream, context: Context) -> dict[str, dict[str, float]]:
+    def apply(self, block: Block, stream: Stream, context: C) -> dict[str, dict[str, float]]:
         """Change ``block`` in place; return figures per target or group for the report."""
         ...
 
 
-class Packer(Protocol):
-    """Pure and invertible: a method's integers to named tensors and back. ``pack(unpack(p)) == p`` bit for bit."""
+class Packer(Protocol[W, S]):
+    """Pure and invertible: a method's weight to named tensors and back. ``pack(unpack(p)) == p`` bit for bit."""
 
     name: str
 
-    def refuse(self, n: int, k: int, scheme: Scheme) -> str | None:
+    def refuse(self, n: int, k: int, scheme: S) -> str | None:
         """Return why a layer of n outputs and k inputs cannot be packed, or None."""
         ...
 
-    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+    def pack(self, weight: W) -> dict[str, Tensor]:
         """Return the tensors to store, on local names."""
         ...
 
-    def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    def unpack(self, tensors: Mapping[str, Tensor]) -> W:
         """Return what ``pack`` was given."""
         ...
