@@ -32,7 +32,7 @@ def embed(skeleton: Skeleton, source: Source, tokens: Tensor) -> Stream:
     embedding = decoder.get_input_embeddings()
     name = next(key for key, module in skeleton.model.named_modules() if module is embedding)
     embedding.to_empty(device="cpu")
-    embedding.weight.data = source.read(f"{name}.weight").float()
+    embedding.weight.data = source.read_finite(f"{name}.weight")
     decoder.rotary_emb = type(decoder.rotary_emb)(skeleton.config)  # its tables are not stored
     stream = Stream([], [])
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from qtoolkit.errors import ModelError, NumericError
+from qtoolkit.errors import ModelError
 from qtoolkit.recipe import explain
 from qtoolkit.registry import suggest
 from qtoolkit.source import Source
@@ -88,7 +88,7 @@ class Skeleton:
         name = f"{self.architecture.blocks}.{index}"
         empty = self.blocks[index]
         module = copy.deepcopy(empty).to_empty(device="cpu")
-        state = {local: _finite(f"{name}.{local}", source) for local in empty.state_dict()}
+        state = {local: source.read_finite(f"{name}.{local}") for local in empty.state_dict()}
         module.load_state_dict(state, strict=True)
         module.to(torch.float32).eval().requires_grad_(False)
         heads, kv_heads = self.config.num_attention_heads, getattr(self.config, "num_key_value_heads", None)
@@ -131,14 +131,6 @@ def stored_dtype(source: Source) -> torch.dtype:
     text: Any = source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16"
     dtype = getattr(torch, str(text), None)
     return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.bfloat16
-
-
-def _finite(name: str, source: Source) -> torch.Tensor:
-    tensor = source.read(name).float()
-    bad = int((~tensor.isfinite()).sum())
-    if bad:
-        raise NumericError(f"{source.name}: {name} holds {bad} values that are NaN or Inf.", "The weights are damaged.")
-    return tensor
 
 
 def _check_shapes(model: PreTrainedModel, source: Source) -> None:

@@ -115,11 +115,12 @@ class Job:
         self.close()
 
     def close(self) -> None:
-        """Let go of the run; an unpublished one can be resumed."""
+        """Let go of the run; an unpublished one can be resumed, if it got anywhere."""
+        held = self._lock is not None
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-        if self.published:
+        if self.published or (held and not any(self.folder.glob("block-*.safetensors"))):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, part: str) -> Path:

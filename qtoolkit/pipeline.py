@@ -231,6 +231,8 @@ class Run:
             return tokens
         first = data.start_tokens(tokenizer)
         self.progress.say(f"the model writes {wanted.samples} x {length} tokens to calibrate on")
+        for name in self.source.files:
+            self.source.read_finite(name)  # a model with a NaN writes nothing: name the layer now
         model = AutoModelForCausalLM.from_pretrained(self.source.path, dtype=torch.float32).eval()
         begin = int(first[0]) if len(first) else int(tokenizer.eos_token_id or 0)
         return data.self_written(model, begin, wanted.samples, length, wanted.seed)

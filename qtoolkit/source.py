@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtoolkit.errors import ModelError, RequestError
+from qtoolkit.errors import ModelError, NumericError, RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,18 +75,31 @@ class Source:
         with _open(self.files[name]) as handle:
             return handle.get_tensor(name)
 
+    def read_finite(self, name: str) -> Tensor:
+        """Return one tensor in float32.
+
+        Raises:
+            NumericError: it holds NaN or Inf.
+        """
+        tensor = self.read(name).float()
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            values = f"{bad} values that are NaN or Inf"
+            raise NumericError(f"{self.name}: {name} holds {values}.", "The weights are damaged.")
+        return tensor
+
     @property
     def bytes(self) -> int:
         """Return the size of the weight files in bytes."""
         return sum(path.stat().st_size for path in set(self.files.values()))
 
     def digest(self) -> str:
-        """Return 12 hex digits of config and weight files' headers and sizes: enough to notice another model."""
+        """Return 12 hex digits of the content of config.json and every weight file."""
         state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for path in sorted(set(self.files.values())):
             with path.open("rb") as file:
-                head = file.read(1 << 16)
-            state.update(f"{path.name} {path.stat().st_size}".encode() + head)
+                while chunk := file.read(1 << 24):
+                    state.update(chunk)
         return state.hexdigest()[:12]
 
 

@@ -29,7 +29,7 @@ def python_files() -> list[tuple[str, Path]]:
     for path in sorted((ROOT / "qtoolkit").rglob("*.py")):
         inside = path.relative_to(ROOT / "qtoolkit").parts
         if inside[0] not in STAGES:
-            found.append(("cli" if inside[0] == "cli" else "core", path))
+            found.append(("cli" if inside[0] in ("cli", "__main__.py") else "core", path))
     return found
 
 
@@ -82,8 +82,11 @@ def test_importing_qtoolkit_and_asking_for_help_load_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_kernels_folder_refuses_to_shadow_the_package_of_that_name() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert "qtoolkit.kernels" in done.stderr
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [("import transformers.activations", ""), ("from kernels import get_kernel", "hides the package 'kernels'")],
+)
+def test_from_the_repository_root_transformers_works_and_the_hidden_package_is_named(script: str, error: str) -> None:
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (not error)
+    assert error in done.stderr

@@ -1,0 +1,120 @@
+"""Hessian compensation against a slow float64 formulation, on random layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtoolkit.calibration import grid
+from qtoolkit.calibration.compensation import CompensateOptions, Solved
+from qtoolkit.calibration.hessian import Hessian
+from qtoolkit.calibration.options import read
+from qtoolkit.errors import RequestError
+from qtoolkit.scheme import Scheme
+
+
+def made(k: int, tokens: int = 400, seed: int = 0) -> tuple[Hessian, Tensor]:
+    """Return a Hessian of correlated inputs, and the inputs."""
+    draw = torch.Generator().manual_seed(seed)
+    mix = torch.randn(k, k, generator=draw) * torch.rand(k, generator=draw).pow(2)
+    x = torch.randn(tokens, k, generator=draw) @ mix
+    hessian = Hessian(k)
+    for part in x.split(77):
+        hessian.update(part)
+    return hessian, x
+
+
+def optimal_brain(weight: Tensor, matrix: Tensor, scales: Tensor, scheme: Scheme, damping: float) -> Tensor:
+    """Round one input after another, solving exactly for all inputs still to come (OBS), in float64.
+
+    GPTQ's Cholesky form is algebraically this: after fixing a column, the rest takes the least-squares update that the
+    inverse of the remaining Hessian gives.
+    """
+    w, h = weight.double().clone(), matrix.double()
+    h = h + torch.eye(len(h), dtype=torch.float64) * damping * h.diagonal().mean()
+    order = torch.argsort(matrix.diagonal(), descending=True, stable=True).tolist()
+    size = weight.shape[1] // scales.shape[1]
+    codes = torch.zeros(weight.shape, dtype=torch.int8)
+    for place, column in enumerate(order):
+        step = scales[:, column // size].double()
+        code = (w[:, column] / step).round().clamp(*scheme.code_range)
+        codes[:, column] = code.to(torch.int8)
+        rest = order[place:]
+        inverse = torch.linalg.inv(h[rest][:, rest])
+        error = (w[:, column] - code * step) / inverse[0, 0]
+        w[:, rest] -= torch.outer(error, inverse[0])
+    return codes
+
+
+@pytest.mark.parametrize("group_size", [16, -1])
+def test_codes_equal_those_of_the_exact_formulation(group_size: int) -> None:
+    hessian, _ = made(48)
+    scheme = Scheme(group_size=group_size)
+    weight = torch.randn(20, 48, generator=torch.Generator().manual_seed(3))
+    quantized = Solved(hessian, CompensateOptions(scale_search=False)).quantize(weight, scheme, torch.float32)
+    expected = optimal_brain(weight, hessian.matrix, quantized.scales, scheme, damping=0.01)
+    differing = (quantized.codes != expected).float().mean()
+    assert differing < 0.01  # a value next to a rounding tie may fall either way in fp32, and its successors follow
+
+
+def test_wide_matrices_cross_the_lazy_block_boundary_unharmed() -> None:
+    hessian, _ = made(300)
+    scheme = Scheme(group_size=-1)
+    weight = torch.randn(4, 300, generator=torch.Generator().manual_seed(4))
+    quantized = Solved(hessian, CompensateOptions(scale_search=False)).quantize(weight, scheme, torch.float32)
+    expected = optimal_brain(weight, hessian.matrix, quantized.scales, scheme, damping=0.01)
+    assert (quantized.codes != expected).float().mean() < 0.02
+
+
+def test_compensation_and_scale_search_each_lower_the_output_error() -> None:
+    hessian, x = made(128, tokens=1000)
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(5))
+    scheme = Scheme(group_size=32)
+    errors = []
+    for options in (
+        CompensateOptions(compensate=False, scale_search=False),
+        CompensateOptions(compensate=False),
+        CompensateOptions(),
+    ):
+        solved = Solved(hessian, options)
+        served = solved.quantize(weight, scheme, torch.bfloat16).dequantize()
+        errors.append(solved.relative_error(weight, served))
+        direct = ((weight - served) @ x.T).square().sum() / (weight @ x.T).square().sum()
+        assert errors[-1] == pytest.approx(float(direct), rel=1e-3)
+    assert errors[2] < 0.7 * errors[0]  # correlated inputs: compensation takes back a good part of the loss
+    assert errors[1] < errors[0]
+
+
+def test_scales_are_rounded_before_codes_are_chosen() -> None:
+    hessian, _ = made(64)
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(6))
+    quantized = Solved(hessian, CompensateOptions(compensate=False)).quantize(
+        weight, Scheme(group_size=16), torch.bfloat16
+    )
+    assert quantized.scales.dtype == torch.bfloat16
+    assert torch.equal(quantized.codes, grid.to_codes(weight, quantized.scales, Scheme(group_size=16)))
+
+
+def test_dead_inputs_and_a_singular_hessian_are_survived() -> None:
+    hessian = Hessian(32)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(7))  # 5 tokens: rank 5 of 32
+    x[:, 3] = 0.0
+    hessian.update(x)
+    solved = Solved(hessian, CompensateOptions())
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(8))
+    quantized = solved.quantize(weight, Scheme(group_size=-1), torch.bfloat16)
+    assert not quantized.codes[:, 3].any()
+    assert quantized.dequantize().isfinite().all()
+
+
+def test_a_zero_weight_gets_zero_codes_and_a_scale_that_float16_holds() -> None:
+    hessian, _ = made(16)
+    quantized = Solved(hessian, CompensateOptions()).quantize(torch.zeros(2, 16), Scheme(group_size=8), torch.float16)
+    assert not quantized.codes.any()
+    assert (quantized.scales > 0).all()
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(RequestError, match="damping"):
+        read(CompensateOptions, "gptq", {"dampin": 1})

@@ -1,0 +1,83 @@
+"""Smoothing against an independent float64 formulation, and the promise that folding changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests_support import save_random
+
+from qtoolkit import architecture
+from qtoolkit.calibration import capture, grid, smoothing
+from qtoolkit.scheme import Scheme
+from qtoolkit.source import resolve
+from qtoolkit.stages import Block, Context, Stream
+
+CONTEXT = Context(Scheme(group_size=64), torch.bfloat16, print)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def block_and_stream(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Block, Stream]:
+    """The first block of a random model (grouped-query attention, biases or q/k norms), and what it receives."""
+    folder = save_random(tmp_path_factory.mktemp("model") / request.param, request.param)
+    source = resolve(folder)
+    skeleton = architecture.skeleton(source)
+    tokens = torch.randint(2, 258, (3, 24), generator=torch.Generator().manual_seed(1))
+    return skeleton.block(0, source), capture.embed(skeleton, source, tokens)
+
+
+def outputs(block: Block, stream: Stream) -> torch.Tensor:
+    return torch.cat(capture.advance(block, stream).batches)
+
+
+def test_folding_any_scales_leaves_the_block_s_function(block_and_stream: tuple[Block, Stream]) -> None:
+    block, stream = block_and_stream
+    before = outputs(block, stream)
+    for group in block.groups:
+        largest = smoothing.input_range(block, group, stream)  # tied across a key/value head's readers
+        smoothing.fold(block, group, 1.0 + largest)
+    # fp32: each output is a sum of about 256 products, a few units in the last place apart
+    torch.testing.assert_close(outputs(block, stream), before, rtol=2e-5, atol=2e-6)
+
+
+def test_value_scales_are_shared_by_the_query_heads_that_read_them(block_and_stream: tuple[Block, Stream]) -> None:
+    block, stream = block_and_stream
+    group = next(group for group in block.groups if group.heads)
+    heads = smoothing.input_range(block, group, stream).view(-1, block.kv_repeats, block.head_dim)
+    assert torch.equal(heads, heads[:, :1].expand_as(heads))
+    assert heads.shape[1] == 2
+
+
+def test_the_loss_is_the_one_of_the_paper(block_and_stream: tuple[Block, Stream]) -> None:
+    block, stream = block_and_stream
+    group = next(group for group in block.groups if group.name == "down_proj")
+    calls = smoothing.record(block, group, stream, tokens=72)
+    scales = smoothing.input_range(block, group, stream) / 0.01 + 1
+    loss = smoothing.group_loss(block, group, calls, scales, CONTEXT)
+
+    weight = block.linear("mlp.down_proj").weight.double()
+    total = 0.0
+    for call in calls:
+        for x in call.args[0].double().flatten(0, 1):
+            smooth = x / scales
+            a = smooth.abs().max() / 127
+            xq = (smooth / a).round() * a
+            w = (weight * scales).view(weight.shape[0], -1, 64)
+            s = w.abs().amax(-1, keepdim=True) / 7
+            wq = ((w / s).round().clamp(-8, 7) * s).flatten(1)
+            total += float(((wq @ xq - weight @ x) ** 2).sum())
+    assert loss == pytest.approx(total / 72, rel=1e-3)  # rounding ties fall differently in fp32 and fp64
+
+
+def test_the_search_never_ends_worse_than_no_smoothing(block_and_stream: tuple[Block, Stream]) -> None:
+    block, stream = block_and_stream
+    report = smoothing.Smooth(smoothing.SmoothOptions(grid=12)).apply(block, stream, CONTEXT)
+    assert set(report) == {"qkv", "o_proj", "up_and_gate", "down_proj"}
+    for figures in report.values():
+        assert figures["loss"] <= figures["loss_unsmoothed"]
+        assert figures["largest_scale"] >= 1.0
+
+
+def test_an_outlier_channel_is_smoothed() -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    rounded = grid.rounded(weight, CONTEXT.scheme)
+    assert 0 < float((rounded - weight).abs().max()) <= float(weight.abs().max()) / 14 * 1.0001  # half a step of 1/7

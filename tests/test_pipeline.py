@@ -1,0 +1,293 @@
+"""The whole run on small random models: what is written, that it loads everywhere, resumes, and repeats bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests_support import save_random
+from transformers import AutoModelForCausalLM
+
+import qtoolkit
+from qtoolkit import checkpoint
+from qtoolkit.errors import CheckpointError, DataError, ModelError, NumericError, RequestError
+from qtoolkit.runtime import W4A8Linear
+from qtoolkit.scheme import CHANNEL
+
+QUICK = {"calibration.samples": 4, "calibration.length": 32, "smooth.grid": 5, "scheme.group_size": 64}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return a hash of every weight file and config of a checkpoint."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def quantized(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished checkpoint of the random model."""
+    folder = tmp_path_factory.mktemp("quantized") / "out"
+    qtoolkit.quantize(random_llama, "w4a8", folder, changes=QUICK)
+    return folder
+
+
+def test_the_result_says_what_was_done(random_llama: Path, tmp_path: Path) -> None:
+    result = qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK)
+    assert result.ok
+    assert result.scheme == "W4A8-g64"
+    assert len(result.layers) == 14
+    assert all(0 < layer["error"] < 0.2 for layer in result.layers)
+    assert result.bytes_after < result.bytes_before
+    assert result.calibration_tokens == 4 * 32
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_config_is_standard_and_the_manifest_is_whole(quantized: Path) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    config = json.loads((quantized / "config.json").read_text())
+    parsed = QuantizationConfig.model_validate(config["quantization_config"])
+    (scheme,) = parsed.config_groups.values()
+    assert (scheme.weights.num_bits, scheme.weights.group_size) == (4, 64)
+    assert (scheme.input_activations.num_bits, scheme.input_activations.dynamic) == (8, True)
+    manifest = checkpoint.verify(quantized)
+    assert {layer.name for layer in manifest.layers} == {
+        f"model.layers.{i}.{name}"
+        for i in range(2)
+        for name in (
+            *(f"self_attn.{p}_proj" for p in "qkvo"),
+            *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+        )
+    }
+    assert {group.name for group in manifest.groups} >= {"model.layers.0.qkv", "model.layers.1.o_proj"}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("group_size", [64, CHANNEL])
+def test_stock_transformers_computes_what_our_float_simulation_computes(
+    model_type: str, group_size: int, tmp_path: Path
+) -> None:
+    tied = model_type == "qwen2"
+    model = save_random(tmp_path / "model", model_type, tie_word_embeddings=tied)
+    qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes={**QUICK, "scheme.group_size": group_size})
+    tokens = torch.randint(2, 258, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        simulated = qtoolkit.load(tmp_path / "out", activations=False)(tokens).logits
+        served = qtoolkit.load(tmp_path / "out")(tokens).logits
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)(tokens).logits
+        original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)(tokens).logits
+    assert type(stock) is torch.Tensor
+    scale = float(original.float().std())
+    # stock transformers rounds activations to int8 too, so it stands between the two; bf16 keeps 8 bits
+    assert float((stock - served).abs().float().mean()) < 0.05 * scale
+    assert float((simulated - served).abs().float().mean()) < 0.05 * scale
+    assert 0 < float((served - original).abs().float().mean()) < 0.5 * scale
+
+
+def test_every_quantized_layer_runs_as_w4a8(quantized: Path) -> None:
+    model = qtoolkit.load(quantized)
+    layers = [module for module in model.modules() if isinstance(module, W4A8Linear)]
+    assert len(layers) == 14
+    assert isinstance(model.lm_head, torch.nn.Linear)
+
+
+def test_two_runs_write_the_same_bytes(random_llama: Path, quantized: Path, tmp_path: Path) -> None:
+    qtoolkit.quantize(random_llama, "w4a8", tmp_path / "again", changes=QUICK)
+    assert digests(tmp_path / "again") == digests(quantized)
+
+
+def test_layers_that_no_group_fits_stay_in_float_and_are_reported(tmp_path: Path) -> None:
+    model = save_random(tmp_path / "model", intermediate_size=168)  # 168 is no multiple of 64
+    result = qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes=QUICK)
+    kept = [row["name"] for row in result.unquantized]
+    assert kept == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert "168" in result.unquantized[0]["reason"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "model.layers.0.mlp.down_proj" in config["quantization_config"]["ignore"]
+    assert isinstance(qtoolkit.load(tmp_path / "out").model.layers[0].mlp.down_proj, torch.nn.Linear)
+
+
+def test_a_finished_folder_is_refused_and_fresh_replaces_it(
+    random_llama: Path, quantized: Path, tmp_path: Path
+) -> None:
+    before = digests(quantized)
+    with pytest.raises(RequestError, match="finished checkpoint"):
+        qtoolkit.quantize(random_llama, "w4a8", quantized, changes=QUICK)
+    assert digests(quantized) == before
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(RequestError, match="not a qtoolkit checkpoint"):
+            qtoolkit.quantize(random_llama, "w4a8", tmp_path / "taken", changes=QUICK, fresh=fresh)
+    assert (tmp_path / "taken" / "file").read_text() == "mine"
+
+
+def test_an_interrupted_run_refuses_other_options(random_llama: Path, tmp_path: Path) -> None:
+    class Stop:
+        def start(self, blocks: int, done: int) -> None: ...
+        def say(self, text: str) -> None: ...
+        def block(self, name: str, error: float) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK, progress=Stop())
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RequestError, match="recipe"):
+        qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes={**QUICK, "calibration.seed": 9})
+
+
+def test_killing_at_random_moments_leaves_nothing_that_looks_finished_and_resumes_to_the_same_bytes(
+    random_llama: Path, quantized: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [f"--set={key}={value}" for key, value in QUICK.items()]
+    command = [sys.executable, "-m", "qtoolkit", "quantize", str(random_llama), "-o", str(out), *words]
+    began = time.monotonic()
+    whole = subprocess.run([*command[:6], str(tmp_path / "timed"), *words], capture_output=True, text=True, check=False)
+    assert whole.returncode == 0, whole.stderr
+    duration = time.monotonic() - began
+    draw = torch.Generator().manual_seed(0)
+    kills = 0
+    for attempt in range(60):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        try:
+            # imports take most of the time: aim at the second half, where the files are written
+            child.wait(duration * (0.5 + 0.6 * float(torch.rand(1, generator=draw))) if kills < 10 else 300)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            kills += 1
+        if out.exists():
+            checkpoint.verify(out)  # whatever bears the output's name is whole
+        if child.returncode == 0 and kills >= 10:
+            break
+        if child.returncode == 0:
+            for path in (out, tmp_path / "out.partial"):  # finished before ten kills: start over
+                subprocess.run(["rm", "-rf", str(path)], check=True)
+        elif child.returncode not in (-signal.SIGKILL, 0):
+            assert child.stderr is not None
+            pytest.fail(f"attempt {attempt}: {child.stderr.read()}")
+    assert kills >= 10
+    assert digests(out) == digests(quantized)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_bad_models_are_refused_in_one_sentence(random_llama: Path, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in random_llama.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    def refused(kind: type[Exception], words: str, model: Path | str) -> None:
+        with pytest.raises(kind, match=words):
+            qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes=QUICK)
+        assert not (tmp_path / "out").exists()
+
+    refused(RequestError, "no such folder", str(tmp_path / "nowhere"))
+    refused(RequestError, "not a hub name", "no-such-model")
+    (tmp_path / "empty").mkdir()
+    refused(ModelError, r"no config\.json", tmp_path / "empty")
+
+    unsupported = copy("unsupported")
+    config = json.loads((unsupported / "config.json").read_text())
+    (unsupported / "config.json").write_text(json.dumps({**config, "model_type": "lama"}))
+    refused(ModelError, "'lama' is not supported. Did you mean llama", unsupported)
+
+    truncated = copy("truncated")
+    weights = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(weights[:-100])
+    refused(ModelError, "damaged or truncated", truncated)
+
+    pickled = copy("pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    refused(ModelError, "pickled", pickled)
+
+    mismatching = copy("mismatching")
+    (mismatching / "config.json").write_text(json.dumps({**config, "intermediate_size": 320}))
+    refused(ModelError, r"mlp.*has shape", mismatching)
+
+    for name, bad in (("nan", torch.nan), ("inf", torch.inf)):
+        damaged = copy(name)
+        tensors = load_file(damaged / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = bad
+        save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(NumericError, match=r"model\.layers\.1\.mlp\.up_proj"):
+            qtoolkit.quantize(damaged, "w4a8", tmp_path / f"out-{name}", changes=QUICK)
+        assert not (tmp_path / f"out-{name}").exists()
+
+
+def test_bad_calibration_data_is_refused(random_llama: Path, tmp_path: Path) -> None:
+    def run(data: Path | str) -> None:
+        qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes={**QUICK, "calibration.data": str(data)})
+
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": 1}\n')
+    with pytest.raises(DataError, match="holds no text"):
+        run(tmp_path / "empty.txt")
+    with pytest.raises(DataError, match="9 tokens"):
+        run(tmp_path / "short.txt")
+    with pytest.raises(DataError, match="line 2"):
+        run(tmp_path / "bad.jsonl")
+    with pytest.raises(RequestError, match="wikitext2"):
+        run("wikitext")
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_on_text_and_on_chat_transcripts(random_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("All happy families are alike. " * 40)
+    row = {"messages": [{"role": "user", "content": "Hello there. " * 30}, {"role": "assistant", "content": "Yes."}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"text": "and text"}))
+    for name in ("text.txt", "chat.jsonl"):
+        changes = {**QUICK, "calibration.data": str(tmp_path / name)}
+        assert qtoolkit.quantize(random_llama, "w4a8", tmp_path / f"{name}-out", changes=changes).ok
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(quantized: Path, tmp_path: Path) -> None:
+    def damaged(name: str, change: str, text: bytes) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in quantized.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        (folder / change).write_bytes(text)
+        return folder
+
+    manifest = json.loads((quantized / "qtoolkit.json").read_text())
+    weights = (quantized / "model.safetensors").read_bytes()
+    newer = json.dumps({**manifest, "schema_version": 99}).encode()
+    strange = json.dumps({**manifest, "surprise": 1}).encode()
+    for words, folder in (
+        ("schema version 99", damaged("newer", "qtoolkit.json", newer)),
+        ("surprise", damaged("strange", "qtoolkit.json", strange)),
+        ("damaged", damaged("half", "qtoolkit.json", b'{"schema_version": 1')),
+        ("bytes instead of", damaged("short", "model.safetensors", weights[:-7])),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            qtoolkit.load(folder)
+    with pytest.raises(RequestError, match="no such folder"):
+        qtoolkit.load(tmp_path / "nowhere")
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        with pytest.raises(qtoolkit.errors.QToolkitError, match="disk is full"):
+            qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK)
+    assert not (tmp_path / "out").exists()
+    assert qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK).ok
