@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,7 +11,12 @@ from qtoolkit.kernels.cuda.layout import K_BLOCK, padded
 from qtoolkit.kernels.cuda.source import Tiling, stage_bytes
 
 TABLES = Path(__file__).parent.parent / "tuning"
-TOKENS = (8, 16, 32, 48, 64, 96, 128, 256)
+# A thread holds blocks * tokens / 2 sums, with groups tokens / 2 more; small tiles leave room for two blocks at once.
+SHAPES = tuple(
+    [Tiling(tokens, 1, 1, 2) for tokens in (8, 16, 32, 48, 64)]
+    + [Tiling(tokens, 1, 1, 1) for tokens in (96, 128, 256)]
+    + [Tiling(tokens, 2, 1, 1) for tokens in (64, 96, 128)]
+)
 SPLITS = (1, 2, 4, 8)  # 8 is the largest portable cluster
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 4096)
 
@@ -29,13 +35,10 @@ def candidates(tokens: int, n: int, k: int, grouped: bool) -> list[Tiling]:
     """Return every tiling that the kernel supports for this size and that is not plainly wasteful."""
     k_blocks = padded(k) // K_BLOCK
     found = []
-    widths = [w for w in TOKENS if w < 2 * max(tokens, 4)]
-    for width in widths:
-        for blocks in (1, 2):
-            small = width <= 64 and blocks == 1
-            if padded(n) % (128 * blocks) or blocks * width > 256 or (grouped and width == 256):
-                continue  # rows in whole tiles; registers: blocks * width / 2 sums a thread, twice that with groups
-            found += [Tiling(width, blocks, split, 2 if small else 1) for split in SPLITS if split <= k_blocks]
+    for shape in SHAPES:
+        if shape.tokens >= 2 * max(tokens, 8) or padded(n) % (128 * shape.blocks) or (grouped and shape.tokens == 256):
+            continue  # mostly empty; rows in whole tiles; a group's sums of 256 tokens do not fit into registers
+        found += [replace(shape, split=split) for split in SPLITS if split <= k_blocks]
     return found
 
 

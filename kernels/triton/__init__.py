@@ -1,0 +1,1 @@
+"""Portable GPU kernels in Triton, for every NVIDIA card from Ampere on; Triton is imported on first use only."""

@@ -1,0 +1,127 @@
+"""The Triton backend: refuses what the kernels cannot do, prepares weights, and launches quantizer and product."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtoolkit.kernels import ops
+from qtoolkit.kernels.selection import Backend, Problem
+from qtoolkit.kernels.triton import layout
+
+LAYOUT = "halves"
+MULTIPROCESSORS = 108  # A100; only the split of the inputs depends on it
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is cut: tokens x rows of a tile, shares of the inputs, warps and pipeline stages of a program."""
+
+    tokens: int
+    rows: int
+    split: int
+    warps: int
+    stages: int
+
+
+def tiling(tokens: int, n: int, k: int, grouped: bool) -> Tiling:
+    """Choose tiles so that a card of about 100 multiprocessors is filled and products keep to their registers."""
+    width = 16
+    while width < min(tokens, 128):
+        width *= 2
+    rows = 64 if width == 128 and grouped else 128
+    tiles = layout.padded(n) // rows * -(-tokens // width)
+    split = 1
+    while split < 8 and 2 * tiles * split <= 2 * MULTIPROCESSORS and layout.padded(k) // layout.BLOCK >= 8 * split:
+        split *= 2
+    return Tiling(width, rows, split, 8 if width >= 64 and rows == 128 else 4, 4 if width <= 64 else 3)
+
+
+def refuse(problem: Problem) -> str | None:
+    """Return why these kernels cannot run ``problem`` here, or None."""
+    if problem.device != "cuda":
+        return "needs a CUDA device"
+    if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"activations must be floating point, not {problem.dtype}"
+    size = problem.group_size
+    if size != -1 and size != layout.BLOCK // 2 and size % layout.BLOCK:
+        return f"groups must be 64 or whole blocks of {layout.BLOCK} inputs, not {size}"
+    if size != -1 and problem.k % size:
+        return f"{problem.k} inputs are no whole number of groups of {size}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"needs compute capability 8.0 or newer, not {torch.cuda.get_device_capability()}"
+    return None
+
+
+def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Permute a checkpoint's weight into halves, on the device it lies on."""
+    return layout.prepare(packed, scales, problem.k, problem.group_size)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize x [tokens, k]; return codes int8 [tokens, k padded], zeros behind k, and scales fp32 [tokens]."""
+    from qtoolkit.kernels.triton import kernels
+
+    tokens, k = x.shape
+    codes = torch.empty(tokens, layout.padded(k), dtype=torch.int8, device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    kernels.quantize_tokens[(tokens,)](x, codes, scales, k, codes.shape[1], BLOCK=1024, num_warps=4)
+    return codes, scales
+
+
+def multiply(
+    codes: Tensor,
+    token_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    group_size: int,
+    cut: Tiling,
+) -> None:
+    """Launch the product of quantized tokens with a prepared weight into out [tokens, n]."""
+    from qtoolkit.kernels.triton import kernels
+
+    tokens, n = out.shape
+    n_padded, k_padded = weight.shape[0], codes.shape[1]
+    grouped = group_size != -1
+    shares = torch.float32 if grouped else torch.int32
+    parts = torch.empty(cut.split, tokens, n, dtype=shares, device=out.device) if cut.split > 1 else out
+    some_bias = bias if bias is not None else out  # a pointer that is not read
+    grid = (n_padded // cut.rows * -(-tokens // cut.tokens), cut.split)
+    kernels.linear[grid](
+        weight, scales, codes, token_scales, some_bias, out, parts, tokens, n, n_padded, k_padded, group_size,
+        TOKENS=cut.tokens, ROWS=cut.rows, SPLIT=cut.split, GROUPED=grouped, HALF_GROUPS=group_size == 64,
+        BIAS=bias is not None, ASM=os.environ.get("TRITON_INTERPRET") != "1",
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    if cut.split > 1:
+        kernels.add_shares[(tokens, -(-n // 1024))](
+            parts, scales, token_scales, some_bias, out, tokens, n,
+            SPLIT=cut.split, GROUPED=grouped, BIAS=bias is not None, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+
+
+def run(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int) -> Tensor:
+    """Quantize tokens and multiply; see ``ops.w4a8_linear``. Launches on the current stream, no synchronization."""
+    out = x.new_empty(*x.shape[:-1], n)
+    if out.numel() == 0:
+        return out
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    tokens, k = rows.shape
+    codes, token_scales = quantize(rows)
+    cut = tiling(tokens, n, k, group_size != -1)
+    multiply(codes, token_scales, weight, scales, bias, out.view(tokens, n), group_size, cut)
+    return out
+
+
+ops.register_layout(LAYOUT, run)
+BACKENDS = (Backend("triton", LAYOUT, refuse, prepare),)

@@ -1,0 +1,136 @@
+"""The W4A8 product, the sum of its shares, and the token quantizer, written in Triton.
+
+The product is computed transposed, ``out^T = W @ X^T``: weights are the left operand, which Hopper's warpgroup product
+takes from registers, so unpacked nibbles are not written back to shared memory, and few tokens waste little.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def quantize_tokens(x_ptr, codes_ptr, scales_ptr, k, k_padded, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Quantize row ``program_id(0)`` of x [tokens, k] to int8 [tokens, k_padded]; see ``reference.quantize_tokens``."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    top = tl.zeros((BLOCK,), tl.float32)
+    bad = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, k, BLOCK):
+        x = tl.load(x_ptr + row * k + start + at, mask=start + at < k, other=0.0).to(tl.float32)
+        magnitude = tl.abs(x)
+        bad |= (magnitude <= 3.4028234663852886e38).to(tl.int32) ^ 1  # NaN and Inf fail the comparison
+        top = tl.maximum(top, magnitude)
+    finite = tl.max(bad, 0) == 0
+    absmax = tl.max(top, 0)
+    zero = absmax < 7.888609052210118e-31  # 2^-100
+    usable = tl.where(finite & (absmax >= 7.888609052210118e-31), absmax, 1.0)
+    inverse = tl.where(finite & (absmax >= 7.888609052210118e-31), tl.math.div_rn(127.0, usable), 0.0)
+    scale = tl.where(finite, tl.where(zero, 0.0, tl.math.div_rn(usable, 127.0)), float("nan"))
+    tl.store(scales_ptr + row, scale)
+    for start in range(0, k_padded, BLOCK):
+        x = tl.load(x_ptr + row * k + start + at, mask=start + at < k, other=0.0).to(tl.float32)
+        scaled = tl.where(finite, x, 0.0) * inverse
+        rounded = (scaled + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum rounds half to even
+        tl.store(codes_ptr + row * k_padded + start + at, rounded.to(tl.int8), mask=start + at < k_padded)
+
+
+@triton.jit
+def _unpack(q, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return 16 times the codes in the low and in the high nibbles of int8 ``q``, four bytes an instruction."""
+    if ASM:
+        high = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xf0f0f0f0;", "=r,r", [q], dtype=tl.int8, is_pure=True, pack=4
+        )
+        low = tl.inline_asm_elementwise(
+            "{.reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0;}",
+            "=r,r",
+            [q],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        high = q & -16
+        low = (q << 4).to(tl.int8)
+    return low, high
+
+
+@triton.jit
+def linear(  # type: ignore[no-untyped-def]
+    weight_ptr, scales_ptr, codes_ptr, token_scales_ptr, bias_ptr, out_ptr, parts_ptr,
+    tokens, n, n_padded, k_padded, group_size,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr, HALF_GROUPS: tl.constexpr,
+    BIAS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Compute a ROWS x TOKENS tile of out^T, or with SPLIT > 1 the share ``program_id(1)`` of its sum into parts.
+
+    weight int8 [n_padded, k_padded / 2], see layout; scales fp32 [groups, n_padded]; codes int8 [tokens, k_padded];
+    token_scales fp32 [tokens]; parts [SPLIT, tokens, n], int32 per channel, fp32 per group. HALF_GROUPS: groups of 64.
+    """
+    row_tiles = n_padded // ROWS
+    tile = tl.program_id(0)
+    rows = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)
+    columns = (tile // row_tiles) * TOKENS + tl.arange(0, TOKENS)
+    inside = tl.arange(0, 64)
+    blocks = k_padded // 128
+    first = blocks * tl.program_id(1) // SPLIT
+    last = blocks * (tl.program_id(1) + 1) // SPLIT
+    weight = weight_ptr + rows[:, None].to(tl.int64) * (k_padded // 2) + first * 64 + inside[None, :]
+    x = codes_ptr + columns[None, :].to(tl.int64) * k_padded + first * 128 + inside[:, None]
+    present = columns[None, :] < tokens
+    total = tl.zeros((ROWS, TOKENS), tl.float32 if GROUPED else tl.int32)
+    for block in range(first, last):
+        low, high = _unpack(tl.load(weight), ASM)
+        x_low = tl.load(x, mask=present, other=0)
+        x_high = tl.load(x + 64, mask=present, other=0)
+        if GROUPED:
+            scale = scales_ptr + (block * 128 // group_size) * n_padded + rows
+            part = tl.dot(low, x_low, out_dtype=tl.int32)
+            if HALF_GROUPS:
+                total += part.to(tl.float32) * tl.load(scale)[:, None]
+                part = tl.dot(high, x_high, out_dtype=tl.int32)
+                total += part.to(tl.float32) * tl.load(scale + n_padded)[:, None]
+            else:
+                part = tl.dot(high, x_high, part, out_dtype=tl.int32)
+                total += part.to(tl.float32) * tl.load(scale)[:, None]
+        else:
+            total = tl.dot(low, x_low, total, out_dtype=tl.int32)
+            total = tl.dot(high, x_high, total, out_dtype=tl.int32)
+        weight += 64
+        x += 128
+    stored = present & (rows[:, None] < n)
+    at = columns[None, :].to(tl.int64) * n + rows[:, None]
+    if SPLIT > 1:
+        share = tl.program_id(1).to(tl.int64) * tokens * n
+        tl.store(parts_ptr + share + at, total, mask=stored)
+    else:
+        y = total.to(tl.float32)
+        if not GROUPED:
+            y *= tl.load(scales_ptr + rows)[:, None]
+        y *= tl.load(token_scales_ptr + columns, mask=columns < tokens, other=0.0)[None, :]
+        if BIAS:
+            y += tl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def add_shares(  # type: ignore[no-untyped-def]
+    parts_ptr, scales_ptr, token_scales_ptr, bias_ptr, out_ptr, tokens, n,
+    SPLIT: tl.constexpr, GROUPED: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add the SPLIT shares of BLOCK outputs of one token in ascending order, then scale them and add the bias."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < n
+    total = tl.load(parts_ptr + token * n + columns, mask=inside, other=0)
+    for share in tl.static_range(1, SPLIT):
+        total += tl.load(parts_ptr + (share * tokens + token) * n + columns, mask=inside, other=0)
+    y = total.to(tl.float32)
+    if not GROUPED:
+        y *= tl.load(scales_ptr + columns, mask=inside, other=0.0)
+    y *= tl.load(token_scales_ptr + token)
+    if BIAS:
+        y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * n + columns, y.to(out_ptr.dtype.element_ty), mask=inside)

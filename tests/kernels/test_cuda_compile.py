@@ -1,0 +1,106 @@
+"""Compiles every CUDA kernel ahead of time and reads what the assembler made of it; needs nvcc, no GPU."""
+
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from qtoolkit.kernels.cuda import compiler, plan, source
+from qtoolkit.kernels.cuda.source import Tiling
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+VARIANTS = [
+    (shape, grouped) for shape in plan.SHAPES for grouped in (False, True) if not (grouped and shape.tokens == 256)
+]
+
+
+def cuobjdump() -> str | None:
+    """Return the disassembler: on PATH, or the one that Triton carries."""
+    spec = find_spec("triton")
+    own = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec and spec.origin else None
+    return shutil.which("cuobjdump") or (str(own) if own and own.exists() else None)
+
+
+def assemble(kernel: source.Kernel, folder: Path) -> tuple[str, Path]:
+    """Return the assembler's report and the cubin."""
+    text, cubin = folder / "kernel.cu", folder / "kernel.cubin"
+    text.write_text(kernel.text())
+    target = "-gencode=arch=compute_90a,code=sm_90a"
+    command = ["nvcc", "-std=c++17", target, "-cubin", "-Xptxas", "-v", "-o", str(cubin), str(text)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr, cubin
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("tiling", "grouped"), VARIANTS, ids=lambda v: f"{v.tokens}x{128 * v.blocks}" if v in plan.SHAPES else ""
+)
+def test_products_keep_to_registers_and_run_asynchronously(tiling: Tiling, grouped: bool, tmp_path: Path) -> None:
+    report, _ = assemble(source.linear(tiling, grouped, False), tmp_path)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+    assert "C75" not in report, report  # the assembler's warnings that it waits after every product
+
+
+@needs_nvcc
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("k", [64, 4096, 14336, 65536])
+def test_the_quantizer_keeps_a_row_in_registers(k: int, fp16: bool, tmp_path: Path) -> None:
+    kernel = source.quantize(k, fp16)
+    report, _ = assemble(kernel, tmp_path)
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    assert "0 bytes spill stores" in report
+    assert registers * kernel.threads <= 65536
+
+
+@needs_nvcc
+@pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
+def test_unpacking_takes_three_operations_for_eight_weights(tmp_path: Path) -> None:
+    """A k-block is 4 steps of 2 products, each fed by two words: 16 words and 48 operations a thread."""
+    _, cubin = assemble(source.linear(Tiling(128, 2, 1, 1), False, False), tmp_path)
+    listing = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    lines = [line for line in listing.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line)]
+    products = [i for i, line in enumerate(lines) if "IGMMA.64x128x32.S8.S8" in line]
+    assert len(products) == 8
+    assert all(re.search(r"IGMMA\S+ R\d+, R\d+, gdesc", lines[i]) for i in products)  # the left operand is a register
+    between = lines[products[0] : products[-1]]
+    logic = sum(bool(re.search(r"\b(LOP3|SHF|IMAD\.SHL|PRMT)\b", line)) for line in between)
+    assert logic <= 48 + 6
+
+
+def test_a_cubin_is_kept_and_a_damaged_one_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def compile_once(text: str) -> bytes:
+        made.append(text)
+        return b"\x7fELF" + text.encode()
+
+    monkeypatch.setenv("QTOOLKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "version", lambda: "nvcc 13.0")
+    monkeypatch.setattr(compiler, "_nvcc_cubin", compile_once)
+    assert compiler.cubin("a") == compiler.cubin("a") == b"\x7fELFa"
+    assert made == ["a"]
+    (kept,) = (tmp_path / "cuda").glob("*.cubin")
+    kept.write_bytes(b"half a file")
+    assert compiler.cubin("a") == b"\x7fELFa"
+    assert kept.read_bytes() == b"\x7fELFa"
+    assert made == ["a", "a"]
+    assert not list((tmp_path / "cuda").glob("*.part"))
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "version", lambda: None)
+    with pytest.raises(RuntimeError, match="nvidia-cuda-nvrtc"):
+        compiler.cubin("a")
+
+
+@pytest.mark.skipif(compiler.nvrtc() is None, reason="needs NVRTC")
+def test_nvrtc_compiles_without_any_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QTOOLKIT_CACHE", str(tmp_path))
+    for kernel in (source.linear(Tiling(16, 1, 1, 2), True, True), source.quantize(4096, False)):
+        assert compiler.cubin(kernel.text()).startswith(b"\x7fELF")
+    with pytest.raises(RuntimeError, match="refused"):
+        compiler.cubin("this is no CUDA")

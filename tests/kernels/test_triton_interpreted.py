@@ -1,0 +1,39 @@
+"""The Triton kernels in Triton's interpreter against the exact reference, and their layout."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtoolkit.kernels.selection import Problem
+from qtoolkit.kernels.triton import backend, layout
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (8, 8), (200, 136)])
+def test_packing_into_halves_loses_nothing(n: int, k: int) -> None:
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    packed = layout.to_halves(codes)
+    assert packed.shape == (layout.padded(n), layout.padded(k) // 2)
+    assert torch.equal(layout.from_halves(packed, n, k), codes)
+
+
+def test_what_the_kernels_cannot_do_is_refused_in_words() -> None:
+    assert backend.refuse(Problem(128, 64, -1, torch.bfloat16, "cpu")) == "needs a CUDA device"
+    assert "groups" in (backend.refuse(Problem(128, 64, 32, torch.bfloat16, "cuda")) or "")
+    assert "whole number" in (backend.refuse(Problem(192, 64, 128, torch.bfloat16, "cuda")) or "")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("part", ["quantizer", "per_channel", "grouped"])
+def test_interpreted_kernels_follow_the_reference(part: str) -> None:
+    """In a process of its own: the interpreter is chosen when Triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    script = str(HERE / "triton_interpreted.py")
+    done = subprocess.run([sys.executable, script, part], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
