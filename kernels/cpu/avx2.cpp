@@ -88,8 +88,8 @@ void run_tile(const Tile& tile) {
   const char* ahead = tile.prefetch;
   for (int64_t g = 0; g < tile.groups; ++g) {
     for (int r = 0; r < ROWS; ++r) {
-      const int32_t offset = tile.offsets[r * tile.groups + g];
-      for (int i = 0; i < PANEL; ++i) total[r * PANEL + i] = i & 16 ? offset * (1 << HIGH_SHIFT) : offset;
+      const int32_t* start = tile.starts + (r * tile.groups + g) * 2;
+      for (int i = 0; i < PANEL; ++i) total[r * PANEL + i] = i & 16 && HIGH_SHIFT ? start[1] : start[0];
     }
     const int64_t begin = g * tile.group_steps, end = std::min(tile.steps, begin + tile.group_steps);
     for (int64_t step = begin; step < end; step += CHUNK) {

@@ -144,12 +144,12 @@ int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int64_t m, 
   // One line more than needed: rows a power of two apart would meet in the same few cache sets.
   job.code_stride = round_up(job.steps * 4, 64) + 64;
   const int64_t element = job.dtype == FLOAT32 ? 4 : 2, rows = std::min(m, BLOCK_ROWS);
-  const int64_t codes = rows * job.code_stride, offsets = round_up(rows * job.groups * 4, 64);
-  char* memory = scratch.take(size_t(codes + offsets + rows * 4));
+  const int64_t codes = rows * job.code_stride, starts = round_up(rows * job.groups * 8, 64);
+  char* memory = scratch.take(size_t(codes + starts + rows * 4));
   if (!memory) return 1;
   job.codes = reinterpret_cast<int8_t*>(memory);
-  job.offsets = reinterpret_cast<int32_t*>(memory + codes);
-  job.token_scales = reinterpret_cast<float*>(memory + codes + offsets);
+  job.starts = reinterpret_cast<int32_t*>(memory + codes);
+  job.token_scales = reinterpret_cast<float*>(memory + codes + starts);
   const int threads = std::min(max_threads(), MAX_THREADS);
   for (int64_t first = 0; first < m; first += BLOCK_ROWS) {
     job.m = std::min(BLOCK_ROWS, m - first);

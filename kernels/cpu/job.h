@@ -37,13 +37,13 @@ struct Job {
   // Filled by quantization, row by row:
   int8_t* codes;        // [m, code_stride]
   int64_t code_stride;
-  int32_t* offsets;     // [m, groups]: -8 * sum of the group's codes
+  int32_t* starts;      // [m, groups, 2]: what a group's sums start at, -8 * sum(codes), and 16 times that
   float* token_scales;  // [m]
 };
 
 struct Path {
   const char* name;
-  // Quantize rows [begin, end) of job.x into codes, offsets and token_scales.
+  // Quantize rows [begin, end) of job.x into codes, starts and token_scales.
   void (*quantize)(const Job& job, int64_t begin, int64_t end);
   // Compute rows [begin, end) of the 64 channels of `panel`; `next` is the panel this thread will want next (or -1).
   void (*multiply)(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next);

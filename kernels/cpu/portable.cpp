@@ -21,7 +21,7 @@ void run_row(const Tile& tile, int row) {
   for (int64_t g = 0; g < tile.groups; ++g) {
     const int64_t first = g * tile.group_steps, last = std::min(tile.steps, first + tile.group_steps);
     int32_t total[PANEL];
-    std::fill(total, total + PANEL, tile.offsets[row * tile.groups + g]);
+    std::fill(total, total + PANEL, tile.starts[(row * tile.groups + g) * 2]);
     for (int64_t step = first; step < last; ++step) {
       const uint8_t* w = tile.weight + step * STEP_BYTES;
       const int8_t* a = codes + step * 4;

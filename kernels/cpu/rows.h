@@ -84,30 +84,30 @@ template <class T>
 void quantize_row(const Job& job, int64_t row) {
   using Storage = typename T::Storage;
   const Storage* x = reinterpret_cast<const Storage*>(job.x) + row * job.x_stride;
-  int8_t* codes = job.codes + row * job.code_stride;
-  int32_t* offsets = job.offsets + row * job.groups;
+  int8_t* __restrict codes = job.codes + row * job.code_stride;  // bytes alias anything: without this, no vectors
+  int32_t* __restrict starts = job.starts + row * job.groups * 2;
+  const int64_t k = job.k, padded = job.steps * 4, group = job.group_steps * 4;
   Storage largest = 0;
-  for (int64_t i = 0; i < job.k; ++i) largest = std::max<Storage>(largest, Storage(x[i] & T::MAGNITUDE));
+  for (int64_t i = 0; i < k; ++i) largest = std::max<Storage>(largest, Storage(x[i] & T::MAGNITUDE));
   const float absmax = T::load(largest);
   const bool finite = largest < T::INFINITE;
   if (!finite || absmax < 0x1p-100f) {  // below 2**-100 the row counts as zero: 127 / absmax must stay finite
     job.token_scales[row] = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-    std::memset(codes, 0, size_t(job.steps * 4));
-    std::memset(offsets, 0, size_t(job.groups) * sizeof(int32_t));
+    std::memset(codes, 0, size_t(padded));
+    std::memset(starts, 0, size_t(job.groups) * 2 * sizeof(int32_t));
     return;
   }
   job.token_scales[row] = absmax / 127.0f;
   const float inverse = 127.0f / absmax;
   // Adding 1.5 * 2**23 rounds to the nearest integer (ties to even) and leaves it in the low bits of the mantissa;
   // |x * inverse| is at most 127 * (1 + 2**-22), so no clamp is needed.
-  for (int64_t i = 0; i < job.k; ++i) codes[i] = int8_t(to_bits(T::load(x[i]) * inverse + 12582912.0f) & 0xff);
-  for (int64_t i = job.k; i < job.steps * 4; ++i) codes[i] = 0;
-  const int64_t group = job.group_steps * 4;
+  for (int64_t i = 0; i < k; ++i) codes[i] = int8_t(to_bits(T::load(x[i]) * inverse + 12582912.0f) & 0xff);
+  for (int64_t i = k; i < padded; ++i) codes[i] = 0;
   for (int64_t g = 0; g < job.groups; ++g) {
     int32_t sum = 0;
-    const int64_t end = std::min(job.k, (g + 1) * group);
+    const int64_t end = std::min(k, (g + 1) * group);
     for (int64_t i = g * group; i < end; ++i) sum += codes[i];
-    offsets[g] = -8 * sum;
+    starts[2 * g] = -8 * sum, starts[2 * g + 1] = -128 * sum;
   }
 }
 
@@ -134,7 +134,7 @@ struct Tile {
   const uint8_t* weight;   // the panel
   const int8_t* codes;     // first row
   int64_t code_stride;
-  const int32_t* offsets;  // first row, [rows, groups]
+  const int32_t* starts;   // first row, [rows, groups, 2]
   const char* scales;      // [groups, 64]
   bool scales_bfloat16;
   int64_t steps, group_steps, groups;
@@ -176,7 +176,7 @@ void multiply_rows(const Job& job, int64_t panel, int64_t begin, int64_t end, in
   for (int64_t t = 0, row = begin; t < tiles; ++t) {
     const int rows = int((end - begin) / tiles + (t < (end - begin) % tiles));
     tile.codes = job.codes + row * job.code_stride;
-    tile.offsets = job.offsets + row * job.groups;
+    tile.starts = job.starts + row * job.groups * 2;
     tile.prefetch_stride = tiles == 1 ? STEP_BYTES : next < 0 ? 0 : STEP_BYTES / tiles;
     tile.prefetch = tiles == 1 ? weight + panel * panel_bytes + PREFETCH_AHEAD
                                : weight + (next < 0 ? panel : next) * panel_bytes + t * (panel_bytes / tiles);
