@@ -13,6 +13,7 @@ from qtoolkit.architecture import Skeleton
 from qtoolkit.errors import NumericError
 from qtoolkit.source import Source
 from qtoolkit.stages import Block, Stream
+from qtoolkit.vision.matrix import Geometry
 
 TOKENS = 4096  # tokens that go through a block at once: bounds the memory of activations inside a block
 
@@ -75,13 +76,19 @@ def advance(block: Block, stream: Stream) -> Stream:
 
 
 @torch.inference_mode()
-def layer_inputs(block: Block, stream: Stream, seen: dict[str, Callable[[Tensor], None]]) -> None:
-    """Run ``block`` over ``stream`` and hand every input of the named layers to its callback as [tokens, in]."""
+def layer_inputs(
+    block: Block, stream: Stream, seen: dict[str, Callable[[Tensor], None]], *, raw: bool = False
+) -> None:
+    """Run ``block`` over ``stream`` and hand every input of the named layers to its callback as [tokens, in].
+
+    A convolution's tokens are its output places, and what one sees is a kernel's patch; ``raw`` hands over the
+    input as it is.
+    """
     with ExitStack() as stack:
         for name, callback in seen.items():
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], to: Callable[[Tensor], None] = callback) -> None:
-                to(args[0].flatten(0, -2))
+                to(args[0] if raw else Geometry.of(module).patches(args[0]))
 
             stack.callback(block.layer(name).register_forward_pre_hook(hook).remove)
         for hidden, kwargs in stream.calls():

@@ -13,11 +13,11 @@ from torch import Tensor
 from qtoolkit.calibration import grid
 from qtoolkit.calibration.hessian import Hessian, collect, shared_inputs
 from qtoolkit.calibration.options import Options
+from qtoolkit.calibration.sweep import sweep
 from qtoolkit.errors import NumericError
 from qtoolkit.scheme import CHANNEL, Scheme
 from qtoolkit.stages import Block, Context, QuantizedWeight, Stream
 
-COLUMNS = 128  # columns rounded before the rest of the matrix is updated in one product
 RETRIES = 5  # times the damping is raised tenfold when the Hessian is not positive definite
 
 
@@ -129,16 +129,13 @@ def round_in_order(weight: Tensor, factor: Tensor, scales: Tensor, scheme: Schem
     steps = scales.float().T[order // size]  # [k, n]
     codes = torch.empty(k, n, dtype=torch.int8)
     low, high = scheme.code_range
-    for start in range(0, k, COLUMNS):
-        stop = min(start + COLUMNS, k)
-        part, errors = work[start:stop], torch.empty(stop - start, n)
-        inside = factor[start:stop, start:stop]
-        for i in range(stop - start):
-            code = (part[i] / steps[start + i]).round_().clamp_(low, high)
-            codes[start + i] = code.to(torch.int8)
-            errors[i] = (part[i] - code * steps[start + i]) / inside[i, i]
-            part[i + 1 :].addr_(inside[i, i + 1 :], errors[i], alpha=-1.0)
-        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1.0)
+
+    def decide(column: int, rest: Tensor) -> Tensor:
+        code = (rest[0] / steps[column]).round_().clamp_(low, high)
+        codes[column] = code.to(torch.int8)
+        return code * steps[column]
+
+    sweep(work, factor, decide)
     result = torch.empty(n, k, dtype=torch.int8)
     result[:, order] = codes.T
     return result
