@@ -9,7 +9,9 @@ from threading import Thread
 
 REMEMBERED = 500  # lines; a traceback of a nested failure takes about 200
 # "(EngineCore pid=12) ERROR 11-21 03:18:16 [core.py:1510] " and colours stand before what the engine says
-PREFIX = re.compile(r"\x1b\[[0-9;]*m|^\((?:\w|[-.])+(?: pid=\d+)?\)\s*|(?:INFO|WARNING|ERROR) [-\d]+ [:\d]+ \[[^]]*\]\s?")
+PREFIX = re.compile(
+    r"\x1b\[[0-9;]*m|^\((?:\w|[-.])+(?: pid=\d+)?\)\s*|(?:INFO|WARNING|ERROR) [-\d]+ [:\d]+ \[[^]]*\]\s?"
+)
 RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Refused|Exceeded))\b:? *(.*)$")
 USAGE = re.compile(r"^\S+: error: (.+)$")  # argparse
 ECHOES = ("Engine core initialization failed", "WorkerProc initialization failed", "Executor failed")  # not the cause

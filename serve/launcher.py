@@ -62,7 +62,9 @@ def choose_engine(wanted: str) -> str:
     if wanted not in ENGINES:
         raise RequestError(f"There is no engine {wanted!r}.", f"Use one of: {', '.join(ENGINES)}.")
     if wanted not in installed:
-        raise ServeError(f"{wanted} is not installed.", "`pip install 'qtoolkit[serve-cpu]'`, on a GPU machine [serve].")
+        raise ServeError(
+            f"{wanted} is not installed.", "`pip install 'qtoolkit[serve-cpu]'`, on a GPU machine [serve]."
+        )
     return wanted
 
 

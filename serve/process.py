@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 OWNED = "QTOOLKIT_SERVE_OWNED"  # environment variable: this engine was started by our launcher
 GRACE = 8.0  # seconds an engine gets to stop in order
@@ -16,7 +17,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent(stop: signal.Signals) -> None:
-    """Ask the kernel to send ``stop`` to this process when the thread that started it ends (Linux; elsewhere nothing)."""
+    """Ask the kernel to send ``stop`` to this process when the thread that started it ends; on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(stop))
 
@@ -56,10 +57,8 @@ def stop(child: subprocess.Popen[str], grace: float = GRACE) -> None:
     """Stop a server that ``start`` made and everything below it; returns when nothing of it runs any more."""
     if child.poll() is None:
         child.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C does not wait
             child.wait(grace)
-        except subprocess.TimeoutExpired:
-            pass  # the next line does not ask
     kill_group(child.pid)
     child.wait()
 

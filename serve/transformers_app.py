@@ -41,12 +41,16 @@ class OneModel(ModelManager):
 class Bounded(GenerateManager):
     """Refuses prompts that leave no room in the model's context, and ends generation where the context ends."""
 
-    def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, *rest: Any, **named: Any) -> Any:
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *rest: Any, **named: Any
+    ) -> Any:
         """Generate token by token, inside the context."""
         _bound(model, inputs, gen_config)
         return super().generate_streaming(model, processor, inputs, gen_config, *rest, **named)
 
-    async def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str) -> Any:
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> Any:
         """Generate to the end, inside the context."""
         _bound(model, inputs, gen_config)
         return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)

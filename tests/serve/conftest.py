@@ -8,46 +8,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import openai
 import psutil
 import pytest
-import qtoolkit
+from serving_support import KEY, PROMPT, Served, Start, descendants
 from tests_support import save_random
+from transformers import AutoTokenizer
 
-KEY = "sk-test"
+import qtoolkit
+
 START = 300  # seconds: an engine takes 30 on two quiet cores, several times that on busy ones
-needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 RTN = {"calibration.samples": 1, "calibration.length": 16}
 
 
-@dataclass(frozen=True)
-class Served:
-    """A running `qtoolkit serve`: its process, what it printed when ready, and the file with its messages."""
-
-    process: subprocess.Popen[str]
-    ready: dict[str, Any]
-    messages: Path
-
-    def client(self, key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.ready["url"], api_key=key, max_retries=0, timeout=120)
-
-    def family(self) -> list[psutil.Process]:
-        return [psutil.Process(self.process.pid), *descendants(self.process.pid)]
-
-
-def descendants(pid: int) -> list[psutil.Process]:
-    """Return every process below ``pid``; none if it has ended."""
-    return psutil.Process(pid).children(recursive=True) if psutil.pid_exists(pid) else []
-
-
-Start = Callable[..., AbstractContextManager[Served]]
+def stop(process: subprocess.Popen[str]) -> None:
+    """Ask a launcher to stop, and demand that it does so in order and leaves nothing behind."""
+    family = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive, f"SIGTERM left {[child.name() for child in alive]} running"
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +39,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Start `qtoolkit serve CHECKPOINT ARGUMENTS` and wait until it is ready; stopped by SIGTERM at the end."""
 
     @contextmanager
-    def run(checkpoint: Path, arguments: Sequence[str] = (), environment: dict[str, str] | None = None) -> Iterator[Served]:
+    def run(
+        checkpoint: Path, arguments: Sequence[str] = (), environment: dict[str, str] | None = None
+    ) -> Iterator[Served]:
         messages = tmp_path_factory.mktemp("serve") / "messages.txt"
         command = [sys.executable, "-m", "qtoolkit", "serve", str(checkpoint), "--port", "0", "--json", *arguments]
         env = {**os.environ, "VLLM_API_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
@@ -74,12 +60,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
             assert line, f"not ready in {START} s:\n" + "\n".join(messages.read_text().splitlines()[-40:])
             yield Served(process, json.loads(line), messages)
         finally:
-            family = descendants(process.pid)
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(30)
-            gone, alive = psutil.wait_procs(family, timeout=5)
-            assert not alive, f"SIGTERM left {[child.name() for child in alive]} running"
-        assert code == 0
+            if process.poll() is None:
+                stop(process)
 
     return run
 
@@ -107,6 +89,20 @@ def packed(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "random-w4a8"
     qtoolkit.quantize(float_model, "rtn", folder, changes=RTN)
     return folder
+
+
+@pytest.fixture(scope="session")
+def packed_channel(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its W4A8 checkpoint with one scale per output channel."""
+    folder = tmp_path_factory.mktemp("packed") / "random-w4a8-channel"
+    qtoolkit.quantize(float_model, "rtn", folder, changes={**RTN, "scheme.group_size": "channel"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens(packed: Path) -> list[int]:
+    """A text of some hundred tokens."""
+    return AutoTokenizer.from_pretrained(packed)(PROMPT * 4)["input_ids"]
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,11 +79,10 @@ def test_off_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def vllm_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def vllm_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the test change vLLM's kernel tables, and put them back."""
     for platform in vllm_kernel.PLATFORMS:
         monkeypatch.setitem(_POSSIBLE_KERNELS, platform, list(_POSSIBLE_KERNELS[platform]))
-    yield
 
 
 @pytest.mark.usefixtures("vllm_tables")
