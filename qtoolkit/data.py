@@ -26,7 +26,7 @@ HUB = {
     "ultrachat": ("HuggingFaceH4/ultrachat_200k", None, "train_sft", "messages"),
 }
 HUB_DOCUMENTS = 4000  # enough for 128 windows of 2048 tokens from any of the sets above
-BATCH = 32  # sequences that a model writes at once
+BATCH = 128  # sequences that a model writes at once
 
 
 def documents(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtoolkit import __version__, architecture, checkpoint, data, registry
 from qtoolkit import recipe as recipes
 from qtoolkit.calibration import capture
 from qtoolkit.calibration.options import read as read_options
-from qtoolkit.errors import QToolkitError
+from qtoolkit.errors import ModelError, QToolkitError
 from qtoolkit.job import Job, disk_errors
 from qtoolkit.recipe import Recipe
 from qtoolkit.source import Source, resolve
@@ -129,6 +129,7 @@ class Run:
         self.dtype = architecture.stored_dtype(source)
         self.context = Context(recipe.scheme, self.dtype, progress.say)
         self.blocks = len(self.skeleton.blocks)
+        self._refuse_if_nothing_fits()
 
     def fingerprint(self) -> dict[str, Any]:
         """Return everything that decides the result: two runs with the same one may continue each other."""
@@ -142,12 +143,12 @@ class Run:
     def work(self, job: Job) -> None:
         """Finish every block that is not finished yet."""
         done = next((i for i in range(self.blocks) if not job.has(_part(i))), self.blocks)
-        self.progress.start(self.blocks, done)
         if done == self.blocks and job.has(REST):
             return
         if not job.has(CALIBRATION):
             job.save(CALIBRATION, {"tokens": self._calibration_tokens()})
         tokens = job.tensors(CALIBRATION)["tokens"]
+        self.progress.start(self.blocks, done)
         stream = capture.embed(self.skeleton, self.source, tokens)
         for index in range(self.blocks):
             block = self._block(index)
@@ -207,6 +208,23 @@ class Run:
             )
             checkpoint.write_json(staging / checkpoint.MANIFEST, manifest.model_dump(mode="json"))
 
+    def _refuse_if_nothing_fits(self) -> None:
+        reasons = [
+            self._reason(self._name(0), name, self.skeleton.blocks[0]) for name in self.skeleton.architecture.targets
+        ]
+        if all(reasons):
+            raise ModelError(
+                f"No layer of {self.source.name} can be quantized to {self.recipe.scheme.name}: {reasons[0]}.",
+                "Try --group-size channel, or a smaller group.",
+            )
+
+    def _reason(self, block: str, name: str, module: nn.Module) -> str | None:
+        """Return why the target ``name`` of a block stays in float, or None."""
+        if name in self.recipe.keep or f"{block}.{name}" in self.recipe.keep:
+            return "the recipe keeps it"
+        n, k = module.get_submodule(name).weight.shape  # type: ignore[union-attr, misc]
+        return self.packer.refuse(int(n), int(k), self.recipe.scheme)
+
     def _name(self, index: int) -> str:
         return f"{self.skeleton.architecture.blocks}.{index}"
 
@@ -240,11 +258,7 @@ class Run:
     def _block(self, index: int) -> Block:
         block = self.skeleton.block(index, self.source)
         for name in block.targets:
-            layer = block.linear(name)
-            reason = self.packer.refuse(layer.out_features, layer.in_features, self.recipe.scheme)
-            if f"{block.name}.{name}" in self.recipe.keep or name in self.recipe.keep:
-                reason = "the recipe keeps it"
-            if reason:
+            if reason := self._reason(block.name, name, block.module):
                 block.refused[name] = reason
         return block
 

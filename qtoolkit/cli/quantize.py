@@ -115,8 +115,6 @@ class Lines:
     def say(self, text: str) -> None:
         """Pass a line on."""
         self.write(text)
-        if self.done == self.first:
-            self.began = time.monotonic()
 
     def block(self, name: str, error: float) -> None:
         """Report a finished block."""
