@@ -63,13 +63,18 @@ def bucket(tokens: int) -> int:
     return next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
 
 
+def table_path(card: str) -> Path:
+    """Return the file of a card's measured choices."""
+    return TABLES / ("_".join(card.lower().split()[:2]) + ".json")
+
+
 @lru_cache(maxsize=8)
 def table(card: str) -> dict[str, list[int]]:
     """Return the measured choices for ``card`` ("NVIDIA H100 80GB HBM3" reads nvidia_h100.json), empty without one.
 
     Keys are "tokens,n,k,grouped" with tokens a bucket and grouped 0 or 1; values are [tokens, blocks, split, resident].
     """
-    path = TABLES / ("_".join(card.lower().split()[:2]) + ".json")
+    path = table_path(card)
     return json.loads(path.read_text())["tilings"] if path.is_file() else {}
 
 

@@ -1,0 +1,195 @@
+"""What is measured: our backends, what torch ships, and other projects' W4A8 kernels when they are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtoolkit.kernels import ops, reference, selection
+from qtoolkit.kernels.selection import Problem
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One random int4 layer: int8 codes [n, k] in -8..7 and fp32 scales [n, groups]."""
+
+    codes: Tensor
+    scales: Tensor
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (n, k)."""
+        n, k = self.codes.shape
+        return n, k
+
+    def dense(self) -> Tensor:
+        """Return the weight in bfloat16 [n, k]."""
+        n, k = self.shape
+        grouped = self.codes.view(n, self.scales.shape[1], -1).float() * self.scales[:, :, None]
+        return grouped.view(n, k).to(DTYPE)
+
+    def packed(self) -> Tensor:
+        """Return the checkpoint's layout: int32 [n, k / 8], low nibble first, stored with +8."""
+        n, k = self.shape
+        nibbles = (self.codes.to(torch.int32) + 8).view(n, k // 8, 8)
+        words = nibbles[..., 0].clone()
+        for i in range(1, 8):
+            words |= nibbles[..., i] << 4 * i  # the last shift runs into the sign bit, as it must
+        return words
+
+
+def random_weight(n: int, k: int, group_size: int, device: str, seed: int = 0) -> Weight:
+    """Draw a layer whose outputs have about unit size for inputs of unit size."""
+    random = torch.Generator(device).manual_seed(seed)
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, device=device, generator=random)
+    groups = 1 if group_size == -1 else k // group_size
+    scales = (0.5 + torch.rand(n, groups, device=device, generator=random)) * (0.2 / k**0.5)
+    return Weight(codes, scales.to(DTYPE).float(), group_size)
+
+
+# Given a layer, returns what runs it on tokens [m, k], or raises the reason why it cannot be.
+Build = Callable[[Weight], Callable[[Tensor], Callable[[], object]]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a layer: ``build(weight)(x)`` gives a call without arguments, ``kind`` its place in the tables."""
+
+    name: str
+    kind: str  # "bf16", "w8a8", "w4a8" or "ours"
+    build: Build
+    group_size: int = -1
+
+
+def ours(backend_name: str) -> Build:
+    """Return the operator with quantization on one backend."""
+
+    def build(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
+        backend = next(b for b in selection.backends() if b.name == backend_name)
+        n, k = weight.shape
+        device = weight.codes.device.type
+        reason = backend.refuse(Problem(k, n, weight.group_size, DTYPE, device))
+        if reason:
+            raise RuntimeError(reason)
+        own, scales = backend.prepare(weight.packed(), weight.scales, Problem(k, n, weight.group_size, DTYPE, device))
+        return lambda x: lambda: ops.w4a8_linear(x, own, scales, None, n, weight.group_size, backend.layout)
+
+    return build
+
+
+def ours_product_only(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
+    """Return the Hopper product on tokens that are quantized already."""
+    from qtoolkit.kernels.cuda import backend, layout, plan
+
+    n, k = weight.shape
+    reason = backend.refuse(Problem(k, n, weight.group_size, DTYPE, weight.codes.device.type))
+    if reason:
+        raise RuntimeError(reason)
+    own = layout.to_fragments(weight.codes)
+    scales = layout.to_kernel_scales(weight.scales, weight.group_size)
+
+    def on(x: Tensor) -> Callable[[], object]:
+        out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+        with backend.place_of(x) as place:
+            codes, token_scales = backend.quantize(x, place)
+            tiling = plan.choose(x.shape[0], n, k, weight.group_size != -1, place.card, place.multiprocessors)
+
+        def call() -> None:
+            with backend.place_of(x) as here:
+                backend.multiply(codes, token_scales, own, scales, None, out, weight.group_size, tiling, here)
+
+        return call
+
+    return on
+
+
+def torch_mm(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
+    """Return bfloat16 ``torch.mm``: the yardstick."""
+    dense = weight.dense().T
+    return lambda x: lambda: torch.mm(x, dense)
+
+
+def torch_int_mm(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
+    """Return ``torch._int_mm`` on quantized tokens, without scaling; it takes no fewer than 17 tokens."""
+    own = weight.codes.T
+
+    def on(x: Tensor) -> Callable[[], object]:
+        codes, _ = reference.quantize_tokens(x)
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, max(0, 32 - codes.shape[0])))
+        return lambda: torch._int_mm(codes, own)
+
+    return on
+
+
+def torch_scaled_mm(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
+    """Return fp8 ``torch._scaled_mm`` with row-wise scales, on tokens that are converted already."""
+    own = weight.dense().to(torch.float8_e4m3fn).T
+    columns = torch.ones(1, weight.shape[0], device=own.device)
+
+    def on(x: Tensor) -> Callable[[], object]:
+        tokens = x.to(torch.float8_e4m3fn)
+        rows = torch.ones(x.shape[0], 1, device=x.device)
+        return lambda: torch._scaled_mm(tokens, own, scale_a=rows, scale_b=columns, out_dtype=DTYPE)
+
+    return on
+
+
+def humming(product_only: bool) -> Build:
+    """Return humming-kernels' int8-activation W4A8 with its own heuristics; raises ImportError without the package."""
+
+    def build(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
+        from humming.layer import HummingLayer  # type: ignore[import-not-found, unused-ignore]
+
+        n, k = weight.shape
+        config = {"dtype": "int4", "group_size": 0 if weight.group_size == -1 else weight.group_size}
+        layer = HummingLayer(n, k, weight_config=config, input_config={"dtype": "int8"}, torch_dtype=DTYPE).cuda()
+        layer.load_from_unquantized(weight.dense())
+        layer.transform()
+
+        def on(x: Tensor) -> Callable[[], object]:
+            if not product_only:
+                return lambda: layer(x)
+            codes, scales = reference.quantize_tokens(x)
+            return lambda: layer(codes, input_scale=scales)
+
+        return on
+
+    return build
+
+
+def gemlite(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
+    """Return gemlite's int8-activation W4 layer with quantization; raises ImportError without the package."""
+    from gemlite.core import DType, GemLiteLinearTriton  # type: ignore[import-not-found, unused-ignore]
+
+    n, k = weight.shape
+    layer = GemLiteLinearTriton(4, k, k, n, DType.INT8, DType.BF16, scaled_activations=True)
+    layer.pack((weight.codes + 8).to(torch.uint8), weight.scales[:, :1].to(DTYPE), 8, fma_mode=False)
+    layer.W_group_mode, layer.channel_scale_mode = 1, 3
+    return lambda x: lambda: layer(x)
+
+
+OURS = Contender("ours", "ours", ours("cuda"))
+OURS_GROUPED = Contender("ours g128", "ours", ours("cuda"), 128)
+YARDSTICK = Contender("torch.mm bf16", "bf16", torch_mm)
+HUMMING = Contender("humming", "w4a8", humming(product_only=False))
+CONTENDERS = (
+    YARDSTICK,
+    OURS,
+    OURS_GROUPED,
+    Contender("ours, product", "ours", ours_product_only),
+    Contender("ours g128, product", "ours", ours_product_only, 128),
+    Contender("torch._scaled_mm fp8", "w8a8", torch_scaled_mm),
+    Contender("torch._int_mm", "w8a8", torch_int_mm),
+    Contender("ours, triton", "ours", ours("triton")),
+    HUMMING,
+    Contender("humming, product", "w4a8", humming(product_only=True)),
+    Contender("humming g128", "w4a8", humming(product_only=False), 128),
+    Contender("gemlite", "w4a8", gemlite),
+)
+ON_A_CPU = (YARDSTICK, Contender("ours", "ours", ours("reference")), Contender("torch._int_mm", "w8a8", torch_int_mm))
