@@ -1,0 +1,139 @@
+"""The command line as a user meets it: what is printed where, exit codes, one JSON object, no traceback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtoolkit import cli
+
+QUICK = ["--samples", "4", "--length", "32", "--group-size", "64", "--set", "smooth.grid=5"]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process; return exit code, stdout and stderr."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["qtoolkit", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+def test_help_names_every_command(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("quantize", "serve", "eval", "inspect", "list", "doctor"):
+        assert command in out
+    assert run()[1] == out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["quantise"], 2, "quantize"),
+        (["quantize", "tiny"], 2, "output folder"),
+        (["quantize", "nowhere", "-o", "x"], 2, "'nowhere'"),
+        (["quantize", "tiny", "-o", "x", "--samples", "many"], 2, "--samples"),
+        (["quantize", "tiny", "-o", "x", "--recipe", "w4a9"], 2, "w4a8"),
+        (["quantize", "tiny", "-o", "x", "--w4a8", "--recipe", "rtn"], 2, "--recipe"),
+        (["quantize", "tiny", "-o", "x", "--set", "gptq.dampin=1"], 2, "damping"),
+        (["quantize", "tiny", "-o", "x", "--set", "damping"], 2, "step.key=value"),
+        (["quantize", "tiny", "-o", "x", "--group-size", "100"], 2, "100"),
+        (["quantize", "org/name", "-o", "x"], 1, "tiny"),
+        (["inspect", "nowhere"], 2, "nowhere"),
+        (["list", "recipe"], 2, "recipes"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_with_a_hint(words: list[str], code: int, says: str, run: Run) -> None:
+    found, out, err = run(*words)
+    assert found == code, err
+    assert out == ""
+    assert says in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 2
+    found, out, _ = run(*words, "--json")
+    assert found == code
+    assert json.loads(out)["exit_code"] == code
+    assert json.loads(out)["ok"] is False
+
+
+def test_dry_run_prints_the_recipe_and_writes_nothing(run: Run, random_llama: Path, tmp_path: Path) -> None:
+    code, out, _ = run("quantize", random_llama, "-o", tmp_path / "out", *QUICK, "--dry-run", "--json")
+    assert code == 0
+    recipe = json.loads(out)["recipe"]
+    assert recipe["calibration"]["samples"] == 4
+    assert recipe["scheme"]["group_size"] == 64
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_precedence_is_flag_then_set_then_file(run: Run, random_llama: Path, tmp_path: Path) -> None:
+    from qtoolkit import recipe
+
+    file = tmp_path / "mine.yaml"
+    file.write_text(recipe.load("w4a8", {"calibration.seed": 7, "calibration.samples": 7}).to_yaml())
+    words = ["--recipe", file, "--samples", 3, "--set", "calibration.samples=5", "--set", "calibration.length=64"]
+    out = run("quantize", random_llama, *words, "--dry-run", "--json")[1]
+    assert json.loads(out)["recipe"]["calibration"] == {"data": "self", "samples": 3, "length": 64, "seed": 7}
+
+
+def test_quantize_prints_what_it_promises_and_inspect_reads_it(run: Run, random_llama: Path, tmp_path: Path) -> None:
+    code, out, err = run("quantize", random_llama, "-o", tmp_path / "out", "--w4a8", *QUICK, "--json")
+    assert code == 0, err
+    result: dict[str, Any] = json.loads(out)
+    assert set(result) >= {
+        "ok", "output", "scheme", "seconds", "bytes_before", "bytes_after", "peak_rss_bytes", "layers",
+    }  # fmt: skip
+    assert set(result["layers"][0]) >= {"name", "scheme", "error"}
+    for number in (1, 2):
+        assert f"block {number}/2 model.layers.{number - 1}: error" in err
+
+    code, out, _ = run("inspect", tmp_path / "out", "--json")
+    assert code == 0
+    assert len(json.loads(out)["layers"]) == len(result["layers"])
+    code, out, _ = run("inspect", tmp_path / "out", "--layers")
+    assert code == 0
+    assert "model.layers.1.mlp.down_proj" in out
+
+    code, out, err = run("quantize", random_llama, "-o", tmp_path / "out", "--w4a8", *QUICK)
+    assert code == 2
+    assert "--fresh" in err
+
+
+def test_doctor_and_list_answer_as_data(run: Run) -> None:
+    code, out, _ = run("doctor", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert {row["scheme"] for row in facts["kernels"] if row["device"] == "cpu"} == {"W4A8-g128", "W4A8-channel"}
+    code, out, _ = run("list", "--json")
+    assert code == 0
+    listed = json.loads(out)
+    assert {"w4a8", "rtn"} <= listed["recipes"].keys()
+    assert {"llama", "qwen2", "qwen3"} <= listed["architectures"].keys()
+
+
+def test_a_bug_is_told_as_a_bug(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: str) -> None:
+        raise ZeroDivisionError("one over nothing")
+
+    monkeypatch.setattr("qtoolkit.checkpoint.verify", broken)
+    code, _, err = run("inspect", "x")
+    assert code == 70
+    assert "A bug in qtoolkit: ZeroDivisionError: one over nothing" in err
+
+
+def test_an_interrupt_is_told_and_has_its_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qtoolkit.checkpoint.verify", interrupted)
+    assert run("inspect", "x")[0] == 130
