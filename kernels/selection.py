@@ -13,7 +13,12 @@ from torch import Tensor
 from qtoolkit.kernels import ops as ops
 
 # Preference order. Each names a module with `BACKENDS: tuple[Backend, ...]`; it is imported on first use only.
-MODULES = ("qtoolkit.kernels.cuda.backend", "qtoolkit.kernels.triton.backend", "qtoolkit.kernels.selection")
+MODULES = (
+    "qtoolkit.kernels.cpu.backend",
+    "qtoolkit.kernels.cuda.backend",
+    "qtoolkit.kernels.triton.backend",
+    "qtoolkit.kernels.selection",
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 // The library's C face: which paths this CPU has, packing of weights, and one call for one linear layer.
 #include <sys/mman.h>
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include "job.h"
 #include "threads.h"
@@ -16,25 +18,45 @@ constexpr int64_t SERIAL_CODES = 1 << 15;  // fewer activations than this are qu
 constexpr int MAX_THREADS = 1024;
 
 #if defined(__x86_64__)
-const Path* const PATHS[] = {&AVX512_PATH, &AVXVNNI_PATH, &AVX2_PATH, &PORTABLE_PATH};
+// Best first. A compiler that does not know an instruction set leaves its path out.
+enum Need { AVX512, AVXVNNI, AVX2, NOTHING };
+struct Choice {
+  const Path* path;
+  Need need;
+};
+const Choice PATHS[] = {
+#if !defined(WITHOUT_AVX512)
+    {&AVX512_PATH, AVX512},
+#endif
+#if !defined(WITHOUT_AVXVNNI)
+    {&AVXVNNI_PATH, AVXVNNI},
+#endif
+#if !defined(WITHOUT_AVX2)
+    {&AVX2_PATH, AVX2},
+#endif
+    {&PORTABLE_PATH, NOTHING},
+};
 
 bool supported(int path) {
-  __builtin_cpu_init();
+  __builtin_cpu_init();  // these tests include whether the operating system saves the wide registers
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  unsigned a = 0, b, c = 0, d;
+  unsigned a = 0, b = 0, c = 0, d = 0;
   const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
-  switch (path) {
-    case 0:
+  switch (PATHS[path].need) {
+    case AVX512:
       return avx2 && f16c && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vnni");
-    case 1: return avx2 && f16c && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-    case 2: return avx2 && f16c;
+    case AVXVNNI: return avx2 && f16c && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    case AVX2: return avx2 && f16c;
     default: return true;
   }
 }
 #else
-const Path* const PATHS[] = {&PORTABLE_PATH};
+struct Choice {
+  const Path* path;
+};
+const Choice PATHS[] = {{&PORTABLE_PATH}};
 bool supported(int) { return true; }
 #endif
 constexpr int PATH_COUNT = int(sizeof(PATHS) / sizeof(PATHS[0]));
@@ -92,7 +114,7 @@ void run_block(const Path& path, const Job& job, int threads) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-const char* qtk_path_name(int path) { return path >= 0 && path < PATH_COUNT ? PATHS[path]->name : nullptr; }
+const char* qtk_path_name(int path) { return path >= 0 && path < PATH_COUNT ? PATHS[path].path->name : nullptr; }
 
 int qtk_path_supported(int path) { return path >= 0 && path < PATH_COUNT && supported(path); }
 
@@ -133,6 +155,7 @@ void qtk_pack(const int32_t* packed, int64_t words, int64_t n, int64_t k, uint8_
 int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int64_t m, int64_t k, int64_t n,
                int64_t group_size, const void* weight, const void* scales, int scale_dtype, const void* bias,
                int bias_dtype, void* y) {
+  if (m == 0) return 0;
   Job job{};
   job.x_stride = x_stride, job.dtype = Dtype(dtype), job.k = k, job.n = n;
   job.steps = round_up(k, 4) / 4;
@@ -155,9 +178,42 @@ int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int64_t m, 
     job.m = std::min(BLOCK_ROWS, m - first);
     job.x = static_cast<const char*>(x) + first * x_stride * element;
     job.y = static_cast<char*>(y) + first * n * element;
-    run_block(*PATHS[path], job, threads);
+    run_block(*PATHS[path].path, job, threads);
   }
   return 0;
+}
+
+// Read `bytes` once with all threads, each its own stretch, as the product does at one token; returns seconds.
+double qtk_read(const void* data, int64_t bytes) {
+  const char* from = static_cast<const char*>(data);
+  auto body = [&](int thread, int threads) {
+    const int64_t first = bytes / 64 * thread / threads, last = bytes / 64 * (thread + 1) / threads;
+    uint64_t seen = 0;
+    for (int64_t line = first; line < last; ++line) {
+      __builtin_prefetch(from + line * 64 + 4096);
+      uint64_t words[8];
+      std::memcpy(words, from + line * 64, 64);
+      seen ^= words[0] ^ words[1] ^ words[2] ^ words[3] ^ words[4] ^ words[5] ^ words[6] ^ words[7];
+    }
+    asm volatile("" : : "r"(seen));
+  };
+  const auto start = std::chrono::steady_clock::now();
+  parallel(max_threads(), body);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Operations a second of the path's dot products alone, on all threads; 0 where the path has none of its own.
+double qtk_dot_peak(int path, int64_t rounds) {
+  const Path& chosen = *PATHS[path].path;
+  if (!chosen.peak) return 0;
+  std::atomic<double> operations{0};
+  auto body = [&](int, int) {
+    const double own = chosen.peak(rounds);
+    for (double before = operations; !operations.compare_exchange_weak(before, before + own);) {}
+  };
+  const auto start = std::chrono::steady_clock::now();
+  parallel(max_threads(), body);
+  return operations / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }

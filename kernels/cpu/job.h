@@ -47,6 +47,8 @@ struct Path {
   void (*quantize)(const Job& job, int64_t begin, int64_t end);
   // Compute rows [begin, end) of the 64 channels of `panel`; `next` is the panel this thread will want next (or -1).
   void (*multiply)(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next);
+  // Do nothing but this path's dot products, `rounds` times 24, from registers; returns operations (2 a product).
+  double (*peak)(int64_t rounds);
 };
 
 extern const Path PORTABLE_PATH;

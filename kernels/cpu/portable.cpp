@@ -48,4 +48,4 @@ void multiply(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t
 
 }  // namespace
 
-const Path PORTABLE_PATH{"portable", quantize_rows, multiply};
+const Path PORTABLE_PATH{"portable", quantize_rows, multiply, nullptr};

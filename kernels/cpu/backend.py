@@ -1,0 +1,113 @@
+"""The CPU backend: refuses what the C++ kernels cannot do, packs weights into panels, and calls the library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtoolkit.kernels import ops
+from qtoolkit.kernels.cpu import library
+from qtoolkit.kernels.selection import Backend, Problem
+
+LAYOUT = "cpu-panel64"  # drawn in job.h
+PANEL = 64  # output channels a panel
+STEP = 4  # inputs a step
+LARGE_PAGE = 1 << 21
+MOST_SUMMED = 131072  # inputs that share a scale: 16 * 8 * 127 * inputs must fit int32
+
+
+def refuse(problem: Problem) -> str | None:
+    """Return why these kernels cannot run ``problem`` here, or None; the first call may compile the library."""
+    if problem.device != "cpu":
+        return "runs on CPUs only"
+    if problem.dtype not in library.DTYPES:
+        return f"activations must be bfloat16, float16 or float32, not {problem.dtype}"
+    if problem.group_size != -1 and (problem.group_size < STEP or problem.group_size % STEP):
+        return f"groups must be a positive multiple of {STEP} inputs, not {problem.group_size}"
+    summed = problem.k if problem.group_size == -1 else min(problem.k, problem.group_size)
+    if summed > MOST_SUMMED:
+        return f"{summed} inputs share a scale; the integer sums hold {MOST_SUMMED}"
+    return library.failure()
+
+
+def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Bring a checkpoint's weight into panels.
+
+    Args:
+        packed: int32 [n, ceil(k / 8)], low nibble first, stored with +8.
+        scales: float [n, groups].
+        problem: the layer.
+
+    Returns:
+        weight uint8 [panels, ceil(k / 4), 128] on a 2 MB boundary, and scales [panels, groups, 64], bfloat16 where
+        that holds every scale exactly (half the bytes to stream), else float32.
+
+    Raises:
+        ValueError: a shape or dtype is not what ``problem`` says.
+    """
+    k, n = problem.k, problem.n
+    steps, panels = -(-k // STEP), -(-n // PANEL)
+    groups = 1 if problem.group_size == -1 else -(-k // problem.group_size)
+    if packed.dtype != torch.int32 or packed.shape != (n, -(-k // 8)):
+        raise ValueError(f"packed weight is {packed.dtype} {list(packed.shape)}, not int32 {[n, -(-k // 8)]}")
+    if scales.shape != (n, groups):
+        raise ValueError(f"scales are {list(scales.shape)}, not {[n, groups]}")
+    functions = library.load().functions
+    weight = _aligned(panels * steps * STEP * PANEL // 2).view(panels, steps, STEP * PANEL // 2)
+    functions.qtk_advise(weight.data_ptr(), weight.numel())
+    packed = packed.contiguous()
+    functions.qtk_pack(packed.data_ptr(), packed.shape[1], n, k, weight.data_ptr())
+    own = torch.zeros(panels * PANEL, groups)
+    own[:n] = scales.float()
+    own = own.view(panels, PANEL, groups).transpose(1, 2).contiguous()
+    half = own.bfloat16()
+    return weight, half if torch.equal(half.float(), own) else own
+
+
+def _aligned(size: int) -> Tensor:
+    """Return uint8 [size] that starts on a 2 MB boundary; memory that is not touched stays unused."""
+    whole = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
+    start = -whole.data_ptr() % LARGE_PAGE
+    return whole[start : start + size]
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+    path: str | None = None,
+) -> Tensor:
+    """Run the product; see ``ops.w4a8_linear``. ``path`` forces a code path (tests and benchmarks)."""
+    own = library.load()
+    shape = x.shape
+    k = shape[-1]
+    rows = x if len(shape) == 2 else x.reshape(-1, k)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    dtype, scale_dtype = library.DTYPES.get(x.dtype), library.DTYPES.get(scales.dtype)
+    panels, groups = -(-n // PANEL), 1 if group_size == -1 else -(-k // group_size)
+    if weight.shape != (panels, -(-k // STEP), 128) or scales.shape != (panels, groups, PANEL):
+        raise ValueError(
+            f"weight {list(weight.shape)} and scales {list(scales.shape)} are not those of {k} inputs, {n} outputs "
+            f"and groups of {group_size}"
+        )
+    if dtype is None or scale_dtype is None or x.device.type != "cpu":
+        raise ValueError(f"activations {x.dtype} on {x.device.type} or scales {scales.dtype} are not supported")
+    y = torch.empty((*shape[:-1], n), dtype=x.dtype)
+    if bias is not None and (bias.shape != (n,) or bias.stride(0) != 1 or bias.dtype not in library.DTYPES):
+        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}, not [{n}] floating point")
+    if own.functions.qtk_linear(
+        own.path_id if path is None else own.paths[path],
+        rows.data_ptr(), rows.stride(0), dtype, rows.shape[0], k, n, group_size,
+        weight.data_ptr(), scales.data_ptr(), scale_dtype,
+        None if bias is None else bias.data_ptr(), 0 if bias is None else library.DTYPES[bias.dtype], y.data_ptr(),
+    ):  # fmt: skip
+        raise MemoryError(f"no memory for the codes of {rows.shape[0]} tokens of {k} inputs")
+    return y
+
+
+ops.register_layout(LAYOUT, run)
+BACKENDS = (Backend("cpu", LAYOUT, refuse, prepare),)

@@ -1,0 +1,168 @@
+"""The C++ product equals the reference bit for bit: every code path, shape, scale layout, dtype and thread count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qtoolkit.kernels import ops, reference, selection
+from qtoolkit.kernels.cpu import backend, library
+
+pytestmark = pytest.mark.skipif(library.failure() is not None, reason=f"no CPU kernels here: {library.failure()}")
+PATHS = () if library.failure() else tuple(library.load().paths)
+DTYPES = tuple(library.DTYPES)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def layer(
+    n: int, k: int, group_size: int, seed: int, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Return random packed codes, all 16 values, and scales of one layer."""
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randint(-(2**31), 2**31 - 1, (n, -(-k // 8)), dtype=torch.int32, generator=generator)
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    return packed, (torch.rand(n, groups, generator=generator) * 0.02).to(scale_dtype)
+
+
+def expected(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+    return reference.w4a8_linear(x, reference.unpack_int4(packed, x.shape[-1]), scales, bias, group_size)
+
+
+def ours(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, path: str) -> Tensor:
+    n, k = packed.shape[0], x.shape[-1]
+    problem = selection.Problem(k, n, group_size, x.dtype, "cpu")
+    weight, own_scales = backend.prepare(packed, scales, problem)
+    return backend.run(x, weight, own_scales, bias, n, group_size, path=path)
+
+
+def assert_same_bits(got: Tensor, want: Tensor) -> None:
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    assert torch.equal(got.isnan(), want.isnan())
+    integers = torch.int32 if got.dtype == torch.float32 else torch.int16
+    finite = ~want.isnan()
+    assert torch.equal(got[finite].view(integers), want[finite].view(integers))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=40, deadline=None)
+@given(
+    m=st.integers(0, 40),
+    n=st.integers(1, 200),
+    k=st.integers(1, 600),
+    group_size=st.sampled_from([-1, 32, 64, 128]),
+    dtype=st.sampled_from(DTYPES),
+    scale_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_equals_the_reference(
+    path: str,
+    m: int,
+    n: int,
+    k: int,
+    group_size: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    biased: bool,
+    seed: int,
+) -> None:
+    packed, scales = layer(n, k, group_size, seed, scale_dtype)
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(m, k, generator=generator).to(dtype)
+    bias = torch.randn(n, generator=generator).to(dtype) if biased else None
+    assert_same_bits(ours(x, packed, scales, bias, group_size, path), expected(x, packed, scales, bias, group_size))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("group_size", [-1, 128])
+@pytest.mark.parametrize("m", [1, 3, 6, 7, 13, 24, 509])  # one tile, uneven tiles, more than one block of rows
+def test_thread_counts_and_row_tiles_change_nothing(path: str, group_size: int, m: int, threads: int) -> None:
+    packed, scales = layer(200, 768, group_size, seed=m)
+    x = torch.randn(m, 768, generator=torch.Generator().manual_seed(m)).bfloat16()
+    assert_same_bits(ours(x, packed, scales, None, group_size, path), expected(x, packed, scales, None, group_size))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("nibble", [0, 7, 15])  # -8, -1, 7
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_neither_saturate_nor_wrap(path: str, nibble: int, sign: int) -> None:
+    k = 16384
+    packed = torch.full(
+        (64, k // 8), int.from_bytes(bytes([nibble * 17] * 4), "little", signed=True), dtype=torch.int32
+    )
+    x = torch.full((7, k), sign * 3.0)  # every code is 127 or -127
+    scales = torch.ones(64, 1)
+    assert_same_bits(ours(x, packed, scales, None, -1, path), expected(x, packed, scales, None, -1))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_rows_tiny_rows_and_rows_with_nan_or_infinity(path: str, dtype: torch.dtype) -> None:
+    packed, scales = layer(70, 256, 64, seed=5)
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(6)).to(dtype)
+    x[1], x[2] = 0, x[2] * 1e-30
+    x[3, 17], x[4, 255], x[5, 0] = float("nan"), float("inf"), -float("inf")
+    x[6, 0] = torch.finfo(dtype).max
+    x[7] = torch.finfo(dtype).smallest_normal
+    got = ours(x, packed, scales, None, 64, path)
+    assert_same_bits(got, expected(x, packed, scales, None, 64))
+    assert got[3:6].isnan().all()
+    assert not got[0].isnan().any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", [1e-40, 1e-45, 1e30])  # float32 denormals, and sums far beyond fp16
+def test_extreme_scales(path: str, size: float) -> None:
+    packed, scales = layer(64, 128, 32, seed=7)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(8))
+    scales = scales * 50 * size
+    assert_same_bits(ours(x, packed, scales, None, 32, path), expected(x, packed, scales, None, 32))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_may_lie_apart(path: str) -> None:
+    packed, scales = layer(96, 160, 32, seed=9)
+    wide = torch.randn(11, 3, 200, generator=torch.Generator().manual_seed(10)).bfloat16()
+    for x in (wide[:, 1, 20:180], wide[..., :160], wide.transpose(0, 1)[..., 40:]):
+        assert_same_bits(ours(x, packed, scales, None, 32, path), expected(x, packed, scales, None, 32))
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    packed, scales = layer(320, 1024, 128, seed=11)
+    x = torch.randn(33, 1024, generator=torch.Generator().manual_seed(12)).bfloat16()
+    assert_same_bits(ours(x, packed, scales, None, 128, PATHS[0]), ours(x, packed, scales, None, 128, PATHS[0]))
+
+
+def test_a_token_does_not_depend_on_its_batch() -> None:
+    packed, scales = layer(128, 512, 128, seed=13)
+    x = torch.randn(23, 512, generator=torch.Generator().manual_seed(14)).bfloat16()
+    together = ours(x, packed, scales, None, 128, PATHS[0])
+    assert_same_bits(torch.cat([ours(row[None], packed, scales, None, 128, PATHS[0]) for row in x]), together)
+
+
+def test_the_operator_runs_it_and_torch_compile_keeps_it_whole() -> None:
+    packed, scales = layer(100, 256, 128, seed=15)
+    prepared = selection.prepare(packed, scales, selection.Problem(256, 100, 128, torch.bfloat16, "cpu"))
+    assert prepared.backend == "cpu"
+    x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(16)).bfloat16()
+
+    def twice(x: Tensor) -> Tensor:
+        return 2 * ops.w4a8_linear(x, prepared.weight, prepared.scales, None, 100, 128, prepared.layout)
+
+    want = 2 * expected(x, packed, scales, None, 128)
+    assert_same_bits(twice(x), want)
+    compiled = torch.compile(twice, backend="aot_eager", fullgraph=True, dynamic=True)
+    assert_same_bits(compiled(x), want)
