@@ -79,8 +79,9 @@ def own_logprobs(model: nn.Module, tokens: list[int]) -> Tensor:
 @torch.inference_mode()
 def own_greedy(model: Any, tokens: list[int], length: int) -> list[int]:
     """Return a model's likeliest continuation."""
+    prompt = torch.tensor([tokens])
     answer = model.generate(
-        torch.tensor([tokens]), max_new_tokens=length, min_new_tokens=length, do_sample=False, pad_token_id=0
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, min_new_tokens=length, do_sample=False
     )
     return answer[0, len(tokens) :].tolist()
 

@@ -30,6 +30,7 @@ def command(
     chosen = launcher.choose_engine(engine)
     source = resolve(checkpoint)
     path = source.path.resolve()
+    source.shapes()  # refuses pickles, truncated and missing files now; the engine would in a minute
     if (path / MANIFEST).is_file():
         verify(path)
     order = launcher.Order(path, name or path.name, host, port, api_key, tuple(engine_args or ()))
