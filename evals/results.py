@@ -1,4 +1,4 @@
-"""What an evaluation found, as documented types: this is the JSON that ``qtoolkit eval`` prints and the report reads."""
+"""What an evaluation found, as documented types: the JSON that ``qtoolkit eval`` prints and the report reads."""
 
 from __future__ import annotations
 

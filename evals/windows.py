@@ -77,6 +77,6 @@ def cut(name: str, text: str, tokenizer: PreTrainedTokenizerBase, length: int) -
         )
     covered = ids[: count * length]
     # Without cleaning up: it would glue words together and change their number.
-    seen = tokenizer.decode(covered, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    seen = str(tokenizer.decode(covered, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     windows = covered.to(torch.int64).view(count, length)
     return Windows(name, windows, words=len(seen.split()), utf8_bytes=len(seen.encode()))

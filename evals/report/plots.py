@@ -24,7 +24,7 @@ VARIABLES = {
     CHANCE: "chance",
     ON_PACKED: "on-packed",
 }
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # letters stay letters: the page's font, and they can be searched
     "svg.hashsalt": "qtoolkit",  # the same data gives the same bytes
     "font.size": 11,
@@ -78,6 +78,8 @@ def pairs(
 
 def steps(changes: Sequence[float], mean: Point) -> str:
     """Draw the change in percent window by window, with the mean and its standard error as a band."""
+    from matplotlib.ticker import MaxNLocator
+
     with _style():
         figure, axes = _canvas(2.3)
         axes.axhline(0, color=MUTED, linewidth=1)
@@ -89,7 +91,7 @@ def steps(changes: Sequence[float], mean: Point) -> str:
         axes.set_xlabel("window of the text")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.3g} %")
         axes.tick_params(axis="y", colors=MUTED)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         return _svg(figure)
 
 
@@ -106,7 +108,7 @@ def distances(rows: Sequence[tuple[str, float, float]], packed: int) -> str:
         axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(axis="x")
-        axes.set_xlabel("KL divergence, nats per token (dot: mean, bar: 99th percentile)")
+        axes.set_xlabel("nats per token")
         axes.minorticks_off()
         return _svg(figure)
 
@@ -127,7 +129,7 @@ def cells(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence
                 axes.add_patch(Rectangle((x, y), 1, 1, color=PACKED, alpha=round(0.06 + 0.94 * share, 3), linewidth=0))
                 if len(columns) <= 8:
                     colour = ON_PACKED if share > 0.55 else INK
-                    text = f"{value * 100:.2g}" if value < 0.1 else f"{value * 100:.0f}"
+                    text = f"{value * 100:.2f}" if top < 0.1 else f"{value * 100:.1f}"
                     axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=10, color=colour)
         axes.set_xlim(0, len(columns))
         axes.set_ylim(len(rows), 0)
@@ -142,13 +144,13 @@ def cells(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence
 
 
 def bars(rows: Sequence[tuple[str, float, str]]) -> str:
-    """Draw (name, value, label) as bars from zero; the last one is the packed model's, or all are where there is one."""
+    """Draw (name, value, label) as bars from zero; the last one is the packed model's."""
     with _style():
         figure, axes = _canvas(0.3 + 0.42 * len(rows))
         for row, (_, value, label) in enumerate(rows):
             colour = PACKED if row == len(rows) - 1 else FLOAT
             axes.barh(row, value, height=0.62, color=colour, linewidth=0)
-            axes.text(value, row, f" {label}", va="center", ha="left", fontsize=10.5)
+            _beside(axes, value, row, label)
         axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.set_xlim(0, max(value for _, value, _ in rows) * 1.28)
@@ -163,7 +165,7 @@ def ranking(rows: Sequence[tuple[str, float, str]]) -> str:
         figure, axes = _canvas(0.3 + 0.3 * len(rows))
         axes.barh(range(len(rows)), [value for _, value, _ in rows], height=0.66, color=PACKED, linewidth=0)
         for row, (_, value, label) in enumerate(rows):
-            axes.text(value, row, f" {label}", va="center", ha="left", fontsize=9.5)
+            _beside(axes, value, row, label)
         axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.set_xlim(0, max(value for _, value, _ in rows) * 1.25)
@@ -176,6 +178,10 @@ def _whisker(axes: Axes, point: Point, y: float, colour: str) -> None:
     if point.error:
         axes.plot([point.value - point.error, point.value + point.error], [y, y], color=colour, linewidth=2, alpha=0.6)
     axes.plot([point.value], [y], "o", color=colour, markersize=8, markeredgewidth=0)
+
+
+def _beside(axes: Axes, value: float, row: int, label: str) -> None:
+    axes.annotate(label, (value, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=10)
 
 
 def _style() -> Any:
@@ -202,7 +208,9 @@ def _svg(figure: Figure) -> str:
     )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL
+    )  # a style would hold everywhere
     svg = re.sub(
         r'<svg .*?viewBox="([^"]+)".*?>',
         r'<svg viewBox="\1" role="img" aria-hidden="true">',

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qtoolkit.evals.results import Scores
 
 
 def percent(share: float, digits: int = 2) -> str:
@@ -25,12 +30,17 @@ def short(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def size(count: float) -> str:
+def count(value: float) -> str:
+    """Return a perplexity: 12.34, 4,425, 4.43e+06."""
+    return f"{value:.2f}" if value < 1e3 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
+
+
+def size(bytes_: float) -> str:
     """Return bytes as ``12.3 MB``."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count:.0f} B"
+        if bytes_ >= factor:
+            return f"{bytes_ / factor:.1f} {unit}"
+    return f"{bytes_:.0f} B"
 
 
 def duration(seconds: float) -> str:
@@ -40,3 +50,13 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def title(name: str) -> str:
+    """Return a model's name without the folders before it."""
+    return PurePath(name).name or name
+
+
+def short_name(scores: Scores | None) -> str:
+    """Return what a table calls a model: its scheme, or float."""
+    return "" if scores is None else scores.scheme or "float"

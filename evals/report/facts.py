@@ -1,0 +1,145 @@
+"""The report's facts about a checkpoint: layers, sizes, a small generation, the method, where it comes from."""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+from qtoolkit.checkpoint import LayerRecord
+from qtoolkit.evals.report import plots
+from qtoolkit.evals.report.page import Code, Figure, Section, Table
+from qtoolkit.evals.report.words import duration, short_name, size
+from qtoolkit.evals.results import EvalResult
+
+WORST = 20  # layers in a ranking where a table of blocks does not fit
+
+
+def layers(result: EvalResult) -> Section | None:
+    """Show every quantized layer's error, and what stayed in float and why."""
+    if not result.manifest or not result.manifest.layers:
+        return None
+    layers, kept = result.manifest.layers, result.manifest.unquantized
+    errors = sorted(layer.error for layer in layers)
+    worst = max(layers, key=lambda layer: layer.error)
+    text = (
+        f"{len(layers)} layers were quantized. The error of a layer is the energy of what its output lost, as a share "
+        f"of the output's, on the calibration text: {errors[len(errors) // 2]:.2%} in the median, {worst.error:.2%} at "
+        f"worst ({worst.name}).",
+    )
+    every = Table(
+        ("layer", "shape", "error"),
+        tuple((layer.name, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.error:.3%}") for layer in layers),
+        folded=f"All {len(layers)} layers",
+    )
+    tables = [every]
+    if kept:
+        reasons = tuple((row.name, row.reason) for row in kept)
+        tables.append(
+            Table(
+                ("kept in float", "why"),
+                reasons,
+                prose=True,
+                folded="" if len(kept) <= 8 else f"{len(kept)} kept in float",
+            )
+        )
+    return Section("Layers", text, (layer_figure(layers),), tuple(tables))
+
+
+def layer_figure(layers: tuple[LayerRecord, ...]) -> Figure:
+    """Draw blocks against kinds of layer where names say so (``model.layers.3.mlp.up_proj``), else the worst ones."""
+    found: dict[str, dict[int, float]] = {}
+    for layer in layers:
+        if match := re.fullmatch(r"\D*\.(\d+)\.(?:\w+\.)*?(\w+)", layer.name):
+            found.setdefault(match[2], {})[int(match[1])] = layer.error
+    blocks = sorted({block for row in found.values() for block in row})
+    if sum(map(len, found.values())) == len(layers) and len(found) <= WORST and len(blocks) > 1:
+        values = [[row.get(block) for block in blocks] for row in found.values()]
+        unit = (
+            "In percent." if len(blocks) <= 8 else f"The strongest tint is {max(layer.error for layer in layers):.2%}."
+        )
+        return Figure(
+            plots.cells(list(found), [str(block) for block in blocks], values, "block"), "Error of each layer", unit
+        )
+    worst = sorted(layers, key=lambda layer: -layer.error)[:WORST]
+    rows = [(layer.name, layer.error, f"{layer.error:.2%}") for layer in worst]
+    return Figure(plots.ranking(rows), f"The {len(worst)} layers with the largest error")
+
+
+def sizes(result: EvalResult) -> Section | None:
+    """Show the size of the weight files before and after."""
+    if not (manifest := result.manifest):
+        return None
+    rows = [
+        ("float", float(manifest.bytes_before), size(manifest.bytes_before)),
+        (manifest.scheme.name, float(manifest.bytes_after), size(manifest.bytes_after)),
+    ]
+    parameters = sum(layer.shape[0] * layer.shape[1] for layer in manifest.layers)
+    groups = sum(layer.shape[0] * manifest.scheme.groups(layer.shape[1]) for layer in manifest.layers)
+    text = (
+        f"{parameters:,} weights are 4-bit integers with {groups:,} scales; embeddings, norms and what is listed as "
+        "kept stay in float.",
+    )
+    table = Table(
+        ("", "bytes", "share"),
+        tuple((name, f"{int(value):,}", f"{value / manifest.bytes_before:.0%}") for name, value, _ in rows),
+    )
+    return Section("Size", text, (Figure(plots.bars(rows), "Weight files"),), (table,))
+
+
+def latency(result: EvalResult) -> Section | None:
+    """Show the timing of a small generation."""
+    if not (mine := result.latency):
+        return None
+    rows = []
+    for scores in (result.reference, result):
+        if scores and (found := scores.latency):
+            speed = f"{found.tokens_per_second:.1f}"
+            rows.append((short_name(scores), duration(found.first_token_seconds), speed, f"{found.spread:.0%}"))
+    text = (
+        f"One greedy generation of {mine.new_tokens} tokens after {mine.prompt_tokens} in transformers, batch 1, "
+        "median of three. It tells a broken kernel from a working one; serving speed is another measurement.",
+    )
+    return Section(
+        "A small generation", text, (), (Table(("model", "first token", "tokens/s", "spread"), tuple(rows)),)
+    )
+
+
+def measured(result: EvalResult) -> Section | None:
+    """Say in words what was done."""
+    lines = []
+    if first := next(iter(result.perplexity.values()), None):
+        lines.append(
+            f"Perplexity: the text is tokenized as a whole and cut into windows of {first.window} tokens that do not "
+            "overlap; every token but the first of a window is predicted. Per word divides the same total by "
+            "whitespace words."
+        )
+    if result.reference:
+        lines.append("The float model reads the same windows and documents, so differences are paired.")
+    if result.limit is not None:
+        lines.append("Tasks were cut short by --limit: their figures are not those of the whole task.")
+    return Section("How it was measured", tuple(lines)) if lines else None
+
+
+def provenance(result: EvalResult) -> Section:
+    """List where the checkpoint and the figures come from."""
+    manifest = result.manifest
+    facts = [("model", result.name), ("activations and float weights", result.dtype)]
+    code: tuple[Code, ...] = ()
+    if manifest:
+        revision = f" at {manifest.revision}" if manifest.revision else ""
+        facts += [
+            ("made from", f"{manifest.source}{revision} (digest {manifest.source_digest})"),
+            ("recipe", f"{manifest.recipe.get('name', '')}, digest {manifest.digest}, seed {manifest.seed}"),
+            ("calibrated on", f"{manifest.calibration_tokens:,} tokens"),
+            ("quantized with", ", ".join(f"{name} {number}" for name, number in manifest.versions.items())),
+        ]
+        code = (Code("Recipe", yaml.safe_dump(manifest.recipe, sort_keys=False).rstrip()),)
+    if result.reference:
+        facts.append(("compared with", f"{result.reference.name} ({result.reference.dtype})"))
+    facts += [
+        ("evaluated with", ", ".join(f"{name} {number}" for name, number in result.versions.items())),
+        ("on", f"{result.machine.processor}, {result.machine.cores} cores, {result.machine.device}"),
+        ("when", f"{result.date}, {duration(result.seconds)}"),
+    ]
+    return Section("Recipe and provenance", (), (), (Table(("", ""), tuple(facts), prose=True),), code)
