@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Checks and times the W4A8 GPU kernels beside their peers on this machine, and writes one JSON file and tables.
 
     python scripts/bench_gpu.py --out gpu.json            everything, at most about 8 minutes on one H100

@@ -91,15 +91,18 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned address) {
     return (unsigned long long)((address & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-// An exact int32 as fp32, without the slow conversion unit: |v| < 2^22, so 1.5 * 2^23 + v is exact in the mantissa.
-__device__ __forceinline__ float small_int_to_float(int v) { return __int_as_float(v + 0x4b400000) - 12582912.0f; }
+struct Pair { float x, y; };
+
+// The scales of the thread's two tokens of the eight that start at `token`.
+__device__ __forceinline__ Pair token_scales_at(const Problem& p, int token, int lane) {
+    return token < p.tokens ? *(const Pair*)(p.token_scales + token + 2 * (lane % 4)) : Pair{0.0f, 0.0f};
+}
 
 // Scale, add bias, narrow, and store four accumulators of a thread: rows r and r + 8, tokens t and t + 1.
-__device__ __forceinline__ void store_unit(const Problem& p, const float (&sum)[4], int row, int token, int lane,
-                                           float bias0, float bias1) {
-    const float a0 = p.token_scales[token + 2 * (lane % 4)], a1 = p.token_scales[token + 2 * (lane % 4) + 1];
-    const unsigned upper = transpose_8x8(pack_pair(sum[0] * a0 + bias0, sum[1] * a1 + bias0, FP16));
-    const unsigned lower = transpose_8x8(pack_pair(sum[2] * a0 + bias1, sum[3] * a1 + bias1, FP16));
+__device__ __forceinline__ void store_unit(const Problem& p, const float (&sum)[4], Pair a, int row, int token,
+                                           int lane, float bias0, float bias1) {
+    const unsigned upper = transpose_8x8(pack_pair(sum[0] * a.x + bias0, sum[1] * a.y + bias0, FP16));
+    const unsigned lower = transpose_8x8(pack_pair(sum[2] * a.x + bias1, sum[3] * a.y + bias1, FP16));
     const int mine = token + lane / 4, n = row + 2 * (lane % 4);  // after the transposition: two neighbouring outputs
     if (mine >= p.tokens) return;
     unsigned short* at = p.out + (long long)mine * p.n + n;
@@ -178,7 +181,7 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
             if (b == BLOCKS - 1 && lane == 0) barrier_arrive(empty_barrier(base, ring.stage));
 #pragma unroll
             for (int i = 0; i < PARTS; ++i)
-                sums[b][i] = fmaf(small_int_to_float(part[i]), i / 2 % 2 ? scale1 : scale0, sums[b][i]);
+                sums[b][i] = fmaf((float)part[i], i / 2 % 2 ? scale1 : scale0, sums[b][i]);  // |part| < 2^21: exact
         }
         ring.advance();
     }
@@ -204,11 +207,11 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
             }
 #pragma unroll
             for (int b = 0; b < BLOCKS; ++b) {
-                products_fence();  // one a product: with a single one for both the assembler waits after every product
+                products_fence();  // one a product, or the assembler inserts it and may wait after every product
                 wgmma(sums[b], a[s % 2][b], tokens + 2 * s, k > 0 || s > 0);
+                products_commit();
             }
-            products_commit();
-            products_wait<1>();  // the step before this one has ended: its registers, and at s = 0 its stage, are free
+            products_wait<BLOCKS>();  // the step before has ended: its registers, and at s = 0 its stage, are free
             if (s == 0 && previous >= 0 && lane == 0) barrier_arrive(empty_barrier(base, previous));
         }
         previous = ring.stage;
@@ -222,17 +225,26 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
 // Split = 1: the sums are complete; scale and store them from registers.
 __device__ __forceinline__ void finish_alone(const Problem& p, Tile tile, int row, int lane,
                                              const Sum (&sums)[BLOCKS][PARTS]) {
+    constexpr int AT_ONCE = TOKENS < 128 ? TOKENS / 8 : 16;
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-        const int r = tile.row + row + b * 64, mine = r + lane / 4;
-        const float scale0 = GROUPED ? 1.0f : p.scales[mine], scale1 = GROUPED ? 1.0f : p.scales[mine + 8];
-        const float bias0 = bias_at(p, mine), bias1 = bias_at(p, mine + 8);
+    for (int first = 0; first < TOKENS / 8; first += AT_ONCE) {
+        Pair a[AT_ONCE];  // these loads go out before the first store, which the compiler must take for an alias
 #pragma unroll
-        for (int j = 0; j < TOKENS / 8; ++j) {
-            if (tile.token + 8 * j >= p.tokens) break;
-            const float sum[4] = {sums[b][4 * j] * scale0, sums[b][4 * j + 1] * scale0,
-                                  sums[b][4 * j + 2] * scale1, sums[b][4 * j + 3] * scale1};
-            store_unit(p, sum, r, tile.token + 8 * j, lane, bias0, bias1);
+        for (int j = 0; j < AT_ONCE; ++j) a[j] = token_scales_at(p, tile.token + 8 * (first + j), lane);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) {
+            const int r = tile.row + row + b * 64, mine = r + lane / 4;
+            const float scale0 = GROUPED ? 1.0f : p.scales[mine], scale1 = GROUPED ? 1.0f : p.scales[mine + 8];
+            const float bias0 = bias_at(p, mine), bias1 = bias_at(p, mine + 8);
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j) {
+                const int token = tile.token + 8 * (first + j);
+                if (token >= p.tokens) break;
+                const Sum(&s)[PARTS] = sums[b];
+                const int i = 4 * (first + j);
+                const float sum[4] = {s[i] * scale0, s[i + 1] * scale0, s[i + 2] * scale1, s[i + 3] * scale1};
+                store_unit(p, sum, a[j], r, token, lane, bias0, bias1);
+            }
         }
     }
 }
@@ -252,13 +264,24 @@ __device__ __forceinline__ void finish_together(const Problem& p, unsigned base,
         const int b = unit / (TOKENS / 8), j = unit % (TOKENS / 8), r = tile.row + row + b * 64, mine = r + lane / 4;
         if (tile.token + 8 * j >= p.tokens) continue;
         const float scale0 = GROUPED ? 1.0f : p.scales[mine], scale1 = GROUPED ? 1.0f : p.scales[mine + 8];
+        const float bias0 = bias_at(p, mine), bias1 = bias_at(p, mine + 8);
+        const Pair a = token_scales_at(p, tile.token + 8 * j, lane);
         Sum total[4] = {0, 0, 0, 0};
-        for (int peer = 0; peer < p.split; ++peer)
+        for (int peer = 0; peer < p.split; peer += 4) {  // the loads of four peers are under way at once
+            Sum part[4][4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                total[i] += sum_of(load_peer_word(base + ((unit * 4 + i) * CONSUMERS + threadIdx.x) * 4, peer));
+            for (int q = 0; q < 4; ++q)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    part[q][i] = peer + q >= p.split ? Sum(0)
+                        : sum_of(load_peer_word(base + ((unit * 4 + i) * CONSUMERS + threadIdx.x) * 4, peer + q));
+#pragma unroll
+            for (int q = 0; q < 4; ++q)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) total[i] += part[q][i];
+        }
         const float sum[4] = {total[0] * scale0, total[1] * scale0, total[2] * scale1, total[3] * scale1};
-        store_unit(p, sum, r, tile.token + 8 * j, lane, bias_at(p, mine), bias_at(p, mine + 8));
+        store_unit(p, sum, a, r, tile.token + 8 * j, lane, bias0, bias1);
     }
     cluster_sync();  // a block's shared memory must outlive its peers' reads
 }

@@ -207,7 +207,6 @@ static void wait_for_previous_grid() {}
 
 static float __uint_as_float(unsigned v) { float f; memcpy(&f, &v, 4); return f; }
 static unsigned __float_as_uint(float f) { unsigned v; memcpy(&v, &f, 4); return v; }
-static float __int_as_float(int v) { return __uint_as_float(v); }
 static unsigned narrow(float v, bool fp16) {
     if (fp16) { _Float16 h = (_Float16)v; unsigned short bits; memcpy(&bits, &h, 2); return bits; }
     const unsigned bits = __float_as_uint(v);

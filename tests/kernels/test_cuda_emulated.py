@@ -133,7 +133,7 @@ def test_any_order_of_copies_gives_the_same_bits(emulator: Emulator, seed: int) 
 
 # Each change plants a synchronization bug that a GPU might hide most of the time. The emulation must not.
 BUGS = {
-    "a register operand is overwritten while it is read": ("products_wait<1>()", "products_wait<2>()"),
+    "a register operand is overwritten while it is read": ("products_wait<BLOCKS>()", "products_wait<2 * BLOCKS>()"),
     "a stage is handed back too early": ("if (s == 0 && previous >= 0", "if (s == 3 && (previous = ring.stage) >= 0"),
     "the producer does not wait for empty stages": ("if (refill) barrier_wait", "if (false) barrier_wait"),
     "consumers do not wait for full stages": ("barrier_wait(full_barrier(base, ring.stage), ring.parity);", ""),
