@@ -1,4 +1,4 @@
-"""The linear layers a kernel benchmark compares: ours, torch's own, and what vLLM has, each made from random weights."""
+"""The linear layers a kernel benchmark compares: ours, torch's own, and vLLM's, each made from random weights."""
 
 from __future__ import annotations
 
