@@ -6,7 +6,7 @@ to t, and t is searched for each group of layers so that the quantized group's o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from qtoolkit.calibration.capture import layer_inputs, round_tokens
 from qtoolkit.calibration.options import Options
 from qtoolkit.stages import Block, ChannelGroup, Context, Stream
 
+STRIDE = 6  # the search tries every sixth threshold, then those around the best: a third of the evaluations
 LOWEST = 0.1  # the official search stops at this threshold; models with smaller activations go lower
 
 
@@ -27,7 +28,7 @@ class SmoothOptions(Options):
     """Options of the step ``smooth``."""
 
     grid: int = Field(100, ge=1, description="thresholds tried for each group, at least")
-    tokens: int = Field(8192, ge=1, description="calibration tokens on which each threshold is judged")
+    tokens: int = Field(4096, ge=1, description="calibration tokens on which each threshold is judged")
 
 
 @dataclass(frozen=True)
@@ -65,22 +66,26 @@ class Smooth:
         start = float(largest.max())
         steps = max(self.options.grid, int(start / 0.5))
         lowest = min(LOWEST, start / 100)
-        best_loss, best_scales, best_threshold = torch.inf, torch.ones_like(largest), start
-        first_loss = torch.inf
-        for step in range(steps):
-            threshold = start - (start - lowest) * step / steps
-            scales = (largest / threshold).clamp_min(1.0)
-            loss = group_loss(block, group, calls, scales, context)
-            if step == 0:
-                first_loss = loss  # every scale is 1: the group without smoothing
-            if loss < best_loss:
-                best_loss, best_scales, best_threshold = loss, scales, threshold
-        return best_scales, {
-            "threshold": best_threshold,
+        losses: dict[int, float] = {}
+
+        def scales_at(step: int) -> Tensor:
+            return (largest / (start - (start - lowest) * step / steps)).clamp_min(1.0)
+
+        def judge(some: Iterable[int]) -> int:
+            for step in some:
+                if step not in losses and 0 <= step < steps:
+                    losses[step] = group_loss(block, group, calls, scales_at(step), context)
+            return min(losses, key=lambda step: (losses[step], step))
+
+        coarse = judge(range(0, steps, STRIDE))
+        best = judge(range(coarse - STRIDE + 1, coarse + STRIDE))
+        scales = scales_at(best)
+        return scales, {
+            "threshold": start - (start - lowest) * best / steps,
             "largest_input": start,
-            "loss": best_loss,
-            "loss_unsmoothed": first_loss,
-            "largest_scale": float(best_scales.max()),
+            "loss": losses[best],
+            "loss_unsmoothed": losses[0],  # every scale is 1
+            "largest_scale": float(scales.max()),
         }
 
 
