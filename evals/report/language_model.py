@@ -83,7 +83,7 @@ def _cards(result: EvalResult) -> tuple[Card, ...]:
         cards.append(
             Card(
                 "Weights, times smaller",
-                _ratio(result.manifest),
+                f"{_ratio(result.manifest)}x",
                 note,
             )
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qtoolkit import cli
 
@@ -22,8 +24,8 @@ def text_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command in this process and return its exit code, stdout and stderr."""
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """Run the command in this process, on one thread, and return its exit code, stdout and stderr."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["qtoolkit", "eval", *map(str, arguments)])
@@ -32,7 +34,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         out, err = capsys.readouterr()
         return int(stopped.value.code or 0), out, err
 
-    return call
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small run fastest so, and on a busy machine by far
+    yield call
+    torch.set_num_threads(before)
 
 
 def test_json_is_one_object_with_everything(run: Any, random_llama: Path, text_file: Path, tmp_path: Path) -> None:
