@@ -23,6 +23,13 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON
     output.result(f"python     {facts['python']} on {facts['platform']}, {facts['cores']} cores")
     for name, found in facts["packages"].items():
         output.result(f"{name:<18} {found or 'not installed'}")
+    cpu = facts["cpu_kernels"]
+    if cpu["reason"]:
+        output.result(f"cpu kernels: none, {cpu['reason']}")
+    else:
+        output.result(
+            f"cpu kernels: {cpu['path']} of {', '.join(cpu['paths'])}; {cpu['threads']} threads; {cpu['library']}"
+        )
     for row in facts["kernels"]:
         output.result(f"{row['device']}, {row['scheme']}: {row['backend']}")
         for name, reason in row["refused"].items():
@@ -35,6 +42,8 @@ def examine() -> dict[str, Any]:
 
     import torch
 
+    from qtoolkit.kernels.cpu import library
+
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
         "python": platform.python_version(),
@@ -42,6 +51,7 @@ def examine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": devices,
+        "cpu_kernels": library.describe(),
         "kernels": [_chosen(device, group) for device in devices for group in (128, -1)],
     }
 
