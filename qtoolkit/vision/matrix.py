@@ -7,9 +7,12 @@ at one place of the kernel. N:M blocks, binary words and butterfly factors all r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from qtoolkit.stages import Block
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -74,6 +77,11 @@ class Geometry:
         reach = [self.dilation[i] * (self.shape[2 + i] - 1) for i in (0, 1)]  # pixels a kernel spans, less one
         height, width = ((x.shape[2 + i] + 2 * self.padding[i] - reach[i] - 1) // self.stride[i] + 1 for i in (0, 1))
         return y.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+
+
+def weight_of(block: Block, name: str) -> nn.Parameter:
+    """Return the weight of a block's layer ``name``."""
+    return cast(nn.Parameter, block.layer(name).weight)
 
 
 def to_matrix(weight: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], origin: str) -> 
     network.load_state_dict({name: state[name] for name in wanted}, strict=False)
 
 
-def compressible(network: nn.Module) -> list[tuple[str, nn.Module]]:
+def compressible(network: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
     """Return name and module of every convolution and linear layer, in order; grouped convolutions are left out."""
     return [
         (name, module)

@@ -1,0 +1,228 @@
+"""One trainer for every method: SGD with three hooks, for masks, gradients and epochs; a method is a row of options.
+
+| method | masks | schedule | regularizer |
+|---|---|---|---|
+| SFP | after each epoch | one-shot | none |
+| CR-SFP | after each epoch | one-shot | cr-kl |
+| SR-STE | in the forward pass | one-shot | sr-ste |
+| MaxQ | in the forward pass, soft | linear | sr-ste |
+| OvSW | none (binary layers) | | ags-sad |
+| ADMM | none until the end | | admm |
+| DeBut | none (butterfly layers) | | none |
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qtoolkit.calibration import filters, projections
+from qtoolkit.calibration.options import Options
+from qtoolkit.calibration.regularizers import REGULARIZERS, Plain
+from qtoolkit.calibration.schedules import still_dense
+from qtoolkit.errors import NumericError
+from qtoolkit.stages import Block, Stream
+from qtoolkit.vision.context import VisionContext
+from qtoolkit.vision.matrix import weight_of
+
+STATE = "recover"
+
+
+class RecoverOptions(Options):
+    """Options of the step ``recover``."""
+
+    epochs: int = Field(5, ge=1)
+    batch: int = Field(128, ge=1)
+    lr: float = Field(0.01, gt=0, description="after one warm-up pass of 5 % it falls to 0 along a cosine")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0, description="not on batch norms and biases")
+    masks: Literal["none", "forward", "epoch"] = Field("none", description="when the pattern is enforced")
+    soft: bool = Field(False, description="MaxQ's soft mask instead of 0 and 1")
+    criterion: Literal["l2", "fpgm"] = Field("l2", description="which filters go")
+    where: Literal["inner", "all"] = Field("inner", description="of filters: only those that one group alone reads")
+    schedule: str = Field("one-shot", description="one-shot, linear, cosine, cubic or exponential")
+    ramp: float = Field(0.5, ge=0, le=1, description="part of the training after which the pattern is complete")
+    regularizer: Literal["none", "sr-ste", "cr-kl", "ags-sad", "admm"] = "none"
+    strength: float = Field(2e-4, ge=0, description="the regularizer's factor")
+    augment: bool = Field(True, description="random shifts and mirroring as the architecture says")
+
+
+class Recover:
+    """The transform: trains the whole network under the recipe's pattern."""
+
+    Options = RecoverOptions
+
+    def __init__(self, options: RecoverOptions) -> None:
+        self.options = options
+
+    def apply(self, block: Block, stream: Stream, context: VisionContext) -> dict[str, dict[str, float]]:
+        """Train in place, resuming at the last whole epoch; return loss and accuracy of every epoch.
+
+        Raises:
+            NumericError: the loss is NaN or Inf.
+        """
+        training = Training(block, self.options, context)
+        report = training.run()
+        training.finish()
+        block.module.eval().requires_grad_(False)
+        return report
+
+
+class Training:
+    """A running training: network, masks, optimiser, and the regularizer that looks at them."""
+
+    def __init__(self, block: Block, options: RecoverOptions, context: VisionContext) -> None:
+        self.block, self.options, self.context = block, options, context
+        self.network = block.module.requires_grad_(True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.weights: dict[str, nn.Parameter] = {}
+        if options.masks != "none" or options.regularizer == "admm":
+            self.weights = {f"{name}.weight": weight_of(block, name) for name in self._masked()}
+        self.masks: dict[str, Tensor] = {}
+        self.epoch = 0
+        decayed = [p for p in self.network.parameters() if p.dim() > 1 or _is_flat_weight(p, self.network)]
+        ids = {id(p) for p in decayed}
+        plain = [p for p in self.network.parameters() if id(p) not in ids]
+        self.optimizer = torch.optim.SGD(
+            [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=options.lr,
+            momentum=options.momentum,
+            nesterov=options.momentum > 0,
+        )
+        self.regularizer: Plain = REGULARIZERS[options.regularizer](options.strength)
+        self.regularizer.start(self)
+
+    def _masked(self) -> list[str]:
+        """Return the layers that get the pattern."""
+        names = [name for name in self.block.targets if name not in self.block.refused]
+        if self.context.pattern.kind == "filter" and self.options.where == "inner":
+            inner = {group.producers[0] for group in self.block.groups}
+            names = [name for name in names if name in inner]
+        return names
+
+    def add_parameters(self, parameters: list[nn.Parameter]) -> None:
+        """Train parameters that are not the network's own."""
+        self.optimizer.add_param_group({"params": parameters, "weight_decay": self.options.weight_decay})
+
+    def mask_of(self, weight: Tensor, dense: float) -> Tensor:
+        """Return the mask that the pattern gives ``weight`` while the part ``dense`` of it is not enforced."""
+        pattern = self.context.pattern
+        if self.options.soft and pattern.kind == "nm":
+            return projections.soft_mask(weight.detach(), *pattern.nm, dense=dense)
+        return projections.mask(weight.detach(), pattern, dense, self.options.criterion)
+
+    def refresh(self, progress: float) -> None:
+        """The first hook, before a forward pass or an epoch: compute the masks anew."""
+        dense = still_dense(self.options.schedule, progress, self.options.ramp)
+        self.masks = {name: self.mask_of(weight, dense) for name, weight in self.weights.items()}
+
+    def projected(self) -> dict[str, Tensor]:
+        """Return the weights a forward pass uses instead of the latent ones; their gradient passes unchanged."""
+        if self.options.masks != "forward":
+            return {}
+        return {name: w + (w * self.masks[name] - w).detach() for name, w in self.weights.items()}
+
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits of x with some weights replaced."""
+        x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster on a CPU
+        return functional_call(self.network, dict(weights), (x,)) if weights else self.network(x)
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """Train all epochs that are not done yet."""
+        options, context = self.options, self.context
+        report = self._restore()
+        steps = max(len(context.training) // options.batch, 1)
+        architecture = context.architecture
+        if not options.augment:
+            architecture = architecture.model_copy(update={"augment": type(architecture.augment)()})
+        for epoch in range(len(report), options.epochs):
+            began, total, seen = time.monotonic(), 0.0, 0
+            self.network.train()
+            self.refresh(epoch / options.epochs)
+            generator = torch.Generator().manual_seed(context.seed * 1000 + epoch)  # resuming needs no generator state
+            batches = context.training.epoch(options.batch, architecture, generator, self.regularizer.views)
+            for step, (views, y) in enumerate(batches):
+                progress = (epoch + step / steps) / options.epochs
+                self._set_rate(progress)
+                if options.masks == "forward":
+                    self.refresh(progress)
+                loss = self.regularizer.loss(self, views, y)
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.regularizer.after_backward(self)
+                self.optimizer.step()
+                total, seen = total + float(loss.detach()) * len(y), seen + len(y)
+                if not math.isfinite(total):
+                    raise NumericError(
+                        f"The training loss became NaN or Inf in epoch {epoch + 1}.", "Lower recover.lr."
+                    )
+            self.regularizer.after_epoch(self)
+            if options.masks == "epoch":
+                self.refresh((epoch + 1) / options.epochs)
+                self._project()
+            report[f"epoch-{epoch + 1}"] = {"loss": total / seen}
+            context.say(
+                f"epoch {epoch + 1}/{options.epochs}: loss {total / seen:.4f}, {time.monotonic() - began:.0f} s"
+            )
+            self._save(report)
+        return report
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Leave weights that have the pattern: masks are folded in, removed filters leave no constant behind."""
+        self.regularizer.finish(self)
+        self.refresh(1.0)
+        self._project()
+        if self.context.pattern.kind == "filter" and self.masks:
+            for name, mask in self.masks.items():
+                filters.remove(self.block, name.removesuffix(".weight"), mask.flatten() == 0)
+
+    @torch.no_grad()
+    def _project(self) -> None:
+        for name, weight in self.weights.items():
+            weight.mul_(self.masks[name])
+
+    def _set_rate(self, progress: float) -> None:
+        warm = min(progress / 0.05, 1.0) if progress < 0.05 else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr * max(warm, 0.05) * (1 + math.cos(math.pi * progress)) / 2
+
+    def _save(self, report: Mapping[str, Mapping[str, float]]) -> None:
+        if self.context.job is None:
+            return
+        state = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
+        state |= {f"regularizer/{name}": tensor for name, tensor in self.regularizer.state().items()}
+        for index, parameter in enumerate(self._parameters()):
+            state[f"momentum/{index}"] = self.optimizer.state[parameter]["momentum_buffer"]
+        self.context.job.save(STATE, {name: tensor.detach().clone() for name, tensor in state.items()}, dict(report))
+
+    def _restore(self) -> dict[str, dict[str, float]]:
+        job = self.context.job
+        if job is None or not job.has(STATE):
+            return {}
+        state = job.tensors(STATE)
+        self.network.load_state_dict(_part(state, "network"))
+        self.regularizer.restore(_part(state, "regularizer"))
+        for index, parameter in enumerate(self._parameters()):
+            self.optimizer.state[parameter]["momentum_buffer"] = state[f"momentum/{index}"]
+        report = job.facts(STATE)
+        self.context.say(f"going on after epoch {len(report)} of {self.options.epochs}")
+        return report
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def _part(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in state.items() if name.startswith(f"{kind}/")}
+
+
+def _is_flat_weight(parameter: nn.Parameter, network: nn.Module) -> bool:
+    """Tell whether a one-dimensional parameter is a butterfly's numbers."""
+    return any(getattr(module, "flat", None) is parameter for module in network.modules())

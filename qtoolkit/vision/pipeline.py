@@ -1,0 +1,284 @@
+"""The vision run: the recipe's transforms over the whole network, then pack, measure what was packed, publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtoolkit import __version__, checkpoint, registry
+from qtoolkit import recipe as recipes
+from qtoolkit.errors import RequestError
+from qtoolkit.job import Job, disk_errors
+from qtoolkit.pipeline import build_transforms, peak_rss_bytes
+from qtoolkit.stages import Block
+from qtoolkit.vision import data, measure, models, runtime
+from qtoolkit.vision.context import Progress, VisionContext, stream
+from qtoolkit.vision.layers import Binary, Butterfly
+from qtoolkit.vision.matrix import Geometry, to_matrix, weight_of
+from qtoolkit.vision.models import Model
+from qtoolkit.vision.record import VisionManifest, VisionRecipe
+
+TRAINING_STEPS = ("recover",)
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a run made: what ``qtoolkit compress --json`` prints."""
+
+    ok: bool
+    output: str
+    scheme: str
+    recipe: str
+    digest: str
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+    peak_rss_bytes: int
+    figures: dict[str, float]
+    layers: list[dict[str, Any]]
+    unquantized: list[dict[str, str]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def compress(
+    model: str,
+    recipe: str | Path | VisionRecipe = "nm",
+    output: str | Path = "compressed",
+    *,
+    weights: str | Path | None = None,
+    test: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    fresh: bool = False,
+    say: Progress | None = None,
+) -> Compressed:
+    """Compress an image classifier and write a checkpoint folder.
+
+    Running the same call again after an interruption goes on at the last whole epoch.
+
+    Args:
+        model: a name of ``qtoolkit list vision``.
+        recipe: preset name, YAML file, or a VisionRecipe.
+        output: folder to make; must not hold anything yet.
+        weights: trained weights, ``.npz`` or ``.safetensors``; without them the recipe must train.
+        test: images on which accuracy is measured, before and after; see ``qtoolkit.vision.data.load``.
+        changes: recipe values by dotted key, such as ``{"recover.epochs": 3}``.
+        fresh: forget an interrupted run, and replace a finished checkpoint.
+        say: is given every line worth reading.
+
+    Raises:
+        QToolkitError: see ``qtoolkit.errors``; the message is one sentence, the hint says what to do.
+    """
+    began = time.monotonic()
+    settings = recipe if isinstance(recipe, VisionRecipe) else recipes.load(recipe, changes, VisionRecipe)
+    resolved = models.resolve(model, weights, settings.calibration.seed)
+    if not resolved.trained and not any(step in settings.steps for step in TRAINING_STEPS):
+        raise RequestError(
+            f"The recipe {settings.name} does not train, and {model} has no weights.", "Add --weights FILE."
+        )
+    transforms = build_transforms(settings)
+    training = data.load(settings.calibration.data, resolved.architecture)
+    held_out = data.load(test, resolved.architecture) if test else None
+    fingerprint = {
+        "qtoolkit": __version__,
+        "model": resolved.digest(),
+        "recipe": settings.digest,
+        "images": len(training),
+        "torch": torch.__version__,
+    }
+    job = Job.open(Path(output), fingerprint, fresh=fresh)
+    try:
+        if not job.published:
+            run = Run(resolved, settings, training, held_out, say or _silent)
+            run.work(transforms, job)
+            run.assemble(job)
+            job.publish()
+    finally:
+        job.close()
+    return _result(job.output, time.monotonic() - began)
+
+
+class Run:
+    """One classifier under one recipe."""
+
+    def __init__(
+        self, model: Model, recipe: VisionRecipe, training: data.Images, test: data.Images | None, say: Progress
+    ) -> None:
+        self.model, self.recipe, self.training, self.test, self.say = model, recipe, training, test, say
+        self.source_digest, self.bytes_before = model.digest(), model.bytes
+        self.packer = registry.packers.get(recipe.scheme.kind)
+        self.block = self._block()
+        self.positions = measure.positions(model.network, model.architecture)
+        self.figures: dict[str, float] = {"parameters_before": float(_parameters(model.network))}
+        self.figures["multiply_adds_before"] = float(self._multiply_adds(model.network))
+        self.report: list[checkpoint.GroupRecord] = []
+        self.layer_figures: dict[str, dict[str, float]] = {name: {} for name in self.block.targets}
+
+    def work(self, transforms: Mapping[str, Any], job: Job) -> None:
+        """Measure the network as it is, then apply every transform."""
+        if self.test is not None and self.model.trained:
+            self._measure("accuracy_before", self.model.network)
+        calibration = self.training.first(self.recipe.calibration.samples)
+        images = stream(calibration, self.model.architecture)
+        seed = self.recipe.calibration.seed
+        context = VisionContext(self.recipe.scheme, self.model.architecture, self.training, seed, self.say, job)
+        for step, transform in transforms.items():
+            began = time.monotonic()
+            for name, figures in transform.apply(self.block, images, context).items():
+                if name in self.layer_figures:
+                    self.layer_figures[name] |= figures
+                else:
+                    self.report.append(checkpoint.GroupRecord(name=name, step=step, figures=figures))
+            self.say(f"{step}: {time.monotonic() - began:.1f} s")
+
+    def assemble(self, job: Job) -> None:
+        """Pack, build the network from what was packed, measure it, and put the folder together."""
+        from safetensors.torch import save_file
+
+        tensors, packed = self._pack()
+        network = runtime.assemble(self.model.architecture, tensors, packed, self.recipe.scheme.kind)
+        if self.test is not None:
+            self._measure("accuracy_after", network)
+        stored = {name: _stored_numbers(name, tensors) for name in packed}
+        floats = {name: tensor for name, tensor in tensors.items() if ".weight_" not in name}
+        self.figures["parameters_after"] = float(
+            sum(stored.values()) + sum(tensor.numel() for name, tensor in floats.items() if _is_parameter(name))
+        )
+        self.figures["multiply_adds_after"] = float(self._multiply_adds(network, stored))
+        with disk_errors(job.output):
+            job.staging.mkdir(exist_ok=True)
+            for leftover in job.staging.iterdir():
+                leftover.unlink()
+            save_file({k: t.contiguous() for k, t in tensors.items()}, job.staging / WEIGHTS, {"format": "pt"})
+            config = {"model_type": self.model.name, "architecture": self.model.architecture.model_dump(mode="json")}
+            checkpoint.write_json(job.staging / "config.json", config)
+            manifest = self._manifest(packed, (job.staging / WEIGHTS).stat().st_size)
+            checkpoint.write_json(job.staging / checkpoint.MANIFEST, manifest.model_dump(mode="json"))
+
+    def _block(self) -> Block:
+        block = self.model.block()
+        for name in block.targets:
+            geometry = Geometry.of(block.layer(name))
+            reason = self.packer.refuse(geometry.n, geometry.k, self.recipe.scheme)
+            if name in self.recipe.keep:
+                reason = "the recipe keeps it"
+            if reason:
+                block.refused[name] = reason
+        return block
+
+    def _pack(self) -> tuple[dict[str, Tensor], list[str]]:
+        """Return every tensor to store, and the names of the packed layers."""
+        network, pattern = self.block.module, self.recipe.scheme
+        packed = [name for name in self.block.targets if name not in self.block.refused]
+        tensors: dict[str, Tensor] = {}
+        for name in packed:
+            layer = self.block.layer(name)
+            if isinstance(layer, Binary | Butterfly):
+                weight: Any = layer.packed()
+            else:
+                inputs = Geometry.of(layer).inputs
+                weight = self.packer.read(to_matrix(weight_of(self.block, name).detach()), pattern, inputs)
+            for part, tensor in self.packer.pack(weight).items():
+                tensors[f"{name}.{part}"] = tensor
+        for name, tensor in network.state_dict().items():
+            owner, _, local = name.rpartition(".")
+            if owner not in packed or local == "bias":
+                tensors[name] = tensor.detach()
+        return tensors, packed
+
+    def _multiply_adds(self, network: nn.Module, stored: Mapping[str, int] | None = None) -> int:
+        """Return the products of one image: places times numbers of every layer."""
+        counts = {name: module.weight.numel() for name, module in models.compressible(network)}
+        return sum(self.positions[name] * count for name, count in {**counts, **(stored or {})}.items())
+
+    def _measure(self, name: str, network: nn.Module) -> None:
+        assert self.test is not None
+        self.figures[name] = measure.accuracy(network, self.test, self.model.architecture)
+        self.figures["test_images"] = float(len(self.test))
+        self.say(f"{name.replace('_', ' ')}: {self.figures[name]:.2%} of {len(self.test)} images")
+
+    def _manifest(self, packed: list[str], size: int) -> VisionManifest:
+        layers = []
+        for name in packed:
+            geometry = Geometry.of(self.block.layer(name))
+            figures = dict(self.layer_figures[name])
+            error = figures.pop("error", 0.0)
+            layers.append(
+                checkpoint.LayerRecord(
+                    name=name,
+                    scheme=self.recipe.scheme.name,
+                    shape=(geometry.n, geometry.k),
+                    error=error,
+                    figures=figures,
+                )
+            )
+        kept = dict.fromkeys(self.model.architecture.keep, "the architecture keeps it") | self.block.refused
+        return VisionManifest(
+            kind="vision",
+            source=self.model.name,
+            architecture=self.model.name,
+            source_digest=self.source_digest,
+            recipe=self.recipe.model_dump(mode="json"),
+            digest=self.recipe.digest,
+            scheme=self.recipe.scheme,
+            seed=self.recipe.calibration.seed,
+            calibration_tokens=min(self.recipe.calibration.samples, len(self.training)),
+            versions={"qtoolkit": __version__, "torch": version("torch")},
+            packing=(self.recipe.scheme.kind,),
+            layers=tuple(layers),
+            groups=tuple(self.report),
+            unquantized=tuple(checkpoint.Unquantized(name=name, reason=reason) for name, reason in kept.items()),
+            bytes_before=self.bytes_before,
+            bytes_after=size,
+            files={WEIGHTS: size},
+            figures=self.figures,
+        )
+
+
+def _silent(text: str) -> None:
+    """Say nothing: the default of the Python interface."""
+
+
+def _parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _is_parameter(name: str) -> bool:
+    return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+def _stored_numbers(layer: str, tensors: Mapping[str, Tensor]) -> int:
+    """Return how many numbers a packed layer multiplies with: its values, its factors, or its signs."""
+    if f"{layer}.weight_words" in tensors:
+        return int(tensors[f"{layer}.weight_shape"].prod())
+    part = "values" if f"{layer}.weight_values" in tensors else "factors"
+    return tensors[f"{layer}.weight_{part}"].numel()
+
+
+def _result(output: Path, seconds: float) -> Compressed:
+    manifest = checkpoint.read_manifest(output)
+    assert isinstance(manifest, VisionManifest)
+    return Compressed(
+        ok=True,
+        output=str(output),
+        scheme=manifest.scheme.name,
+        recipe=str(manifest.recipe["name"]),
+        digest=manifest.digest,
+        seconds=round(seconds, 3),
+        bytes_before=manifest.bytes_before,
+        bytes_after=manifest.bytes_after,
+        peak_rss_bytes=peak_rss_bytes(),
+        figures=manifest.figures,
+        layers=[row.model_dump(mode="json") for row in manifest.layers],
+        unquantized=[row.model_dump(mode="json") for row in manifest.unquantized],
+    )

@@ -1,0 +1,45 @@
+"""A vision run on paper: its recipe before, its manifest after; both differ from an LLM's in the scheme alone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from qtoolkit.checkpoint import Manifest
+from qtoolkit.recipe import Recipe
+from qtoolkit.vision.pattern import Pattern
+
+
+class ImageCalibration(BaseModel):
+    """Which images are used, and how many of them for statistics; training uses all of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str = Field("digits-train", description=".npz file, folder with one subfolder a class, hub data set, digits")
+    samples: int = Field(512, ge=1, description="calibration images, from the front of the data")
+    seed: int = 0
+
+
+class VisionRecipe(Recipe):
+    """A recipe whose layers get a ``Pattern`` and whose calibration data are images."""
+
+    kind: Literal["vision"]
+    scheme: Pattern  # type: ignore[assignment]
+    calibration: ImageCalibration = ImageCalibration()  # type: ignore[assignment]
+    packer: Literal["pattern"] = Field("pattern", description="the pattern has just one packer")
+    keep: tuple[str, ...] = Field((), description="layers that stay in float, besides the architecture's own")
+
+
+class VisionManifest(Manifest):
+    """The manifest of a compressed image classifier.
+
+    ``figures`` holds, before and after: ``accuracy`` on the test images, ``parameters`` and ``multiply_adds`` of one
+    image; and how many ``test_images`` there were.
+    """
+
+    kind: Literal["vision"]
+    scheme: Pattern  # type: ignore[assignment]
+    architecture: str
+    calibration_tokens: int = Field(description="here: images")
+    figures: dict[str, float] = Field(default_factory=dict)

@@ -1,0 +1,77 @@
+"""Running a compressed classifier: the network with its layers replaced by those that the packed tensors make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from qtoolkit import checkpoint
+from qtoolkit.errors import CheckpointError
+from qtoolkit.source import Source
+from qtoolkit.vision import layers, models
+from qtoolkit.vision.matrix import Layer
+from qtoolkit.vision.models import Architecture
+from qtoolkit.vision.record import VisionManifest
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network in evaluation mode, how its images are prepared, and what the checkpoint says about it."""
+
+    network: nn.Module
+    architecture: Architecture
+    manifest: VisionManifest
+
+
+@torch.inference_mode()
+def load(path: str | Path) -> Loaded:
+    """Load a folder that ``qtoolkit compress`` wrote.
+
+    Raises:
+        RequestError: no such folder.
+        CheckpointError: it is damaged, or holds a language model.
+    """
+    folder = Path(path).expanduser()
+    manifest = checkpoint.verify(folder)
+    if not isinstance(manifest, VisionManifest):
+        raise CheckpointError(f"{folder} holds a language model, not an image classifier.")
+    source = Source(folder, str(folder))
+    tensors = {name: source.read(name) for name in source.files}
+    architecture = models.table().get(manifest.architecture)
+    if architecture is None:
+        raise CheckpointError(f"{folder} needs the architecture {manifest.architecture!r}, which is not known here.")
+    network = assemble(architecture, tensors, [layer.name for layer in manifest.layers], manifest.scheme.kind)
+    return Loaded(network, architecture, manifest)
+
+
+def assemble(architecture: Architecture, tensors: Mapping[str, Tensor], packed: Iterable[str], kind: str) -> nn.Module:
+    """Return the network of ``architecture`` with float ``tensors`` filled in and ``packed`` layers built.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape.
+    """
+    network = architecture.build()
+    names = set(packed)
+    wanted = {
+        name: tensor
+        for name, tensor in network.state_dict().items()
+        if name.rpartition(".")[0] not in names or name.endswith(".bias")
+    }
+    for name, tensor in wanted.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise CheckpointError(f"The checkpoint has no tensor {name} of shape {list(tensor.shape)}.")
+    network.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
+    for name in sorted(names):
+        prefix = f"{name}."
+        parts = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(f"{prefix}weight_")}
+        try:
+            made = layers.build(kind, parts, cast(Layer, network.get_submodule(name)))
+        except KeyError as error:
+            raise CheckpointError(f"The checkpoint has no tensor {name}.{error.args[0]}.") from None
+        network.set_submodule(name, made)
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,107 @@
+"""`qtoolkit compress` from weights to a folder: what is loaded gives the answers that were measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from qtoolkit import checkpoint, cli, recipe
+from qtoolkit.errors import CheckpointError, RequestError
+from qtoolkit.vision import data, measure, models, runtime
+from qtoolkit.vision.pipeline import compress
+from qtoolkit.vision.record import VisionManifest, VisionRecipe
+
+FLOORS = {"ovsw": 0.5, "debut": 0.4, "sfp": 0.7, "cr-sfp": 0.7}  # two epochs after a large change; chance is 0.1
+RECIPES = sorted(name for name, about in recipe.presets().items() if about.startswith("vision"))
+SHORT = {"calibration.samples": 64}
+CHANGES = {"filters": {"filters.where": "all"}, "sfp": {"recover.where": "all"}, "cr-sfp": {"recover.where": "all"}}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_ends_in_a_folder_that_loads_and_gives_the_measured_accuracy(
+    name: str, digits_weights: Path, tmp_path: Path
+) -> None:
+    changes = SHORT | CHANGES.get(name, {})
+    if "recover" in recipe.load(name, None, VisionRecipe).steps:
+        changes |= {"recover.epochs": 2, "recover.lr": 0.05, "recover.batch": 64}
+    if name == "debut":
+        changes |= {"debut.chains": "search", "debut.compression": 0.8, "debut.sweeps": 1}
+    result = compress("digits", name, tmp_path / "out", weights=digits_weights, test="digits-test", changes=changes)
+    loaded = runtime.load(tmp_path / "out")
+    images = data.load("digits-test", loaded.architecture)
+    assert measure.accuracy(loaded.network, images, loaded.architecture) == result.figures["accuracy_after"]
+    assert result.figures["accuracy_before"] > 0.94
+    assert result.figures["accuracy_after"] > FLOORS.get(name, 0.85)
+    assert result.figures["multiply_adds_after"] <= result.figures["multiply_adds_before"]
+    assert {layer["name"] for layer in result.layers} == {"conv2", "conv3", "conv4"}
+
+
+def test_the_file_is_as_large_as_theory_says_plus_its_header(digits_weights: Path, tmp_path: Path) -> None:
+    compress("digits", "nm", tmp_path / "out", weights=digits_weights, changes=SHORT)
+    file = tmp_path / "out" / "model.safetensors"
+    sparse = 3 * 32 * 32 * 9  # three convolutions
+    state = models.resolve("digits").network.state_dict()
+    other = sum(t.numel() * t.element_size() for name, t in state.items() if name not in packed_names())
+    payload = sparse // 2 * 4 + sparse // 2 * 2 // 8 + 3 * 4 * 8 + other
+    header = int.from_bytes(file.read_bytes()[:8], "little") + 8
+    assert file.stat().st_size == payload + header
+
+
+def packed_names() -> set[str]:
+    return {f"conv{index}.weight" for index in (2, 3, 4)}
+
+
+def test_two_runs_write_the_same_bytes(digits_weights: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        changes = SHORT | {"recover.epochs": 1}
+        compress("digits", "maxq", tmp_path / name, weights=digits_weights, changes=changes)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert first == second
+
+
+def test_the_manifest_says_what_was_done(digits_weights: Path, tmp_path: Path) -> None:
+    compress("digits", "nm", tmp_path / "out", weights=digits_weights, test="digits-test", changes=SHORT)
+    manifest = checkpoint.verify(tmp_path / "out")
+    assert isinstance(manifest, VisionManifest)
+    assert (manifest.kind, manifest.scheme.name, manifest.packing) == ("vision", "2:4", ("nm",))
+    assert {row.name for row in manifest.unquantized} == {"conv1", "linear"}
+    assert all(0 < layer.error < 1 for layer in manifest.layers)
+
+
+def test_damaged_folders_are_refused(digits_weights: Path, tmp_path: Path) -> None:
+    compress("digits", "nm", tmp_path / "out", weights=digits_weights, changes=SHORT)
+    file = tmp_path / "out" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match="bytes instead of"):
+        runtime.load(tmp_path / "out")
+    file.write_bytes(whole.replace(b"conv2.weight_places", b"conv2.weight_plaXes"))
+    with pytest.raises(CheckpointError, match=r"conv2\.weight_places"):
+        runtime.load(tmp_path / "out")
+    file.write_bytes(whole)
+    runtime.load(tmp_path / "out")
+
+
+def test_requests_that_make_no_sense_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="does not train"):
+        compress("digits", "nm", tmp_path / "out")
+    with pytest.raises(RequestError, match="quantize"):
+        compress("digits", "w4a8", tmp_path / "out")
+    with pytest.raises(RequestError, match="compress"):
+        recipe.load("sfp")
+    with pytest.raises(RequestError, match="masks"):
+        compress("digits", "sfp", tmp_path / "out", changes={"recover.mask": "epoch"})
+
+
+def test_the_command_prints_one_json_object(digits_weights: Path, tmp_path: Path) -> None:
+    words = ["compress", "digits", "-o", str(tmp_path / "out"), "--recipe", "nm", "--pattern", "4:8", "--json"]
+    done = CliRunner().invoke(cli.app, [*words, "--weights", str(digits_weights), "--samples", "64"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["ok"], found["scheme"]) == (True, "4:8")
+    assert CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "out")]).exit_code == 0
+    assert torch.isfinite(torch.tensor(found["figures"]["parameters_after"]))

@@ -1,0 +1,115 @@
+"""The trainer: every method's row leaves its pattern, resuming gives the same network, gradients are right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qtoolkit.calibration.recover import Recover, RecoverOptions, Training
+from qtoolkit.errors import NumericError
+from qtoolkit.job import Job
+from qtoolkit.stages import Block, Stream
+from qtoolkit.vision import data, layers, models
+from qtoolkit.vision.context import VisionContext
+from qtoolkit.vision.matrix import to_matrix, weight_of
+from qtoolkit.vision.pattern import Pattern
+
+NM, FILTER = Pattern(pattern="2:4"), Pattern(pattern="filter", rate=0.25)
+METHODS: dict[str, tuple[Pattern, dict[str, Any]]] = {
+    "sr-ste": (NM, {"masks": "forward", "regularizer": "sr-ste"}),
+    "maxq": (NM, {"masks": "forward", "soft": True, "schedule": "linear", "regularizer": "sr-ste"}),
+    "admm": (NM, {"regularizer": "admm", "strength": 1e-2}),
+    "sfp": (FILTER, {"masks": "epoch", "where": "all"}),
+    "cr-sfp": (FILTER, {"masks": "epoch", "where": "all", "regularizer": "cr-kl", "strength": 1.0}),
+    "subp": (Pattern(pattern="1x8", rate=0.5), {"masks": "forward", "schedule": "cosine", "regularizer": "sr-ste"}),
+}
+
+
+def prepared(pattern: Pattern, job: Job | None = None, count: int = 256) -> tuple[Block, Stream, VisionContext]:
+    model = models.resolve("digits")
+    images = data.load("digits-train", model.architecture).first(count)
+    return model.block(), Stream([], []), VisionContext(pattern, model.architecture, images, 0, lambda text: None, job)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_trained_network_has_the_pattern_and_a_lower_loss(method: str) -> None:
+    pattern, options = METHODS[method]
+    block, images, context = prepared(pattern)
+    report = Recover(RecoverOptions(epochs=4, batch=32, lr=0.05, **options)).apply(block, images, context)
+    assert report["epoch-4"]["loss"] < 0.95 * report["epoch-1"]["loss"]  # 32 steps from random weights
+    for name in block.targets:
+        matrix = to_matrix(weight_of(block, name))
+        if pattern.kind == "nm":
+            assert (matrix.view(-1, 4) != 0).sum(dim=1).max() <= 2
+            assert (matrix != 0).float().mean() > 0.49
+        elif pattern.kind == "filter":
+            assert int((matrix.abs().sum(dim=1) == 0).sum()) == 8
+        else:
+            assert 0.49 < (matrix != 0).float().mean() < 0.51
+
+
+def test_binary_layers_learn_and_their_silent_weights_are_pulled() -> None:
+    block, images, context = prepared(Pattern(pattern="binary"))
+    for name in block.targets:
+        block.module.set_submodule(name, layers.Binary(block.layer(name)))  # type: ignore[arg-type]
+    options = RecoverOptions(epochs=6, batch=32, lr=0.1, regularizer="ags-sad", strength=9e-4)
+    report = Recover(options).apply(block, images, context)
+    assert report["epoch-6"]["loss"] < 0.95 * report["epoch-1"]["loss"]  # 48 steps from random weights
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
+    options = RecoverOptions(epochs=3, batch=64, lr=0.05, masks="epoch", regularizer="cr-kl", strength=1.0)
+    block, images, context = prepared(FILTER, Job.open(tmp_path / "whole", {}))
+    Recover(options).apply(block, images, context)
+
+    again, images, _ = prepared(FILTER)
+    job = Job.open(tmp_path / "cut", {})
+
+    def stop(text: str) -> None:
+        if text.startswith("epoch 3"):
+            raise Stopped  # after the third epoch's work, before it is saved
+
+    with pytest.raises(Stopped):
+        Recover(options).apply(again, images, replace(context, say=stop, job=job))
+    fresh, images, _ = prepared(FILTER)
+    said: list[str] = []
+    Recover(options).apply(fresh, images, replace(context, say=said.append, job=job))
+    assert said[0] == "going on after epoch 2 of 3"
+    for name, tensor in block.module.state_dict().items():
+        assert torch.equal(tensor, fresh.module.state_dict()[name]), name
+
+
+def test_sparse_decay_reaches_only_what_the_mask_removes() -> None:
+    block, _, context = prepared(NM)
+    training = Training(block, RecoverOptions(masks="forward", regularizer="sr-ste", strength=0.5), context)
+    training.refresh(1.0)
+    for weight in training.weights.values():
+        weight.grad = torch.zeros_like(weight)
+    training.regularizer.after_backward(training)
+    for name, weight in training.weights.items():
+        assert torch.equal(weight.grad, 0.5 * (1 - training.masks[name]) * weight)
+
+
+def test_straight_through_gradients_reach_masked_weights_and_hard_ones_do_not() -> None:
+    block, _, context = prepared(NM)
+    training = Training(block, RecoverOptions(masks="forward"), context)
+    training.refresh(1.0)
+    views, y = next(context.training.epoch(64, context.architecture, context.generator()))
+    training.regularizer.loss(training, views, y).backward()
+    weight, mask = training.weights["conv2.weight"], training.masks["conv2.weight"]
+    assert weight.grad is not None
+    assert (weight.grad[mask == 0] != 0).float().mean() > 0.99
+
+
+def test_a_training_that_diverges_is_one_sentence() -> None:
+    block, images, context = prepared(NM)
+    with pytest.raises(NumericError, match=r"NaN or Inf in epoch"):
+        Recover(RecoverOptions(epochs=3, batch=32, lr=1e30, masks="forward")).apply(block, images, context)
