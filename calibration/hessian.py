@@ -10,6 +10,9 @@ from torch import Tensor
 from qtoolkit.calibration.capture import layer_inputs, round_tokens
 from qtoolkit.errors import NumericError
 from qtoolkit.stages import Block, Stream
+from qtoolkit.vision.matrix import Geometry
+
+TOKENS = 131072  # inputs a convolution's Hessian is made of: over 200 for each of 576 rows
 
 
 class Hessian:
@@ -56,3 +59,34 @@ def collect(block: Block, stream: Stream, activation_bits: int) -> dict[str, Hes
 
     layer_inputs(block, stream, {name: watch(name) for name in found})
     return found
+
+
+@torch.inference_mode()
+def layer_hessian(block: Block, name: str, stream: Stream, tokens: int = TOKENS) -> Hessian:
+    """Return the Hessian of layer ``name`` alone, in float, from the front of the stream up to ``tokens`` inputs.
+
+    The block stops at the layer, so that a network pruned layer by layer is run no further than needed.
+    """
+    geometry = Geometry.of(block.layer(name))
+    hessian = Hessian(geometry.k)
+
+    def catch(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        hessian.update(geometry.patches(args[0]))
+        raise _Seen
+
+    handle = block.layer(name).register_forward_pre_hook(catch)
+    try:
+        for hidden, kwargs in stream.calls():
+            if hessian.tokens >= tokens:
+                break
+            try:
+                block.module(hidden, **kwargs)
+            except _Seen:
+                continue
+    finally:
+        handle.remove()
+    return hessian
+
+
+class _Seen(Exception):
+    """Ends a forward pass at the layer that is looked at."""

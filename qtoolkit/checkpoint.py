@@ -100,11 +100,20 @@ def read_manifest(path: str | Path) -> Manifest:
             f"{file} has schema version {version}, but this qtoolkit knows up to {SCHEMA_VERSION}.", "Update qtoolkit."
         )
     try:
-        return Manifest.model_validate(data)
+        return _kind(data).model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{file} is damaged at {place}: {first['msg']}.", "Quantize again.") from None
+
+
+def _kind(data: dict[str, Any]) -> type[Manifest]:
+    """Return the manifest class of a checkpoint's kind."""
+    if data.get("kind") != "vision":
+        return Manifest
+    from qtoolkit.vision.record import VisionManifest
+
+    return VisionManifest
 
 
 def verify(path: str | Path) -> Manifest:
@@ -120,6 +129,8 @@ def verify(path: str | Path) -> Manifest:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise CheckpointError(f"{folder / name} {state}.", "Copy the checkpoint again, or quantize again.")
+    if manifest.kind == "vision":
+        return manifest  # each packer checks its own tensors when they are unpacked
     shapes = Source(folder, str(folder)).shapes()
     for layer in manifest.layers:
         n, k = layer.shape

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -54,6 +54,9 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=False), sort_keys=False)
 
 
+R = TypeVar("R", bound=Recipe)
+
+
 def presets() -> dict[str, str]:
     """Return the shipped recipes: name to one line about it."""
     folder = files("qtoolkit.calibration") / "recipes"
@@ -64,10 +67,15 @@ def presets() -> dict[str, str]:
     return found
 
 
-def load(name_or_path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+def load(
+    name_or_path: str | Path,
+    changes: Mapping[str, Any] | None = None,
+    model: type[R] = Recipe,  # type: ignore[assignment]  # the default is the bound
+) -> R:
     """Read a preset or a recipe file and apply ``changes`` on dotted keys, such as ``{"gptq.damping": 0.02}``.
 
-    A change's first word is a part of the recipe (``scheme``, ``calibration``) or a step.
+    A change's first word is a part of the recipe (``scheme``, ``calibration``) or a step. ``model`` is the recipe
+    class of the model's kind.
 
     Raises:
         RequestError: no such preset or file, a file that is not YAML, an unknown key or a wrong value.
@@ -88,21 +96,25 @@ def load(name_or_path: str | Path, changes: Mapping[str, Any] | None = None) -> 
         raise RequestError(f"The recipe {name_or_path} is not valid YAML: {_one_line(error)}.") from None
     if not isinstance(data, dict):
         raise RequestError(f"The recipe {name_or_path} holds no mapping of keys to values.")
+    found, wanted = data.get("kind", "llm"), "vision" if "kind" in model.model_fields else "llm"
+    if found != wanted:
+        command = "`qtoolkit compress` takes it." if found == "vision" else "`qtoolkit quantize` takes it."
+        raise RequestError(f"The recipe {name_or_path} is for {found} models, not for {wanted} models.", command)
     for key, value in (changes or {}).items():
         _change(data, key, value)
-    return validate(data)
+    return validate(data, model)
 
 
-def validate(data: Mapping[str, Any]) -> Recipe:
+def validate(data: Mapping[str, Any], model: type[R] = Recipe) -> R:  # type: ignore[assignment]
     """Return the recipe that ``data`` describes.
 
     Raises:
         RequestError: an unknown key (with the nearest known one) or a wrong value, named by its dotted place.
     """
     try:
-        return Recipe.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise explain(error, Recipe, "recipe") from None
+        raise explain(error, model, "recipe") from None
 
 
 def explain(error: ValidationError, model: type[BaseModel], what: str) -> RequestError:

@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from qtoolkit.cli import doctor, eval as evaluation, inspect, listing, output, quantize, serve
+from qtoolkit.cli import compress, doctor, eval as evaluation, inspect, listing, output, quantize, serve
 from qtoolkit.errors import QToolkitError
 
 BUG, INTERRUPTED, MISUSED = 70, 130, 2
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("quantize")(quantize.command)
+app.command("compress")(compress.command)
 app.command("serve")(serve.command)
 app.command("eval")(evaluation.command)
 app.command("inspect")(inspect.command)

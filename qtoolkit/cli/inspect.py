@@ -36,7 +36,7 @@ def _lines(path: str, manifest: Manifest, every_layer: bool) -> list[str]:
         f"  model      {manifest.source}{revision}",
         f"  scheme     {manifest.scheme.name}, packing {', '.join(manifest.packing)}",
         f"  recipe     {manifest.recipe.get('name')} ({steps}), digest {manifest.digest}, seed {manifest.seed}",
-        f"  calibrated on {manifest.calibration_tokens} tokens",
+        f"  calibrated on {manifest.calibration_tokens} {'images' if manifest.kind == 'vision' else 'tokens'}",
         f"  size       {output.megabytes(manifest.bytes_before)} -> {output.megabytes(manifest.bytes_after)}",
         f"  layers     {len(manifest.layers)} quantized, {len(manifest.unquantized)} kept in float",
     ]
