@@ -12,6 +12,7 @@ from qtoolkit.evals.report.page import Code, Figure, Section, Table
 from qtoolkit.evals.report.words import duration, short_name, size
 from qtoolkit.evals.results import EvalResult
 
+SHOWN = 6  # layers in the table beside the figure
 WORST = 20  # layers in a ranking where a table of blocks does not fit
 
 
@@ -27,12 +28,12 @@ def layers(result: EvalResult) -> Section | None:
         f"of the output's, on the calibration text: {errors[len(errors) // 2]:.2%} in the median, {worst.error:.2%} at "
         f"worst ({worst.name}).",
     )
-    every = Table(
-        ("layer", "shape", "error"),
-        tuple((layer.name, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.error:.3%}") for layer in layers),
-        folded=f"All {len(layers)} layers",
-    )
-    tables = [every]
+    rows = tuple((layer.name, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.error:.3%}") for layer in layers)
+    largest = sorted(zip(layers, rows, strict=True), key=lambda pair: -pair[0].error)[:SHOWN]
+    tables = [
+        Table(("largest errors", "shape", "error"), tuple(row for _, row in largest)),
+        Table(("layer", "shape", "error"), rows, folded=f"All {len(layers)} layers"),
+    ]
     if kept:
         reasons = tuple((row.name, row.reason) for row in kept)
         tables.append(
