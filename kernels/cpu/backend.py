@@ -13,6 +13,7 @@ LAYOUT = "cpu-panel64"  # drawn in job.h
 PANEL = 64  # output channels a panel
 STEP = 4  # inputs a step
 LARGE_PAGE = 1 << 21
+OPERATOR = "w4a8_linear_cpu"  # what ops.w4a8_linear calls for this layout: without Python in between, where torch can
 MOST_SUMMED = 131072  # inputs that share a scale: 16 * 8 * 127 * inputs must fit int32
 
 
@@ -53,6 +54,7 @@ def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, T
     if scales.shape != (n, groups):
         raise ValueError(f"scales are {list(scales.shape)}, not {[n, groups]}")
     functions = library.load().functions
+    library.register_operator(OPERATOR)
     weight = _aligned(panels * steps * STEP * PANEL // 2).view(panels, steps, STEP * PANEL // 2)
     functions.qtk_advise(weight.data_ptr(), weight.numel())
     packed = packed.contiguous()
@@ -88,8 +90,9 @@ def run(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     dtype, scale_dtype = library.DTYPES.get(x.dtype), library.DTYPES.get(scales.dtype)
-    panels, groups = -(-n // PANEL), 1 if group_size == -1 else -(-k // group_size)
-    if weight.shape != (panels, -(-k // STEP), 128) or scales.shape != (panels, groups, PANEL):
+    panels, groups = -(-n // PANEL), 1 if group_size == -1 else -(-k // max(group_size, STEP))
+    whole = group_size == -1 or (group_size >= STEP and group_size % STEP == 0)
+    if not whole or weight.shape != (panels, -(-k // STEP), 128) or scales.shape != (panels, groups, PANEL):
         raise ValueError(
             f"weight {list(weight.shape)} and scales {list(scales.shape)} are not those of {k} inputs, {n} outputs "
             f"and groups of {group_size}"
@@ -97,8 +100,10 @@ def run(
     if dtype is None or scale_dtype is None or x.device.type != "cpu":
         raise ValueError(f"activations {x.dtype} on {x.device.type} or scales {scales.dtype} are not supported")
     y = torch.empty((*shape[:-1], n), dtype=x.dtype)
-    if bias is not None and (bias.shape != (n,) or bias.stride(0) != 1 or bias.dtype not in library.DTYPES):
-        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}, not [{n}] floating point")
+    if bias is not None:
+        if bias.shape != (n,) or bias.dtype not in library.DTYPES:
+            raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}, not [{n}] floating point")
+        bias = bias.contiguous()
     if own.functions.qtk_linear(
         own.path_id if path is None else own.paths[path],
         rows.data_ptr(), rows.stride(0), dtype, rows.shape[0], k, n, group_size,
@@ -109,5 +114,14 @@ def run(
     return y
 
 
-ops.register_layout(LAYOUT, run)
+def _fake(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+ops.LIBRARY.define(
+    f"{OPERATOR}(Tensor x, Tensor weight, Tensor scales, Tensor? bias, SymInt n, int group_size) -> Tensor"
+)
+ops.LIBRARY.impl(OPERATOR, run, "CompositeExplicitAutograd")  # the library's own, registered for CPU, stands before it
+torch.library.register_fake(f"qtoolkit::{OPERATOR}", _fake, lib=ops.LIBRARY)
+ops.register_layout(LAYOUT, run, torch.ops.qtoolkit.w4a8_linear_cpu.default)
 BACKENDS = (Backend("cpu", LAYOUT, refuse, prepare),)

@@ -27,7 +27,7 @@ DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT
 
 def units() -> tuple[build.Unit, ...]:
     """Return what the library is made of on this architecture; each instruction set is an object file of its own."""
-    own = (build.Unit("portable", FOLDER / "portable.cpp"), build.Unit("driver", FOLDER / "driver.cpp"))
+    own = tuple(build.Unit(name, FOLDER / f"{name}.cpp") for name in ("portable", "driver", "operator"))
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return own
     return (
@@ -76,6 +76,14 @@ def load() -> Library:
     return Library(functions, file, paths, wanted)
 
 
+@lru_cache(maxsize=1)
+def register_operator(name: str) -> bool:
+    """Let the library implement the operator ``qtoolkit::name`` for CPU tensors; False when this torch cannot."""
+    own = load()
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    return own.functions.qtk_register(str(torch_library).encode(), b"qtoolkit", name.encode(), own.path_id) == 0
+
+
 def declare(functions: ctypes.CDLL) -> None:
     """Tell ctypes the signatures of driver.cpp."""
     integer, pointer, small = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
@@ -87,6 +95,7 @@ def declare(functions: ctypes.CDLL) -> None:
         small, pointer, integer, small, integer, integer, integer, integer,
         pointer, pointer, small, pointer, small, pointer,
     ]  # fmt: skip
+    functions.qtk_register.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, small]
     functions.qtk_read.argtypes, functions.qtk_read.restype = [pointer, integer], ctypes.c_double
     functions.qtk_dot_peak.argtypes, functions.qtk_dot_peak.restype = [small, integer], ctypes.c_double
 

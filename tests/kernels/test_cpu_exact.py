@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from qtoolkit.kernels import ops, reference, selection
@@ -151,6 +150,41 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
     x = torch.randn(23, 512, generator=torch.Generator().manual_seed(14)).bfloat16()
     together = ours(x, packed, scales, None, 128, PATHS[0])
     assert_same_bits(torch.cat([ours(row[None], packed, scales, None, 128, PATHS[0]) for row in x]), together)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_the_operator_equals_the_reference_for_any_strides(direct: bool) -> None:
+    packed, scales = layer(100, 96, 32, seed=17)
+    problem = selection.Problem(96, 100, 32, torch.float32, "cpu")
+    prepared = selection.prepare(packed, scales, problem)
+    wide = torch.randn(5, 3, 200, generator=torch.Generator().manual_seed(18))
+    bias = torch.randn(200, generator=torch.Generator().manual_seed(19))
+    for x in (wide[..., :96], wide.transpose(0, 1)[..., 4:100], wide[:, 0, 20:116], wide[0, 0, :96], wide[:0, :, :96]):
+        for own_bias in (None, bias[:100], bias[::2]):
+            arguments = (x, prepared.weight, prepared.scales, own_bias, 100, 32)
+            if direct:
+                got = torch.ops.qtoolkit.w4a8_linear_cpu(*arguments)
+            else:
+                got = torch.ops.qtoolkit.w4a8_linear(*arguments, prepared.layout)
+            assert_same_bits(got, expected(x, packed, scales, own_bias, 32))
+
+
+def test_the_operator_refuses_tensors_of_another_shape() -> None:
+    packed, scales = layer(64, 256, 128, seed=20)
+    p = selection.prepare(packed, scales, selection.Problem(256, 64, 128, torch.bfloat16, "cpu"))
+    run = torch.ops.qtoolkit.w4a8_linear_cpu
+    x = torch.ones(1, 256)
+    with pytest.raises(ValueError, match="260 inputs"):
+        run(torch.ones(1, 260), p.weight, p.scales, None, 64, 128)
+    with pytest.raises(ValueError, match="65 outputs"):
+        run(x, p.weight, p.scales, None, 65, 128)
+    for group_size in (0, -2, 130):
+        with pytest.raises(ValueError, match=f"groups of {group_size}"):
+            run(x, p.weight, p.scales, None, 64, group_size)
+    with pytest.raises(ValueError, match="bias"):
+        run(x, p.weight, p.scales, torch.ones(63), 64, 128)
+    with pytest.raises(ValueError, match="floating point"):
+        run(x.double(), p.weight, p.scales, None, 64, 128)
 
 
 def test_the_operator_runs_it_and_torch_compile_keeps_it_whole() -> None:
