@@ -57,13 +57,15 @@ class Recipe(BaseModel):
 R = TypeVar("R", bound=Recipe)
 
 
-def presets() -> dict[str, str]:
-    """Return the shipped recipes: name to one line about it."""
+def presets(kind: str = "llm") -> dict[str, str]:
+    """Return the shipped recipes for models of ``kind``, llm or vision: name to one line about it."""
     folder = files("qtoolkit.calibration") / "recipes"
     found = {}
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name.endswith(".yaml"):
-            found[entry.name.removesuffix(".yaml")] = str(yaml.safe_load(entry.read_text("utf-8")).get("about", ""))
+            data = yaml.safe_load(entry.read_text("utf-8"))
+            if data.get("kind", "llm") == kind:
+                found[entry.name.removesuffix(".yaml")] = str(data.get("about", ""))
     return found
 
 
@@ -86,7 +88,7 @@ def load(
             raise RequestError(f"There is no recipe file {path}.", "`qtoolkit list recipes` shows the shipped ones.")
         text = path.read_text("utf-8")
     else:
-        known = presets()
+        known = {**presets(), **presets("vision")}
         if str(name_or_path) not in known:
             raise RequestError(f"There is no recipe named {str(name_or_path)!r}.", suggest(str(name_or_path), known))
         text = (files("qtoolkit.calibration") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")

@@ -11,7 +11,7 @@ from qtoolkit.cli import output
 
 
 def command(
-    what: Annotated[str, typer.Argument(help="recipes, transforms, packers, architectures, models or data.")] = "",
+    what: Annotated[str, typer.Argument(help="recipes, transforms, packers, architectures, models, vision or data.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List recipes, transforms, packers, architectures, bundled models and data sets."""
@@ -24,6 +24,7 @@ def command(
         "packers": _packers,
         "architectures": _architectures,
         "models": _models,
+        "vision": _vision,
         "data": _data,
     }
     if what and what not in tables:
@@ -42,7 +43,7 @@ def command(
 def _recipes() -> dict[str, str]:
     from qtoolkit.recipe import presets
 
-    return presets()
+    return {**presets(), **presets("vision")}
 
 
 def _transforms() -> dict[str, str]:
@@ -67,6 +68,12 @@ def _models() -> dict[str, str]:
     from qtoolkit.source import BUNDLED
 
     return dict.fromkeys(BUNDLED, "bundled with qtoolkit")
+
+
+def _vision() -> dict[str, str]:
+    from qtoolkit.vision.models import table
+
+    return {name: row.about for name, row in table().items()}
 
 
 def _data() -> dict[str, str]:
