@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtoolkit import __version__, checkpoint, registry
-from qtoolkit import recipe as recipes
+from qtoolkit import __version__, checkpoint, recipe as recipes, registry
 from qtoolkit.errors import RequestError
 from qtoolkit.job import Job, disk_errors
 from qtoolkit.pipeline import build_transforms, peak_rss_bytes

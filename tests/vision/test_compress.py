@@ -16,7 +16,7 @@ from qtoolkit.vision.pipeline import compress
 from qtoolkit.vision.record import VisionManifest, VisionRecipe
 
 FLOORS = {"ovsw": 0.5, "debut": 0.4, "sfp": 0.7, "cr-sfp": 0.7}  # two epochs after a large change; chance is 0.1
-RECIPES = sorted(name for name, about in recipe.presets().items() if about.startswith("vision"))
+RECIPES = sorted(recipe.presets("vision"))
 SHORT = {"calibration.samples": 64}
 CHANGES = {"filters": {"filters.where": "all"}, "sfp": {"recover.where": "all"}, "cr-sfp": {"recover.where": "all"}}
 
