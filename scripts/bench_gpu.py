@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -70,7 +71,8 @@ def environment(device: str) -> dict[str, str]:
         query = "name,driver_version,clocks.max.sm,power.limit"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
         found["card"] = torch.cuda.get_device_name()
-        found["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if shutil.which(command[0]):
+            found["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         from qtoolkit.kernels.cuda import compiler
 
         found["compiler"] = compiler.version() or "none"
@@ -154,8 +156,9 @@ def tune(run: Run, shapes: Sequence[str], tokens: Sequence[int], path: Path) -> 
                 margins.append(times[model] / times[best])
                 chosen[f"{m},{n},{k},{int(group_size != -1)}"] = [best.tokens, best.blocks, best.split, best.resident]
     path.parent.mkdir(exist_ok=True)
-    note = {"card": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "tilings": chosen}
-    path.write_text(json.dumps(note, indent=1) + "\n")
+    note = {"card": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d")}
+    lines = ",\n".join(f'  "{point}": {values}' for point, values in chosen.items())  # a line a point, for diffs
+    path.write_text(json.dumps(note)[:-1] + f', "tilings": {{\n{lines}\n}}}}\n')
     plan.table.cache_clear()
     plan.choose.cache_clear()
     print(f"tuned {len(chosen)} points; the model's choice took {sum(margins) / len(margins):.3f} of the best's time")

@@ -13,6 +13,7 @@ MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 SHARED_CARVEOUT = 9
 CLUSTER_DIMENSION = 4  # CUlaunchAttributeID
 PROGRAMMATIC_SERIALIZATION = 6
+INVALID_CONTEXT = 201  # CUresult: this thread has no context yet
 
 # (grid, cluster, arguments, stream, early): `early` lets the launch overlap the end of the one before it on the stream.
 Launch = Callable[[int, int, Sequence[object], int, bool], None]
@@ -63,6 +64,15 @@ def check(status: int, what: str) -> None:
         raise RuntimeError(f"{what} failed: {(words.value or b'unknown error').decode()} (CUDA error {status})")
 
 
+def ensure_context(device: int) -> None:
+    """Give this thread the device's primary context, the one that torch uses, if it has none: threads start without."""
+    cuda, context = library(), ctypes.c_void_p()
+    check(cuda.cuCtxGetCurrent(ctypes.byref(context)), "reading the current context")
+    if not context.value:
+        check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "retaining the primary context")
+        check(cuda.cuCtxSetCurrent(context), "setting the current context")
+
+
 def launch_config(
     kernel: Kernel, grid: int, cluster: int, stream: int, early: bool
 ) -> tuple[Config, ctypes.Array[Attribute]]:
@@ -88,8 +98,9 @@ def pointers_to(arguments: Sequence[object]) -> ctypes.Array[ctypes.c_void_p]:
 
 @lru_cache(maxsize=1024)
 def load(kernel: Kernel, device: int) -> Launch:
-    """Compile ``kernel`` (or take it from the cache) and load it on ``device``, whose context must be current."""
+    """Compile ``kernel`` (or take it from the cache) and load it on ``device``, which must be torch's current one."""
     cuda = library()
+    ensure_context(device)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     check(cuda.cuModuleLoadData(ctypes.byref(module), compiler.cubin(kernel.text())), f"loading {kernel.entry}")
     check(cuda.cuModuleGetFunction(ctypes.byref(function), module, kernel.entry.encode()), f"finding {kernel.entry}")
@@ -98,7 +109,11 @@ def load(kernel: Kernel, device: int) -> Launch:
 
     def launch(grid: int, cluster: int, arguments: Sequence[object], stream: int, early: bool) -> None:
         config, _attributes = launch_config(kernel, grid, cluster, stream, early)
-        status = cuda.cuLaunchKernelEx(ctypes.byref(config), function, pointers_to(arguments), None)
+        pointers = pointers_to(arguments)
+        status = cuda.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
+        if status == INVALID_CONTEXT:
+            ensure_context(device)
+            status = cuda.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
         if status:
             check(status, f"launching {kernel.entry} with {dict(kernel.defines)}, grid {grid}, cluster {cluster}")
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtoolkit.kernels import ops
+from qtoolkit.kernels import ops, reference
 from qtoolkit.kernels.selection import Backend, Problem
 from qtoolkit.kernels.triton import layout
 
 LAYOUT = "halves"
+CAPABILITY = (8, 0)  # the oldest: Ampere
 MULTIPROCESSORS = 108  # A100; only the split of the inputs depends on it
 
 
@@ -56,7 +57,7 @@ def refuse(problem: Problem) -> str | None:
         return "triton is not installed"
     if not torch.cuda.is_available():
         return "no CUDA device is available"
-    if torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.get_device_capability() < CAPABILITY:
         return f"needs compute capability 8.0 or newer, not {torch.cuda.get_device_capability()}"
     return None
 
@@ -75,6 +76,15 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     kernels.quantize_tokens[(tokens,)](x, codes, scales, k, codes.shape[1], BLOCK=1024, num_warps=4)
     return codes, scales
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize x [..., k] as ``reference.quantize_tokens`` does, in one launch."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if rows.numel() == 0 or (x.is_cuda and torch.cuda.get_device_capability(x.device) < CAPABILITY):
+        return reference.quantize_tokens(x)
+    codes, scales = quantize(rows)
+    return codes[:, : x.shape[-1]].reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
 
 
 def multiply(
@@ -124,4 +134,6 @@ def run(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, 
 
 
 ops.register_layout(LAYOUT, run)
+if importlib.util.find_spec("triton") is not None:
+    ops.LIBRARY.impl("quantize_tokens", quantize_tokens, "CUDA")
 BACKENDS = (Backend("triton", LAYOUT, refuse, prepare),)

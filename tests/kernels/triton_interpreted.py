@@ -24,6 +24,10 @@ def quantizer() -> None:
     want, want_scales = reference.quantize_tokens(x)
     assert torch.equal(codes[:, :40], want)
     assert torch.equal(scales.nan_to_num(-1), want_scales[:, 0].nan_to_num(-1))
+    x = torch.randn(2, 3, 40).bfloat16()
+    got, want_all = backend.quantize_tokens(x), reference.quantize_tokens(x)
+    assert all(torch.equal(a, b) for a, b in zip(got, want_all, strict=True))
+    assert backend.quantize_tokens(x[:0])[0].shape == (0, 3, 40)
 
 
 def products(group_sizes: tuple[int, ...], exact: bool) -> None:
