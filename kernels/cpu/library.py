@@ -66,7 +66,7 @@ def load() -> Library:
     except OSError as error:
         raise build.BuildError(f"the library does not load: {error}") from error
     declare(functions)
-    paths = {}
+    paths: dict[str, int] = {}
     while name := functions.qtk_path_name(len(paths)):
         paths[name.decode()] = len(paths)
     paths = {name: number for name, number in paths.items() if functions.qtk_path_supported(number)}
