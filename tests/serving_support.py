@@ -49,17 +49,6 @@ class Served:
         )
         return torch.tensor(answer.choices[0].logprobs.token_logprobs[1 : len(tokens)])
 
-    def greedy(self, tokens: list[int], length: int) -> list[int]:
-        """Return the likeliest continuation, token by token."""
-        answer = self.client().completions.create(
-            model=self.ready["model"],
-            prompt=tokens,
-            max_tokens=length,
-            temperature=0,
-            extra_body={"return_token_ids": True, "ignore_eos": True},
-        )
-        return answer.choices[0].token_ids  # type: ignore[attr-defined]
-
     def start_up_line(self) -> str:
         """Return the line in the engine's log that says which kernel runs how many layers."""
         (line,) = [line for line in self.messages.read_text().splitlines() if "qtoolkit: of " in line]

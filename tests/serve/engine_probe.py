@@ -1,0 +1,29 @@
+"""A vLLM engine inside one process, which starts far quicker than a server: prompts in, log-probabilities out.
+
+Called by test_vllm_engines.py as a script: one JSON object on stdin, one as the last line of stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Read {"model", "prompts", "length", "options"} and print {"logprobs", "texts"}, all as token ids and floats."""
+    order: dict[str, Any] = json.load(sys.stdin)
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(order["model"], max_model_len=512, **order["options"])
+    asked = SamplingParams(temperature=0, max_tokens=order["length"], prompt_logprobs=0, ignore_eos=True)
+    answers = engine.generate([{"prompt_token_ids": ids} for ids in order["prompts"]], asked, use_tqdm=False)
+    logprobs = [
+        [seen[token].logprob for seen, token in zip(answer.prompt_logprobs[1:], ids[1:], strict=True)]
+        for answer, ids in zip(answers, order["prompts"], strict=True)
+    ]
+    print(json.dumps({"logprobs": logprobs, "texts": [list(answer.outputs[0].token_ids) for answer in answers]}))
+
+
+if __name__ == "__main__":
+    main()
