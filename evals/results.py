@@ -112,6 +112,7 @@ class EvalResult(Scores):
         kl: mean KL(reference || model) in nats per token on the first text; None without a reference.
         divergence: ``kl`` in detail, with its noise floor.
         reference: the reference's scores.
+        reference_is_source: the reference is the model that the checkpoint was made from, by their digests.
         ppl_change: text name -> relative change of token perplexity, model over reference minus 1.
         task_change: task name -> model minus reference in the primary metric.
         served: the same model behind a server, if one was given.
@@ -126,6 +127,7 @@ class EvalResult(Scores):
     kl: float | None = None
     divergence: Divergence | None = None
     reference: Scores | None = None
+    reference_is_source: bool | None = None
     ppl_change: dict[str, Change] = {}
     task_change: dict[str, Change] = {}
     served: Served | None = None

@@ -16,9 +16,7 @@ import torch
 
 from qtoolkit import __version__, checkpoint, runtime, source
 from qtoolkit.errors import ModelError, RequestError
-from qtoolkit.evals import compare, divergence, perplexity, texts
-from qtoolkit.evals import endpoint as endpoints
-from qtoolkit.evals import latency as latencies
+from qtoolkit.evals import compare, divergence, endpoint as endpoints, latency as latencies, perplexity, texts
 from qtoolkit.evals.divergence import Divergence
 from qtoolkit.evals.results import EvalResult, Machine, Scores, Served, TaskScore
 from qtoolkit.evals.windows import Windows, cut, window_length
@@ -101,10 +99,13 @@ def evaluate(
     if plan:
         own.tasks.update(_run_tasks(plan, mine, limit, say, backend, server))
 
-    theirs, found = None, None
+    theirs, found, same = None, None, None
     if reference is not None:
         say(f"loading the reference {reference}")
         other = open_model(reference, device)
+        same = mine.manifest.source_digest == other.source.digest() if mine.manifest else None
+        if same is False:
+            say(f"note: {target} was not made from this reference; the differences are those of two models")
         theirs = score(other, windows, say, latency)
         if windows:
             found = _diverge(other, mine, windows[0], say)
@@ -115,6 +116,7 @@ def evaluate(
         kl=found.kl if found else None,
         divergence=found,
         reference=theirs,
+        reference_is_source=same,
         ppl_change=compare.perplexities(own, theirs) if theirs else {},
         task_change=compare.tasks(own, theirs) if theirs else {},
         served=served,

@@ -117,6 +117,10 @@ def measured(result: EvalResult) -> Section | None:
         )
     if result.reference:
         lines.append("The float model reads the same windows and documents, so differences are paired.")
+    if result.reference_is_source is False:
+        lines.append(
+            "The checkpoint was not made from this reference, so the differences are not those of quantization alone."
+        )
     if result.limit is not None:
         lines.append("Tasks were cut short by --limit: their figures are not those of the whole task.")
     return Section("How it was measured", tuple(lines)) if lines else None

@@ -134,6 +134,13 @@ def test_markdown_has_the_tables(result: EvalResult) -> None:
     assert "<svg" not in text
 
 
+def test_reference_that_is_not_the_source_is_said(result: EvalResult) -> None:
+    said = "not made from this reference"
+    assert said not in render.markdown(language_model.page(result))
+    other = result.model_copy(update={"reference_is_source": False})
+    assert said in render.markdown(language_model.page(other))
+
+
 def test_float_model_alone_gets_a_report(result: EvalResult, tmp_path: Path) -> None:
     assert result.reference is not None
     alone = EvalResult.model_validate(
