@@ -15,7 +15,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 REMOVED = ("/load_model", "/reset", "/v1/audio/transcriptions")  # a client loads no models here, and none hears
 
@@ -23,7 +23,7 @@ REMOVED = ("/load_model", "/reset", "/v1/audio/transcriptions")  # a client load
 class OneModel(ModelManager):
     """Knows one model, loaded by us: transformers' own loader would run the checkpoint in float."""
 
-    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, name: str, model: PreTrainedModel, tokenizer: Any) -> None:
         super().__init__(device=str(model.device), model_timeout=-1)
         self.force_model = name
         self.loaded_models[name] = TimedModel(model, timeout_seconds=-1, processor=tokenizer)
@@ -33,7 +33,7 @@ class OneModel(ModelManager):
         """Return the name as it is; transformers would add a revision."""
         return model_id
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
         """Return the one model; transformers would list the hub cache."""
         return [{"id": self.force_model, "object": "model", "owned_by": "qtoolkit", "created": int(time.time())}]
 
@@ -73,7 +73,7 @@ def _bound(model: PreTrainedModel, inputs: Any, gen_config: Any) -> None:
     gen_config.max_new_tokens = min(gen_config.max_new_tokens, context - used)
 
 
-def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> FastAPI:
+def build_app(name: str, model: PreTrainedModel, tokenizer: Any) -> FastAPI:
     """Return the OpenAI-compatible application for ``model``, known to clients as ``name``."""
     models, state = OneModel(name, model, tokenizer), BoundedState()
     app = build_server(

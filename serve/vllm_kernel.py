@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS as KERNELS
-from vllm.model_executor.kernels.linear import choose_mp_linear_kernel, register_linear_kernel
+from vllm.model_executor.kernels.linear import (
+    _POSSIBLE_KERNELS as KERNELS,
+    choose_mp_linear_kernel,
+    register_linear_kernel,
+)
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel, MPLinearLayerConfig
 from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.platforms import PlatformEnum, current_platform

@@ -6,7 +6,7 @@ second rounding is left out here, so grouped files come out a little closer to w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -161,9 +161,10 @@ class QQQLinearMethod(LinearMethodBase):
         self.prepared = selection.prepare(pack_int4(weight.codes), weight.scales, problem)
         replace_parameter(layer, "B", self.prepared.weight)
         replace_parameter(layer, "s_channel", self.prepared.scales)
-        layer.s_group = None
+        layer.register_parameter("s_group", None)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ w.T + bias``, the activations quantized per token on the way; one opaque operator."""
         assert self.prepared is not None
-        return ops.w4a8_linear(x, layer.B, layer.s_channel, bias, self.n, self.group_size, self.prepared.layout)
+        weight, scales = cast(Tensor, layer.B), cast(Tensor, layer.s_channel)  # prepared, under their old names
+        return ops.w4a8_linear(x, weight, scales, bias, self.n, self.group_size, self.prepared.layout)

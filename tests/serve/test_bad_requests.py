@@ -81,6 +81,7 @@ def test_a_model_that_vllm_cannot_load_is_refused_in_vllms_own_words(packed: Pat
     assert "unheard-of" in message
 
 
+@pytest.mark.slow
 def test_arguments_that_vllm_does_not_know_are_a_wrong_request(packed: Path) -> None:
     pytest.importorskip("vllm")
     code, message = refusal(packed, "--port", "0", "--", "--no-such-option")
