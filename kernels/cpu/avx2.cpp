@@ -25,6 +25,12 @@ inline __m256i four_codes(const int8_t* a) {
 constexpr int MOST_ROWS = 6;  // 12 sums, two weight operands and one broadcast fill the 16 registers
 constexpr int HIGH_SHIFT = 4;  // high nibbles stay in place: their sums are 16 times too large until the group ends
 
+// sum += four unsigned bytes of w times four signed bytes of x in each lane. By hand because gcc 12 keeps two copies of
+// every sum alive with the intrinsic, and spills them.
+inline void dot(__m256i& sum, __m256i w, __m256i x) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+}
+
 template <int ROWS>
 inline void run_chunk(const uint8_t* w, const int8_t* a, int64_t stride, int64_t steps, int32_t* total) {
   const __m256i low = _mm256_set1_epi8(0x0f), high = _mm256_set1_epi8(int8_t(0xf0));
@@ -38,8 +44,8 @@ inline void run_chunk(const uint8_t* w, const int8_t* a, int64_t stride, int64_t
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
       const __m256i x = four_codes(a + r * stride + step * 4);
-      sum[r][0] = _mm256_dpbusd_avx_epi32(sum[r][0], w0, x);
-      sum[r][1] = _mm256_dpbusd_avx_epi32(sum[r][1], w1, x);
+      dot(sum[r][0], w0, x);
+      dot(sum[r][1], w1, x);
     }
   }
 #pragma GCC unroll 6
@@ -137,11 +143,11 @@ double peak(int64_t rounds) {
 #pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) {
 #if defined(__AVXVNNI__)
-      sum[i] = _mm256_dpbusd_avx_epi32(sum[i], w, x);
+      dot(sum[i], w, x);
 #else
       sum[i] = _mm256_add_epi16(sum[i], _mm256_maddubs_epi16(w, x));
 #endif
-      asm volatile("" : "+x"(sum[i]), "+x"(w));  // every product is computed
+      asm volatile("" : "+x"(sum[i]), "+x"(w), "+x"(x));  // every product is computed
     }
   }
   return double(rounds) * 24 * 64;
