@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from qtoolkit.errors import RequestError, ServeError
 
 ENGINES = ("vllm", "transformers")
+VISION = "vision"  # the server of image classifiers; the checkpoint chooses it
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ def serve(engine: str, order: Order, announce: Announce, say: Say) -> None:
         KeyboardInterrupt: likewise for Ctrl-C.
     """
     with sigterm_raises():
-        if engine == "vllm":
+        if engine == VISION:
+            from qtoolkit.serve.vision_server import serve_vision
+
+            serve_vision(order, announce, say)
+        elif engine == "vllm":
             from qtoolkit.serve.vllm_server import serve_with_vllm
 
             serve_with_vllm(order, announce, say)

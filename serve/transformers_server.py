@@ -74,12 +74,12 @@ def describe(model: PreTrainedModel) -> list[report.Layer]:
 class RequireKey:
     """ASGI middleware: requests below /v1 need ``Authorization: Bearer <key>``, as they do with vLLM."""
 
-    def __init__(self, app: Any, key: str) -> None:
-        self.app, self.expected = app, f"Bearer {key}".encode()
+    def __init__(self, app: Any, key: str, prefixes: tuple[str, ...] = ("/v1",)) -> None:
+        self.app, self.expected, self.prefixes = app, f"Bearer {key}".encode(), prefixes
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Pass a request on, or answer 401."""
-        if scope["type"] == "http" and scope["path"].startswith("/v1") and scope["method"] != "OPTIONS":
+        if scope["type"] == "http" and scope["path"].startswith(self.prefixes) and scope["method"] != "OPTIONS":
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self.expected):
                 from starlette.responses import JSONResponse

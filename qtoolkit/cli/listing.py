@@ -11,7 +11,9 @@ from qtoolkit.cli import output
 
 
 def command(
-    what: Annotated[str, typer.Argument(help="recipes, transforms, packers, architectures, models, vision or data.")] = "",
+    what: Annotated[
+        str, typer.Argument(help="recipes, transforms, packers, architectures, models, vision or data.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List recipes, transforms, packers, architectures, bundled models and data sets."""

@@ -27,12 +27,11 @@ def command(
     from qtoolkit.source import resolve
 
     intent.mode()  # a wrong QTOOLKIT_W4A8 is told now, not by a worker process in a minute
-    chosen = launcher.choose_engine(engine)
     source = resolve(checkpoint)
     path = source.path.resolve()
     source.shapes()  # refuses pickles, truncated and missing files now; the engine would in a minute
-    if (path / MANIFEST).is_file():
-        verify(path)
+    vision = (path / MANIFEST).is_file() and verify(path).kind == "vision"
+    chosen = launcher.VISION if vision else launcher.choose_engine(engine)
     order = launcher.Order(path, name or path.name, host, port, api_key, tuple(engine_args or ()))
     running = False
 
