@@ -76,21 +76,30 @@ def advance(block: Block, stream: Stream) -> Stream:
 
 
 @torch.inference_mode()
-def layer_inputs(
-    block: Block, stream: Stream, seen: dict[str, Callable[[Tensor], None]], *, raw: bool = False
-) -> None:
+def layer_inputs(block: Block, stream: Stream, seen: dict[str, Callable[[Tensor], None]], *, raw: bool = False) -> None:
     """Run ``block`` over ``stream`` and hand every input of the named layers to its callback as [tokens, in].
 
     A convolution's tokens are its output places, and what one sees is a kernel's patch; ``raw`` hands over the
     input as it is.
+
+    Raises:
+        NumericError: an input holds NaN or Inf; the layer is named.
     """
+
+    def watcher(name: str, to: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not args[0].isfinite().all():
+                raise NumericError(
+                    f"The input of {block.name}.{name} holds NaN or Inf on the calibration text.",
+                    "The weights or the calibration data are damaged.",
+                )
+            to(args[0] if raw else Geometry.of(module).patches(args[0]))
+
+        return hook
+
     with ExitStack() as stack:
         for name, callback in seen.items():
-
-            def hook(module: nn.Module, args: tuple[Tensor, ...], to: Callable[[Tensor], None] = callback) -> None:
-                to(args[0] if raw else Geometry.of(module).patches(args[0]))
-
-            stack.callback(block.layer(name).register_forward_pre_hook(hook).remove)
+            stack.callback(block.layer(name).register_forward_pre_hook(watcher(name, callback)).remove)
         for hidden, kwargs in stream.calls():
             block.module(hidden, **kwargs)
 

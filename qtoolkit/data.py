@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qtoolkit.errors import DataError, RequestError
+from qtoolkit.errors import DataError, ModelError, RequestError
+from qtoolkit.recipe import Calibration
 from qtoolkit.registry import suggest
+from qtoolkit.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +29,55 @@ HUB = {
 }
 HUB_DOCUMENTS = 4000  # enough for 128 windows of 2048 tokens from any of the sets above
 BATCH = 128  # sequences that a model writes at once
+
+
+def calibration_tokens(source: Source, wanted: Calibration, longest: int, say: Callable[[str], None]) -> Tensor:
+    """Return the tokens that a recipe asks to calibrate on.
+
+    Args:
+        source: the float model; it writes the text itself when ``wanted.data`` is "self".
+        wanted: the recipe's part about calibration.
+        longest: the model's context; windows are cut to it.
+        say: is told what happens.
+
+    Returns:
+        int64 [samples, length].
+
+    Raises:
+        DataError: the text is empty, too short or cannot be read.
+        NumericError: the model holds NaN or Inf, so that it cannot write.
+    """
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(source)
+    length = min(wanted.length, longest)
+    if wanted.data != "self":
+        tokens = windows(documents(wanted.data, tokenizer), tokenizer, wanted.samples, length, wanted.seed)
+        if len(tokens) < wanted.samples:
+            say(f"the text gives {len(tokens)} windows of {length} tokens, not {wanted.samples}")
+        return tokens
+    for name in source.files:
+        source.read_finite(name)  # a model with a NaN writes nothing: name the layer now
+    say(f"the model writes {wanted.samples} x {length} tokens to calibrate on")
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    start = start_tokens(tokenizer)
+    first = int(start[0]) if len(start) else int(tokenizer.eos_token_id or 0)
+    return self_written(model, first, wanted.samples, length, wanted.seed)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer.
+
+    Raises:
+        ModelError: the folder has none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(f"{source.name} has no usable tokenizer: {reason}", "Is the folder complete?") from None
 
 
 def documents(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:

@@ -7,54 +7,27 @@ import resource
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qtoolkit import __version__, architecture, checkpoint, data, registry
-from qtoolkit import recipe as recipes
+from qtoolkit import __version__, architecture, assembly, checkpoint, data, recipe as recipes, registry
 from qtoolkit.calibration import capture
 from qtoolkit.calibration.options import read as read_options
-from qtoolkit.errors import ModelError, QToolkitError
-from qtoolkit.job import Job, disk_errors
+from qtoolkit.errors import ModelError
+from qtoolkit.job import Job
+from qtoolkit.progress import Progress, Silent
 from qtoolkit.recipe import Recipe
-from qtoolkit.source import Source, resolve
+from qtoolkit.source import Source, resolve, save
 from qtoolkit.stages import Block, Context, Packer, Stream, Transform
 
-SHARD_BYTES = 4 * 10**9
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 CALIBRATION, REST = "calibration", "rest"
-
-
-class Progress(Protocol):
-    """Whoever wants to watch a run: the command line draws it."""
-
-    def start(self, blocks: int, done: int) -> None:
-        """A run of ``blocks`` blocks begins, of which ``done`` were finished by an earlier, interrupted run."""
-        ...
-
-    def say(self, text: str) -> None:
-        """Something worth a line happened."""
-        ...
-
-    def block(self, name: str, error: float) -> None:
-        """A block is finished; ``error`` is the mean relative error of its layers."""
-        ...
-
-
-class Silent:
-    """Watches without a word: the default of the Python interface."""
-
-    def start(self, blocks: int, done: int) -> None:
-        """Say nothing."""
-
-    def say(self, text: str) -> None:
-        """Say nothing."""
-
-    def block(self, name: str, error: float) -> None:
-        """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -80,31 +53,37 @@ class Result:
 
 
 def quantize(
-    model: str | Path,
+    model: str | Path | PreTrainedModel,
     recipe: str | Path | Recipe = "w4a8",
     output: str | Path = "quantized",
     *,
     changes: Mapping[str, Any] | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Result:
     """Quantize a Hugging Face causal LM and write a checkpoint folder.
 
     Running the same call again after an interruption goes on where it stopped and ends with the same bytes.
 
     Args:
-        model: folder, hub name, or ``tiny``.
+        model: folder, hub name, ``tiny``, or a loaded transformers model, then with its ``tokenizer``.
         recipe: preset name, YAML file, or a Recipe.
         output: folder to make; must not hold anything yet.
         changes: recipe values by dotted key, such as ``{"calibration.samples": 64}``.
         fresh: forget an interrupted run, and replace a finished checkpoint.
         progress: is told about every block.
+        tokenizer: goes with a loaded model.
 
     Raises:
         QToolkitError: see ``qtoolkit.errors``; the message is one sentence, the hint says what to do.
     """
     began = time.monotonic()
     settings = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, changes)
+    if not isinstance(model, (str, Path)):
+        with TemporaryDirectory(prefix="qtoolkit-model-") as folder:
+            saved = save(model, tokenizer, Path(folder))
+            return quantize(saved, settings, output, fresh=fresh, progress=progress)
     source = resolve(model)
     run = Run(source, settings, progress or Silent())
     job = Job.open(Path(output), run.fingerprint(), fresh=fresh)
@@ -166,47 +145,9 @@ class Run:
 
     def assemble(self, job: Job) -> None:
         """Put the finished parts together as a checkpoint folder, in the job's staging place."""
-        staging = job.staging
-        with disk_errors(job.output):
-            staging.mkdir(exist_ok=True)
-            for leftover in staging.iterdir():
-                leftover.unlink()
-            checkpoint.copy_companions(self.source.path, staging)
-            files = _write_shards(job, [*map(_part, range(self.blocks)), REST], staging)
-            facts = {self._name(i): job.facts(_part(i)) for i in range(self.blocks)}
-            layers = tuple(_layer_records(facts, self.recipe.scheme.name))
-            unquantized = tuple(
-                checkpoint.Unquantized(name=f"{block}.{name}", reason=reason)
-                for block, fact in facts.items()
-                for name, reason in fact["refused"].items()
-            )
-            ignore = [*self.recipe.keep, *(row.name for row in unquantized)]
-            config = {k: v for k, v in self.source.config.items() if k != "torch_dtype"}
-            config["dtype"] = str(self.dtype).removeprefix("torch.")
-            if layers:
-                config["quantization_config"] = checkpoint.quantization_config(
-                    self.recipe.scheme, list(dict.fromkeys(ignore))
-                )
-            checkpoint.write_json(staging / "config.json", config)
-            manifest = checkpoint.Manifest(
-                source=self.source.name,
-                revision=self.source.revision,
-                source_digest=self.source.digest(),
-                recipe=self.recipe.model_dump(mode="json"),
-                digest=self.recipe.digest,
-                scheme=self.recipe.scheme,
-                seed=self.recipe.calibration.seed,
-                calibration_tokens=job.tensors(CALIBRATION)["tokens"].numel(),
-                versions={"qtoolkit": __version__, **{n: version(n) for n in ("torch", "transformers")}},
-                packing=(self.recipe.packer,),
-                layers=layers,
-                groups=tuple(_group_records(facts)),
-                unquantized=unquantized,
-                bytes_before=self.source.bytes,
-                bytes_after=sum(files.values()),
-                files=files,
-            )
-            checkpoint.write_json(staging / checkpoint.MANIFEST, manifest.model_dump(mode="json"))
+        blocks = {self._name(index): _part(index) for index in range(self.blocks)}
+        tokens = job.tensors(CALIBRATION)["tokens"].numel()
+        assembly.assemble(job, self.source, self.recipe, self.dtype, blocks, REST, tokens)
 
     def _refuse_if_nothing_fits(self) -> None:
         reasons = [
@@ -236,24 +177,8 @@ class Run:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _calibration_tokens(self) -> Tensor:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        wanted = self.recipe.calibration
-        tokenizer = _load_tokenizer(AutoTokenizer, self.source)
-        length = min(wanted.length, int(getattr(self.skeleton.config, "max_position_embeddings", wanted.length)))
-        if wanted.data != "self":
-            texts = data.documents(wanted.data, tokenizer)
-            tokens = data.windows(texts, tokenizer, wanted.samples, length, wanted.seed)
-            if len(tokens) < wanted.samples:
-                self.progress.say(f"the text gives {len(tokens)} windows of {length} tokens, not {wanted.samples}")
-            return tokens
-        first = data.start_tokens(tokenizer)
-        self.progress.say(f"the model writes {wanted.samples} x {length} tokens to calibrate on")
-        for name in self.source.files:
-            self.source.read_finite(name)  # a model with a NaN writes nothing: name the layer now
-        model = AutoModelForCausalLM.from_pretrained(self.source.path, dtype=torch.float32).eval()
-        begin = int(first[0]) if len(first) else int(tokenizer.eos_token_id or 0)
-        return data.self_written(model, begin, wanted.samples, length, wanted.seed)
+        longest = int(getattr(self.skeleton.config, "max_position_embeddings", self.recipe.calibration.length))
+        return data.calibration_tokens(self.source, self.recipe.calibration, longest, self.progress.say)
 
     def _block(self, index: int) -> Block:
         block = self.skeleton.block(index, self.source)
@@ -271,6 +196,7 @@ class Run:
                     layers[name] |= figures
                 else:
                     groups.append({"name": name, "step": step, "figures": figures})
+            self._round_floats(block)
         shapes = {name: list(block.quantized[name].codes.shape) for name in layers}
         return {"layers": layers, "shapes": shapes, "groups": groups, "refused": block.refused}
 
@@ -284,7 +210,6 @@ class Run:
         for name, weight in block.quantized.items():
             for local, tensor in self.packer.pack(weight).items():
                 tensors[f"{block.name}.{name}.{local}"] = tensor
-        self._round_floats(block)
         return tensors
 
     def _restore(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
@@ -298,9 +223,10 @@ class Run:
         block.module.load_state_dict(state)
 
     def _round_floats(self, block: Block) -> None:
-        """Round what stays in float to the stored dtype, so that the next block sees what will be served."""
+        """Round what stays in float to the stored dtype, so that whatever follows sees what will be served."""
+        targets = {f"{name}.weight" for name, _ in block.linears()}
         for name, parameter in block.module.named_parameters():
-            if name.removesuffix(".weight") not in block.quantized:
+            if name not in targets:
                 parameter.data = parameter.data.to(self.dtype).float()
 
 
@@ -325,63 +251,6 @@ def peak_rss_bytes() -> int:
 
 def _part(index: int) -> str:
     return f"block-{index:05d}"
-
-
-def _load_tokenizer(loader: Any, source: Source) -> Any:
-    try:
-        return loader.from_pretrained(source.path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise QToolkitError(f"{source.name} has no usable tokenizer: {reason}", "Is the folder complete?") from None
-
-
-def _write_shards(job: Job, parts: list[str], folder: Path) -> dict[str, int]:
-    """Merge the parts into shards of at most ``SHARD_BYTES`` each, with an index when there are several."""
-    from safetensors.torch import save_file
-
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for part in parts:
-        size = (job.folder / f"{part}.safetensors").stat().st_size
-        if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(part)
-        filled += size
-    weight_map: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    for number, members in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {key: tensor for part in members for key, tensor in job.tensors(part).items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        sizes[name] = (folder / name).stat().st_size
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        checkpoint.write_json(folder / "model.safetensors.index.json", index)
-    return sizes
-
-
-def _layer_records(facts: Mapping[str, Any], scheme: str) -> list[checkpoint.LayerRecord]:
-    return [
-        checkpoint.LayerRecord(
-            name=f"{block}.{name}",
-            scheme=scheme,
-            shape=tuple(fact["shapes"][name]),
-            error=figures["error"],
-            figures={key: value for key, value in figures.items() if key != "error"},
-        )
-        for block, fact in facts.items()
-        for name, figures in fact["layers"].items()
-    ]
-
-
-def _group_records(facts: Mapping[str, Any]) -> list[checkpoint.GroupRecord]:
-    return [
-        checkpoint.GroupRecord(name=f"{block}.{row['name']}", step=row["step"], figures=row["figures"])
-        for block, fact in facts.items()
-        for row in fact["groups"]
-    ]
 
 
 def _result(manifest: checkpoint.Manifest, output: Path, recipe: Recipe, seconds: float) -> Result:

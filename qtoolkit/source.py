@@ -15,6 +15,7 @@ from qtoolkit.errors import ModelError, NumericError, RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = ("tiny",)
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]  # never *.bin: pickles run code
@@ -124,6 +125,20 @@ def resolve(model: str | Path) -> Source:
             f"Give a folder, a hub name like org/name, or {', '.join(BUNDLED)}.",
         )
     return _download(text)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> Path:
+    """Save a loaded model in ``folder``, so that it is read as any other; the folder's name is the model's.
+
+    Raises:
+        RequestError: there is no tokenizer to go with it.
+    """
+    if tokenizer is None:
+        raise RequestError("A loaded model was given without its tokenizer.", "Add tokenizer=..., or give its folder.")
+    path = folder / (Path(model.config.name_or_path or "model").name or "model")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 def _download(name: str) -> Source:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests_support import save_random
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qtoolkit
 from qtoolkit import checkpoint
@@ -49,6 +50,16 @@ def test_the_result_says_what_was_done(random_llama: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_loaded_model_gives_the_same_tensors_as_its_folder(
+    random_llama: Path, quantized: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(random_llama), AutoTokenizer.from_pretrained(random_llama)
+    with pytest.raises(RequestError, match="tokenizer"):
+        qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes=QUICK)
+    qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes=QUICK, tokenizer=tokenizer)
+    assert digests(tmp_path / "out")["model.safetensors"] == digests(quantized)["model.safetensors"]
+
+
 def test_the_config_is_standard_and_the_manifest_is_whole(quantized: Path) -> None:
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -75,7 +86,8 @@ def test_stock_transformers_computes_what_our_float_simulation_computes(
     model_type: str, group_size: int, tmp_path: Path
 ) -> None:
     tied = model_type == "qwen2"
-    model = save_random(tmp_path / "model", model_type, tie_word_embeddings=tied)
+    head_dim = 48 if model_type in ("qwen3", "mistral") else 32  # 48 is not hidden_size / heads
+    model = save_random(tmp_path / "model", model_type, tie_word_embeddings=tied, head_dim=head_dim)
     qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes={**QUICK, "scheme.group_size": group_size})
     tokens = torch.randint(2, 258, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -146,37 +158,41 @@ def test_an_interrupted_run_refuses_other_options(random_llama: Path, tmp_path: 
 def test_killing_at_random_moments_leaves_nothing_that_looks_finished_and_resumes_to_the_same_bytes(
     random_llama: Path, quantized: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    words = [f"--set={key}={value}" for key, value in QUICK.items()]
-    command = [sys.executable, "-m", "qtoolkit", "quantize", str(random_llama), "-o", str(out), *words]
-    began = time.monotonic()
-    whole = subprocess.run([*command[:6], str(tmp_path / "timed"), *words], capture_output=True, text=True, check=False)
-    assert whole.returncode == 0, whole.stderr
-    duration = time.monotonic() - began
-    draw = torch.Generator().manual_seed(0)
+    whole = digests(quantized)
+    words = [str(random_llama), str(tmp_path / "out"), json.dumps(QUICK)]
+    script = Path(__file__).with_name("kill_runner.py")
+    runner = subprocess.Popen(
+        [sys.executable, str(script), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert runner.stdin is not None
+    assert runner.stdout is not None
+
+    def run(kill_after: float) -> tuple[int, float]:
+        """Run once, killed after so many seconds unless it ends before; return its status and duration."""
+        print(kill_after, file=runner.stdin, flush=True)
+        status, seconds = runner.stdout.readline().split()
+        return int(status), float(seconds)
+
+    status, duration = run(600)
+    assert status == 0
+    assert digests(tmp_path / "out") == whole
+    shutil.rmtree(tmp_path / "out")
+    draw = random.Random(0)
     kills = 0
-    for attempt in range(60):
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        try:
-            # imports take most of the time: aim at the second half, where the files are written
-            child.wait(duration * (0.5 + 0.6 * float(torch.rand(1, generator=draw))) if kills < 10 else 300)
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            kills += 1
-        if out.exists():
-            checkpoint.verify(out)  # whatever bears the output's name is whole
-        if child.returncode == 0 and kills >= 10:
-            break
-        if child.returncode == 0:
-            for path in (out, tmp_path / "out.partial"):  # finished before ten kills: start over
-                subprocess.run(["rm", "-rf", str(path)], check=True)
-        elif child.returncode not in (-signal.SIGKILL, 0):
-            assert child.stderr is not None
-            pytest.fail(f"attempt {attempt}: {child.stderr.read()}")
-    assert kills >= 10
-    assert digests(out) == digests(quantized)
-    assert not (tmp_path / "out.partial").exists()
+    while kills < 12:
+        status, _ = run(duration * draw.uniform(0.02, 1.1))
+        kills += status == -signal.SIGKILL
+        if (tmp_path / "out").exists():  # published: whole, whether the run was killed right after it or not
+            assert digests(tmp_path / "out") == whole
+            shutil.rmtree(tmp_path / "out")
+            shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+        elif kills % 4 == 0:  # after every fourth kill let the run go on to its end
+            assert run(600)[0] == 0
+            assert digests(tmp_path / "out") == whole
+            assert not (tmp_path / "out.partial").exists()
+            shutil.rmtree(tmp_path / "out")
+    runner.stdin.close()
+    runner.wait()
 
 
 def test_bad_models_are_refused_in_one_sentence(random_llama: Path, tmp_path: Path) -> None:
@@ -223,6 +239,15 @@ def test_bad_models_are_refused_in_one_sentence(random_llama: Path, tmp_path: Pa
         with pytest.raises(NumericError, match=r"model\.layers\.1\.mlp\.up_proj"):
             qtoolkit.quantize(damaged, "w4a8", tmp_path / f"out-{name}", changes=QUICK)
         assert not (tmp_path / f"out-{name}").exists()
+
+    loud = copy("loud")
+    tensors = load_file(loud / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e38)  # finite weights, infinite activations
+    save_file(tensors, loud / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "text.txt").write_text("Any text will do here. " * 40)
+    changes = {**QUICK, "calibration.data": str(tmp_path / "text.txt")}
+    with pytest.raises(NumericError, match=r"model\.layers\.1.*calibration text"):
+        qtoolkit.quantize(loud, "w4a8", tmp_path / "out-loud", changes=changes)
 
 
 def test_bad_calibration_data_is_refused(random_llama: Path, tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""Putting the finished parts of a run together: weight files, config.json and qtoolkit.json, in a staging folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtoolkit import __version__, checkpoint
+from qtoolkit.job import Job, disk_errors
+from qtoolkit.recipe import Recipe
+from qtoolkit.source import Source
+
+SHARD_BYTES = 4 * 10**9
+
+
+def assemble(
+    job: Job, source: Source, recipe: Recipe, dtype: torch.dtype, blocks: Mapping[str, str], rest: str, tokens: int
+) -> None:
+    """Write the checkpoint folder to the job's staging place.
+
+    Args:
+        job: holds the finished parts.
+        source: the float model, whose config and companion files go with the weights.
+        recipe: what was done.
+        dtype: in which floats are stored.
+        blocks: name of every block and of the part that holds it, in order.
+        rest: name of the part with everything outside the blocks.
+        tokens: calibration tokens used.
+    """
+    staging = job.staging
+    with disk_errors(job.output):
+        staging.mkdir(exist_ok=True)
+        for leftover in staging.iterdir():
+            leftover.unlink()
+        checkpoint.copy_companions(source.path, staging)
+        files = _write_shards(job, [*blocks.values(), rest], staging)
+        facts = {name: job.facts(part) for name, part in blocks.items()}
+        unquantized = tuple(
+            checkpoint.Unquantized(name=f"{block}.{name}", reason=reason)
+            for block, fact in facts.items()
+            for name, reason in fact["refused"].items()
+        )
+        ignore = list(dict.fromkeys([*recipe.keep, *(row.name for row in unquantized)]))
+        config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        config["quantization_config"] = checkpoint.quantization_config(recipe.scheme, ignore)
+        checkpoint.write_json(staging / "config.json", config)
+        manifest = checkpoint.Manifest(
+            source=source.name,
+            revision=source.revision,
+            source_digest=source.digest(),
+            recipe=recipe.model_dump(mode="json"),
+            digest=recipe.digest,
+            scheme=recipe.scheme,
+            seed=recipe.calibration.seed,
+            calibration_tokens=tokens,
+            versions={"qtoolkit": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+            packing=(recipe.packer,),
+            layers=tuple(_layer_records(facts, recipe.scheme.name)),
+            groups=tuple(_group_records(facts)),
+            unquantized=unquantized,
+            bytes_before=source.bytes,
+            bytes_after=sum(files.values()),
+            files=files,
+        )
+        checkpoint.write_json(staging / checkpoint.MANIFEST, manifest.model_dump(mode="json"))
+
+
+def _write_shards(job: Job, parts: list[str], folder: Path) -> dict[str, int]:
+    """Merge the parts into shards of at most ``SHARD_BYTES`` each, with an index when there are several."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for part in parts:
+        size = (job.folder / f"{part}.safetensors").stat().st_size
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(part)
+        filled += size
+    weight_map: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for number, members in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {key: tensor for part in members for key, tensor in job.tensors(part).items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        sizes[name] = (folder / name).stat().st_size
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        checkpoint.write_json(folder / "model.safetensors.index.json", index)
+    return sizes
+
+
+def _layer_records(facts: Mapping[str, Any], scheme: str) -> list[checkpoint.LayerRecord]:
+    return [
+        checkpoint.LayerRecord(
+            name=f"{block}.{name}",
+            scheme=scheme,
+            shape=tuple(fact["shapes"][name]),
+            error=figures["error"],
+            figures={key: value for key, value in figures.items() if key != "error"},
+        )
+        for block, fact in facts.items()
+        for name, figures in fact["layers"].items()
+    ]
+
+
+def _group_records(facts: Mapping[str, Any]) -> list[checkpoint.GroupRecord]:
+    return [
+        checkpoint.GroupRecord(name=f"{block}.{row['name']}", step=row["step"], figures=row["figures"])
+        for block, fact in facts.items()
+        for row in fact["groups"]
+    ]
