@@ -2,13 +2,17 @@
 
 | method | masks | schedule | regularizer |
 |---|---|---|---|
-| SFP | after each epoch | one-shot | none |
+| SFP | after each epoch, then settled | one-shot | none |
 | CR-SFP | after each epoch | one-shot | cr-kl |
 | SR-STE | in the forward pass | one-shot | sr-ste |
 | MaxQ | in the forward pass, soft | linear | sr-ste |
 | OvSW | none (binary layers) | | ags-sad |
 | ADMM | none until the end | | admm |
 | DeBut | none (butterfly layers) | | none |
+
+A filter that grows again after an epoch is small, but its batch norm brings it to full size at once, so that the next
+removal hurts anew; published trainings take 200 epochs to settle. With ``settle`` a short one ends with removed
+filters, batch-norm shifts included, staying away.
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ class RecoverOptions(Options):
     where: Literal["inner", "all"] = Field("inner", description="of filters: only those that one group alone reads")
     schedule: str = Field("one-shot", description="one-shot, linear, cosine, cubic or exponential")
     ramp: float = Field(0.5, ge=0, le=1, description="part of the training after which the pattern is complete")
+    settle: float = Field(1.0, ge=0, le=1, description="part of the training after which removed filters stay away")
     regularizer: Literal["none", "sr-ste", "cr-kl", "ags-sad", "admm"] = "none"
     strength: float = Field(2e-4, ge=0, description="the regularizer's factor")
     augment: bool = Field(True, description="random shifts and mirroring as the architecture says")
@@ -144,7 +149,9 @@ class Training:
         for epoch in range(len(report), options.epochs):
             began, total, seen = time.monotonic(), 0.0, 0
             self.network.train()
-            self.refresh(epoch / options.epochs)
+            self.refresh(epoch / options.epochs)  # with zeros where filters are removed the mask stays what it was
+            if options.masks == "epoch" and epoch == 0:
+                self._project()  # the first epoch already trains against the pruning
             generator = torch.Generator().manual_seed(context.seed * 1000 + epoch)  # resuming needs no generator state
             batches = context.training.epoch(options.batch, architecture, generator, self.regularizer.views)
             for step, (views, y) in enumerate(batches):
@@ -157,13 +164,15 @@ class Training:
                 loss.backward()
                 self.regularizer.after_backward(self)
                 self.optimizer.step()
+                if options.masks == "epoch" and epoch / options.epochs >= options.settle:
+                    self._remove()
                 total, seen = total + float(loss.detach()) * len(y), seen + len(y)
                 if not math.isfinite(total):
                     raise NumericError(
                         f"The training loss became NaN or Inf in epoch {epoch + 1}.", "Lower recover.lr."
                     )
             self.regularizer.after_epoch(self)
-            if options.masks == "epoch":
+            if options.masks == "epoch" and (epoch + 1) / options.epochs <= options.settle:
                 self.refresh((epoch + 1) / options.epochs)
                 self._project()
             report[f"epoch-{epoch + 1}"] = {"loss": total / seen}
@@ -178,8 +187,13 @@ class Training:
         """Leave weights that have the pattern: masks are folded in, removed filters leave no constant behind."""
         self.regularizer.finish(self)
         self.refresh(1.0)
+        self._remove()
+
+    @torch.no_grad()
+    def _remove(self) -> None:
+        """Bring the weights onto the pattern; removed filters take along what follows and reads them."""
         self._project()
-        if self.context.pattern.kind == "filter" and self.masks:
+        if self.context.pattern.kind == "filter":
             for name, mask in self.masks.items():
                 filters.remove(self.block, name.removesuffix(".weight"), mask.flatten() == 0)
 

@@ -134,10 +134,10 @@ class Filtered(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for x."""
         axis = -1 if self.geometry.linear else 1
-        if len(self.channels) != self.geometry.inputs:
+        if self.channels.shape[0] != self.geometry.inputs:
             x = x.index_select(axis, self.channels)
         y = self.geometry.product(x, self.weight)
-        if len(self.rows) != self.geometry.n:
+        if self.rows.shape[0] != self.geometry.n:
             shape = list(y.shape)
             shape[axis] = self.geometry.n
             y = y.new_zeros(shape).index_copy_(axis, self.rows, y)

@@ -16,6 +16,7 @@ from qtoolkit.source import Source
 from qtoolkit.vision import layers, models
 from qtoolkit.vision.matrix import Layer
 from qtoolkit.vision.models import Architecture
+from qtoolkit.vision.narrow import narrow
 from qtoolkit.vision.record import VisionManifest
 
 
@@ -74,4 +75,5 @@ def assemble(architecture: Architecture, tensors: Mapping[str, Tensor], packed: 
         except KeyError as error:
             raise CheckpointError(f"The checkpoint has no tensor {name}.{error.args[0]}.") from None
         network.set_submodule(name, made)
+    narrow(network, models.channel_groups(network, architecture))
     return network.eval().requires_grad_(False)

@@ -98,9 +98,7 @@ NONSENSE = {
     "no object": b"[1]",
     "deep": b"[" * 100_000,
     "no inputs": b'{"inputs": []}',
-    "another name": json.dumps(
-        {"inputs": [{"name": "x", "datatype": "UINT8", "shape": [1, 1, 8, 8], "data": X}]}
-    ).encode(),
+    "another name": b'{"inputs": [{"name": "x", "datatype": "UINT8", "shape": [1, 1, 1, 1], "data": [0]}]}',
 }
 WRONG: dict[str, dict[str, Any]] = {
     "datatype": {"datatype": "INT3"},

@@ -23,8 +23,8 @@ METHODS: dict[str, tuple[Pattern, dict[str, Any]]] = {
     "sr-ste": (NM, {"masks": "forward", "regularizer": "sr-ste"}),
     "maxq": (NM, {"masks": "forward", "soft": True, "schedule": "linear", "regularizer": "sr-ste"}),
     "admm": (NM, {"regularizer": "admm", "strength": 1e-2}),
-    "sfp": (FILTER, {"masks": "epoch", "where": "all"}),
-    "cr-sfp": (FILTER, {"masks": "epoch", "where": "all", "regularizer": "cr-kl", "strength": 1.0}),
+    "sfp": (FILTER, {"masks": "epoch", "where": "all", "settle": 0.5}),
+    "cr-sfp": (FILTER, {"masks": "epoch", "where": "all", "settle": 0.5, "regularizer": "cr-kl", "strength": 1.0}),
     "subp": (Pattern(pattern="1x8", rate=0.5), {"masks": "forward", "schedule": "cosine", "regularizer": "sr-ste"}),
 }
 
