@@ -163,7 +163,7 @@ class Run:
         """Return why the target ``name`` of a block stays in float, or None."""
         if name in self.recipe.keep or f"{block}.{name}" in self.recipe.keep:
             return "the recipe keeps it"
-        n, k = module.get_submodule(name).weight.shape  # type: ignore[union-attr, misc]
+        n, k = module.get_submodule(name).weight.shape  # type: ignore[misc]
         return self.packer.refuse(int(n), int(k), self.recipe.scheme)
 
     def _name(self, index: int) -> str:

@@ -41,7 +41,7 @@ def command(
     }
     changes = recipes.parse_set(settings or [])
     changes |= {key: value for key, value in options.items() if value is not None}
-    chosen = recipes.load(recipe or "w4a8", changes)
+    chosen: recipes.Recipe = recipes.load(recipe or "w4a8", changes)
     if dry_run:
         _dry_run(model, chosen, as_json)
         return
