@@ -197,11 +197,11 @@ def spread(run: Run, shapes: Sequence[str], tokens: Sequence[int], repeats: int)
     return round(max(found), 4) if found else None
 
 
-def series(run: Run, layers: int = 8) -> dict[str, dict[str, float]]:
-    """Time decoding inside CUDA graphs: a row of layers with weights of their own, 4096 x 4096 and 8192 x 8192."""
+def series(run: Run, shapes: Sequence[str] = ("4096x4096", "8192x8192"), most: int = 32) -> dict[str, dict[str, float]]:
+    """Time decoding inside CUDA graphs: a row of layers with weights of their own, 256 MB of int4 together."""
     found: dict[str, dict[str, float]] = {}
-    for n, k in ((4096, 4096), (8192, 8192)):
-        count = layers * (8192 * 8192) // (n * k)
+    for n, k in map(sizes, shapes):
+        count = min(most, (1 << 29) // (n * k))
         weights = [random_weight(n, k, -1, run.device, seed) for seed in range(count)]
         for contender in (contenders.YARDSTICK, contenders.OURS, contenders.HUMMING):
             build: Callable[[Weight], Any] = contender.build

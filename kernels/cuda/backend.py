@@ -18,6 +18,7 @@ from qtoolkit.kernels.selection import Backend, Problem
 CAPABILITY = (9, 0)
 MAX_K = 65536  # a token's inputs stay in one block's registers while it is quantized
 LAYOUT = "hopper"
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Arguments(ctypes.Structure):
@@ -44,7 +45,7 @@ def refuse(problem: Problem) -> str | None:
     """Return why these kernels cannot run ``problem`` here, or None."""
     if problem.device != "cuda":
         return "needs a CUDA device"
-    if problem.dtype not in (torch.bfloat16, torch.float16):
+    if problem.dtype not in DTYPES:
         return f"activations must be bfloat16 or float16, not {problem.dtype}"
     if reason := refuse_shape(problem):
         return reason
@@ -148,6 +149,10 @@ def multiply(
 
 def run(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int) -> Tensor:
     """Quantize tokens and multiply; see ``ops.w4a8_linear``. Two launches on the current stream, no synchronization."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"this weight was prepared for bfloat16 or float16 activations, not {x.dtype}")
+    if layout.padded(x.shape[-1]) != weight.shape[1] * layout.K_BLOCK:
+        raise ValueError(f"{x.shape[-1]} inputs do not fit a weight of {weight.shape[1]} blocks of {layout.K_BLOCK}")
     out = x.new_empty(*x.shape[:-1], n)
     if out.numel() == 0:
         return out

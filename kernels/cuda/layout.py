@@ -80,5 +80,9 @@ def to_swizzled(codes: Tensor) -> Tensor:
 
 
 def prepare(packed: Tensor, scales: Tensor, k: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Bring a checkpoint's packed int32 [n, k / 8] and scales [n, groups] into this layout."""
-    return to_fragments(unpack_int4(packed, k)), to_kernel_scales(scales, group_size)
+    """Bring a checkpoint's packed int32 [n, k / 8] and scales [n, groups] into this layout.
+
+    It goes over the rows in parts: unpacking takes some ten times the memory of a packed part.
+    """
+    parts = [to_fragments(unpack_int4(part, k)) for part in packed.split(32 * ROWS)]
+    return torch.cat(parts), to_kernel_scales(scales, group_size)

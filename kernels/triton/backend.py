@@ -122,6 +122,8 @@ def multiply(
 
 def run(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int) -> Tensor:
     """Quantize tokens and multiply; see ``ops.w4a8_linear``. Launches on the current stream, no synchronization."""
+    if layout.padded(x.shape[-1]) != 2 * weight.shape[1]:
+        raise ValueError(f"{x.shape[-1]} inputs do not fit a weight of {2 * weight.shape[1]}")
     out = x.new_empty(*x.shape[:-1], n)
     if out.numel() == 0:
         return out

@@ -189,3 +189,12 @@ def test_shapes_that_the_kernels_cannot_do_are_refused_in_words() -> None:
     assert backend.refuse_shape(Problem(4096, 11008, 128, torch.bfloat16, "cuda")) is None
     assert backend.refuse(Problem(128, 64, -1, torch.float32, "cuda")) is not None
     assert backend.refuse(Problem(128, 64, -1, torch.bfloat16, "cpu")) == "needs a CUDA device"
+
+
+def test_inputs_that_do_not_fit_the_prepared_weight_are_an_error() -> None:
+    layer = Layer(6, 136, 256)
+    weight, scales = backend.prepare(pack(layer.codes), layer.scales, Problem(256, 136, -1, layer.dtype, "cuda"))
+    with pytest.raises(ValueError, match="384 inputs"):
+        ops.w4a8_linear(torch.zeros(2, 384).bfloat16(), weight, scales, None, 136, -1, backend.LAYOUT)
+    with pytest.raises(ValueError, match="float32"):
+        ops.w4a8_linear(layer.x.float(), weight, scales, None, 136, -1, backend.LAYOUT)

@@ -50,3 +50,11 @@ def test_scales_lose_nothing_to_the_factor_of_sixteen() -> None:
     assert own.shape == (3, 128)
     assert torch.equal(own[:, :40].T * 16, scales.float())
     assert not own[:, 40:].any()
+
+
+def test_preparing_in_parts_is_preparing() -> None:
+    codes = random_codes(4096 + 40, 136)
+    words = (codes.to(torch.int32) + 8).view(codes.shape[0], -1, 8) << torch.arange(0, 32, 4, dtype=torch.int32)
+    weight, scales = layout.prepare(words.sum(-1, dtype=torch.int32), torch.ones(codes.shape[0], 1), 136, -1)
+    assert torch.equal(weight, layout.to_fragments(codes))
+    assert scales.shape == (1, 4224)
