@@ -36,7 +36,7 @@ class Sparsify:
     def __init__(self, options: SparsifyOptions) -> None:
         self.options = options
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a later step may train the weights
     def apply(self, block: Block, stream: Stream, context: VisionContext) -> dict[str, dict[str, float]]:
         """Sparsify in place; return each target's relative squared output error on the calibration images.
 

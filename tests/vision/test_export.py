@@ -48,6 +48,7 @@ def test_masked_and_packed_logits_agree_and_the_packed_network_is_narrower(where
 
 @pytest.mark.parametrize("name", ["nm", "filters", "ovsw", "debut"])
 def test_onnxruntime_gives_the_same_logits(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     changes = {"recover.epochs": 1} if name in ("ovsw", "debut") else {}
     if name == "debut":
