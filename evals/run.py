@@ -85,7 +85,7 @@ def evaluate(
         raise RequestError(f"A limit of {limit} documents leaves nothing to score.", "Give --limit 1 or more.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = [texts.load(name) for name in dict.fromkeys(ppl)]
-    plan = _plan(tasks, task_dir)
+    plan = _plan(tasks, task_dir, over_http=endpoint is not None)
     server = endpoints.connect(endpoint) if endpoint else None
 
     say(f"loading {target}")
@@ -171,12 +171,12 @@ def score(opened: Opened, windows: Sequence[Windows], say: Say, latency: bool = 
     return scores
 
 
-def _plan(tasks: Sequence[str], task_dir: str | Path | None) -> Any:
+def _plan(tasks: Sequence[str], task_dir: str | Path | None, *, over_http: bool) -> Any:
     if not tasks:
         return None
     from qtoolkit.evals import tasks as harness
 
-    return harness.plan(list(dict.fromkeys(tasks)), task_dir)
+    return harness.plan(list(dict.fromkeys(tasks)), task_dir, over_http=over_http)
 
 
 def _run_tasks(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtoolkit.errors import DataError, RequestError
 from qtoolkit.evals import task_files
+from qtoolkit.evals.extras import need
 from qtoolkit.evals.results import TaskScore
 
 if TYPE_CHECKING:
@@ -47,13 +48,14 @@ class Plan:
     offline: bool
 
 
-def plan(names: Sequence[str], task_dir: str | Path | None = None) -> Plan:
+def plan(names: Sequence[str], task_dir: str | Path | None = None, *, over_http: bool = False) -> Plan:
     """Find every task before anything runs: NAME.jsonl of ``task_dir`` first, then its YAML files, then lm-eval's own.
 
     Raises:
-        RequestError: no such folder, or an unknown task; the hint has the nearest names.
+        RequestError: no such folder, an unknown task (the hint has the nearest names), or lm-eval is not installed.
         DataError: a task file is damaged.
     """
+    need("A task", "lm_eval", *(("tenacity", "aiohttp") if over_http else ()))
     folder = Path(task_dir).expanduser() if task_dir else None
     if folder and not folder.is_dir():
         raise RequestError(

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from qtoolkit.errors import DataError, RequestError
+from qtoolkit.evals.extras import need
 from qtoolkit.evals.report import language_model, render
 from qtoolkit.evals.report.page import Page
 from qtoolkit.evals.results import EvalResult
@@ -17,8 +18,9 @@ def prepare(folder: str | Path) -> Path:
     """Make the folder a report will go to, before hours are spent on the figures.
 
     Raises:
-        RequestError: there is a file of that name, or it cannot be written to.
+        RequestError: there is a file of that name, it cannot be written to, or a package for drawing is missing.
     """
+    need("A report", "jinja2", "matplotlib")
     path = Path(folder).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import yaml
 
@@ -60,11 +61,13 @@ def layer_figure(layers: tuple[LayerRecord, ...]) -> Figure:
             "In percent." if len(blocks) <= 8 else f"The strongest tint is {max(layer.error for layer in layers):.2%}."
         )
         return Figure(
-            plots.cells(list(found), [str(block) for block in blocks], values, "block"), "Error of each layer", unit
+            partial(plots.cells, list(found), [str(block) for block in blocks], values, "block"),
+            "Error of each layer",
+            unit,
         )
     worst = sorted(layers, key=lambda layer: -layer.error)[:WORST]
     rows = [(layer.name, layer.error, f"{layer.error:.2%}") for layer in worst]
-    return Figure(plots.ranking(rows), f"The {len(worst)} layers with the largest error")
+    return Figure(partial(plots.ranking, rows), f"The {len(worst)} layers with the largest error")
 
 
 def sizes(result: EvalResult) -> Section | None:
@@ -85,7 +88,7 @@ def sizes(result: EvalResult) -> Section | None:
         ("", "bytes", "share"),
         tuple((name, f"{int(value):,}", f"{value / manifest.bytes_before:.0%}") for name, value, _ in rows),
     )
-    return Section("Size", text, (Figure(plots.bars(rows), "Weight files"),), (table,))
+    return Section("Size", text, (Figure(partial(plots.bars, rows), "Weight files"),), (table,))
 
 
 def latency(result: EvalResult) -> Section | None:

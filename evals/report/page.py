@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -25,12 +26,12 @@ class Figure:
     """A drawing whose data stands in the section's tables, too.
 
     Attributes:
-        svg: the drawing, from ``plots``.
+        draw: returns the drawing as SVG, from ``plots``; called for HTML only, so nothing else needs matplotlib.
         title: what it says, one line.
         caption: how to read it.
     """
 
-    svg: str
+    draw: Callable[[], str]
     title: str
     caption: str = ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from qtoolkit.evals.divergence import Divergence
 from qtoolkit.evals.report import plots
@@ -28,7 +29,8 @@ def perplexity(result: EvalResult) -> Section | None:
     tables = [Table(head, tuple(rows))]
     figures = [
         Figure(
-            plots.pairs(
+            partial(
+                plots.pairs,
                 list(result.perplexity),
                 [plots.Point(score.token, score.stderr) for score in result.perplexity.values()],
                 [
@@ -49,7 +51,7 @@ def perplexity(result: EvalResult) -> Section | None:
             point = plots.Point(100 * change.value, change.stderr and 100 * change.stderr)
             figures.append(
                 Figure(
-                    plots.steps(each, point),
+                    partial(plots.steps, each, point),
                     f"Change of perplexity on {name}, window by window",
                     "Line: the mean; band: its standard error. Both models read the same windows, so this is sharper.",
                 )
@@ -90,7 +92,7 @@ def divergence(result: EvalResult) -> Section | None:
     if drawn:
         figures = (
             Figure(
-                plots.distances(drawn, packed=len(drawn) - 1),
+                partial(plots.distances, drawn, packed=len(drawn) - 1),
                 "Distance to the float model",
                 "Dot: mean; bar: 99th percentile of all places.",
             ),
@@ -103,7 +105,7 @@ def tasks(result: EvalResult) -> Section | None:
     if not result.tasks:
         return None
     theirs = result.reference.tasks if result.reference else {}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, mine in result.tasks.items():
         change = result.task_change.get(name)
         delta = f"{change.value * _scale(mine):+.1f}" if change else ""
@@ -112,18 +114,21 @@ def tasks(result: EvalResult) -> Section | None:
         for metric in mine.metrics:
             figures = (_score(theirs.get(name), metric), _score(mine, metric))
             rows.append((f"{name}, {metric}", *figures, delta if metric == mine.primary else ""))
-    head = ("task", "float", result.scheme or "model", "change")
+    head: tuple[str, ...] = ("task", "float", result.scheme or "model", "change")
+    if not result.reference:
+        head, rows = (head[0], head[2]), [(row[0], row[2]) for row in rows]
     drawn = [(name, score) for name, score in result.tasks.items() if score.higher_is_better and score.value <= 1]
     drawings: tuple[Figure, ...] = ()
     if drawn:
-        svg = plots.pairs(
+        draw = partial(
+            plots.pairs,
             [name for name, _ in drawn],
             [_point(score, score.primary) for _, score in drawn],
             [_point(theirs[name], score.primary) if name in theirs else None for name, score in drawn],
             [score.chance * 100 if score.chance else None for _, score in drawn],
             "percent right, higher is better",
         )
-        drawings = (Figure(svg, "Float against quantized", f"{LEGEND} The dashed line is what guessing scores."),)
+        drawings = (Figure(draw, "Float against quantized", f"{LEGEND} The dashed line is what guessing scores."),)
     counts = ", ".join(f"{score.documents} of {score.available} {name}" for name, score in result.tasks.items())
     runner = "the running server" if result.backend == "endpoint" else result.backend
     note = (

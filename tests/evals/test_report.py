@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -106,10 +107,11 @@ def test_figures_take_the_pages_colours_and_keep_their_words(result: EvalResult)
     page = language_model.page(result)
     figures = [figure for section in page.sections for figure in section.figures]
     assert len(figures) == 6  # perplexity twice, divergence, tasks, layers, sizes
-    for figure in figures:
-        assert "var(--packed)" in figure.svg
-        assert not re.search(r"#0000(0[1-7])|xmlns|<metadata|http", figure.svg)
-    assert "down_proj" in figures[4].svg
+    drawings = [figure.draw() for figure in figures]
+    for svg in drawings:
+        assert "var(--packed)" in svg
+        assert not re.search(r"#0000(0[1-7])|xmlns|<metadata|<style|http", svg)
+    assert "down_proj" in drawings[4]
 
 
 def test_same_result_gives_the_same_bytes(result: EvalResult, tmp_path: Path) -> None:
@@ -168,6 +170,15 @@ def test_terminal_shows_the_same_figures(result: EvalResult) -> None:
     lines = report.lines(result)
     assert lines[0].startswith("small-w4a8 (W4A8-g128): Against <small>, perplexity rises")
     assert any(line.split()[:3] == ["sample", "float", "10.00"] for line in lines)
+
+
+def test_only_html_needs_matplotlib(result: EvalResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert report.lines(result)
+    assert render.markdown(language_model.page(result))
+    with pytest.raises(ImportError):
+        render.html(language_model.page(result))
 
 
 def test_whiskers_are_drawn_only_where_there_is_an_error() -> None:

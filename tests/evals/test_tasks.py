@@ -120,6 +120,13 @@ def test_own_yaml_in_the_task_folder_is_found(task_dir: Path, model: Any, tokeni
     assert found["piqa"].documents == 4
 
 
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtoolkit.evals.extras.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match="lm_eval, tenacity, aiohttp, which are not installed") as raised:
+        tasks.plan(["piqa"], over_http=True)
+    assert "qtoolkit[eval]" in raised.value.hint
+
+
 def test_missing_task_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no task folder"):
         tasks.plan(["piqa"], tmp_path / "nowhere")
