@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from qtoolkit.cli import compress, doctor, eval as evaluation, inspect, listing, output, quantize, serve
+from qtoolkit.cli import bench, compress, doctor, eval as evaluation, inspect, listing, output, quantize, serve
 from qtoolkit.errors import QToolkitError
 
 BUG, INTERRUPTED, MISUSED = 70, 130, 2
@@ -25,6 +25,7 @@ app.command("quantize")(quantize.command)
 app.command("compress")(compress.command)
 app.command("serve")(serve.command)
 app.command("eval")(evaluation.command)
+app.add_typer(bench.app, name="bench")
 app.command("inspect")(inspect.command)
 app.command("list")(listing.command)
 app.command("doctor")(doctor.command)

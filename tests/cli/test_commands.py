@@ -32,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_help_names_every_command(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("quantize", "serve", "eval", "inspect", "list", "doctor"):
+    for command in ("quantize", "compress", "serve", "eval", "bench", "inspect", "list", "doctor"):
         assert command in out
     assert run()[1] == out
 
@@ -52,6 +52,9 @@ def test_help_names_every_command(run: Run) -> None:
         (["quantize", "org/name", "-o", "x"], 1, "tiny"),
         (["inspect", "nowhere"], 2, "nowhere"),
         (["list", "recipe"], 2, "recipes"),
+        (["bench", "kernels", "--tokens", "one"], 2, "--tokens"),
+        (["bench", "serve"], 2, "--int4"),
+        (["bench", "serve", "--int4", "nowhere"], 2, "nowhere"),
     ],
 )
 def test_a_wrong_request_is_one_sentence_with_a_hint(words: list[str], code: int, says: str, run: Run) -> None:

@@ -1,0 +1,80 @@
+"""`qtoolkit bench`: how fast this machine is, how fast our kernels and their peers are on it, in turns in one run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qtoolkit.cli import output
+
+app = typer.Typer(help="Time kernels or servers beside their peers, in turns.", rich_markup_mode=None)
+
+
+@app.command("kernels")
+def kernels(
+    shapes: Annotated[str, typer.Option(help="KxN, separated by commas.")] = "",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "",
+    names: Annotated[str, typer.Option(help="Contestants, separated by commas; all that run here by default.")] = "",
+    seconds: Annotated[float, typer.Option(help="Time for one shape and number of tokens, all contestants.")] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time linear-layer kernels beside this machine's measured bandwidth and integer peak."""
+    from qtoolkit.evals import kernel_bench
+
+    result = kernel_bench.run(
+        tuple(_shape(word) for word in _words(shapes)) or kernel_bench.SHAPES,
+        tuple(_number(word, "--tokens") for word in _words(tokens)) or kernel_bench.TOKENS,
+        tuple(_words(names)) or None,
+        seconds,
+        output.note,
+    )
+    if as_json:
+        output.emit({"ok": True, **result})
+    else:
+        output.result(kernel_bench.table(result))
+
+
+@app.command("serve")
+def serve(
+    bf16: Annotated[str, typer.Option(help="Folder of the float model.")] = "",
+    int8: Annotated[str, typer.Option(help="Folder of its W8A8 checkpoint (compressed-tensors).")] = "",
+    int4: Annotated[str, typer.Option(help="Folder of its int4 checkpoint: served as W4A8 and as W4A16.")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each server is started and timed.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time vLLM servers of one model: prefill, decode at batch 1, 4 and 16, first token, 32 clients, memory."""
+    from pathlib import Path
+
+    from qtoolkit.errors import RequestError
+    from qtoolkit.evals import serve_bench
+
+    folders = {"--bf16": bf16, "--int8": int8, "--int4": int4}
+    for option, folder in folders.items():
+        if folder and not (Path(folder) / "config.json").is_file():
+            raise RequestError(f"{option} {folder} is not a model folder.", "Give a folder with a config.json.")
+    given = [Path(folder) if folder else None for folder in folders.values()]
+    if not any(given):
+        raise RequestError("There is nothing to time.", "Give --bf16, --int8 or --int4 with a model folder.")
+    result = serve_bench.run(serve_bench.contestants(*given), rounds, say=output.note)
+    if as_json:
+        output.emit({"ok": True, **result})
+    else:
+        output.result(serve_bench.table(result))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _number(word: str, option: str) -> int:
+    from qtoolkit.errors import RequestError
+
+    if not word.isdecimal():
+        raise RequestError(f"{option} {word!r} is not a number.", "Example: --tokens 1,16,256")
+    return int(word)
+
+
+def _shape(word: str) -> tuple[int, int]:
+    k, _, n = word.partition("x")
+    return _number(k, "--shapes"), _number(n, "--shapes")
