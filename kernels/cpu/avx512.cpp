@@ -147,12 +147,15 @@ inline void sum_group(Group group, int64_t stride, int64_t start_stride, int64_t
 template <int ROWS, bool ALONE, bool HALF>
 void run_tile(const Tile& tile) {
   for (int i = 0; i < ROWS * 4; ++i) _mm512_store_ps(tile.sums + i * 16, _mm512_setzero_ps());
-  for (int64_t g = 0, step = 0; g < tile.groups; ++g, step += tile.group_steps)
+  constexpr int64_t SCALES = PANEL * (HALF ? 2 : 4);  // bytes of a group
+  for (int64_t g = 0, step = 0; g < tile.groups; ++g, step += tile.group_steps) {
+    if (ALONE)  // a second stream from memory, four groups ahead and so into the next panel's
+      for (int64_t line = 0; line < SCALES; line += 64) _mm_prefetch(tile.scales + (g + 4) * SCALES + line, _MM_HINT_T0);
     sum_group<ROWS, ALONE, HALF>(
         {tile.weight + step * STEP_BYTES, tile.codes + step * 4, tile.prefetch + step * tile.prefetch_stride,
-         std::min(tile.group_steps, tile.steps - step), tile.starts + 2 * g, tile.scales + g * PANEL * (HALF ? 2 : 4),
-         tile.sums},
+         std::min(tile.group_steps, tile.steps - step), tile.starts + 2 * g, tile.scales + g * SCALES, tile.sums},
         tile.code_stride, tile.groups * 8, tile.prefetch_stride);
+  }
 }
 
 template <bool ALONE, bool HALF>
