@@ -129,9 +129,9 @@ class Overcome(Plain):
             self.flips[name].mul_(MEMORY).add_((now != self.signs[name]).float(), alpha=1 - MEMORY)
             self.signs[name] = now
             gradient: Tensor = weight.grad  # type: ignore[assignment]
-            rows, latent = gradient.flatten(1), weight.flatten(1)
-            wanted = self.threshold * latent.norm(dim=1).clamp_min(1e-3)
-            rows.mul_((wanted / rows.norm(dim=1).clamp_min(1e-6)).clamp_min(1.0).unsqueeze(1))
+            wanted = self.threshold * weight.flatten(1).norm(dim=1).clamp_min(1e-3)
+            factor = (wanted / gradient.flatten(1).norm(dim=1).clamp_min(1e-6)).clamp_min(1.0)
+            gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)))  # not on a flat view: it may be a copy
             gradient.add_((self.flips[name] < SILENT) * weight, alpha=self.strength)
 
     def state(self) -> dict[str, Tensor]:

@@ -61,6 +61,21 @@ def test_binary_layers_learn_and_their_silent_weights_are_pulled() -> None:
     assert report["epoch-6"]["loss"] < 0.95 * report["epoch-1"]["loss"]  # 48 steps from random weights
 
 
+def test_small_gradients_of_binary_filters_are_scaled_up_and_silent_weights_decay() -> None:
+    block, _, context = prepared(Pattern(pattern="binary"))
+    for name in block.targets:
+        block.module.set_submodule(name, layers.Binary(block.layer(name)))  # type: ignore[arg-type]
+    training = Training(block, RecoverOptions(regularizer="ags-sad", strength=0.5), context)
+    weight = weight_of(block, "conv2")
+    for parameter in training.network.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-6)
+    training.regularizer.after_backward(training)
+    assert weight.grad is not None
+    decay = 0.5 * weight.detach()  # nothing has flipped yet: every weight is silent
+    norms = (weight.grad - decay).flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, 0.04 * weight.detach().flatten(1).norm(dim=1), rtol=1e-3, atol=0)
+
+
 class Stopped(Exception):
     pass
 
