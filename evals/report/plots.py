@@ -128,7 +128,7 @@ def cells(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence
                 share = value / top
                 axes.add_patch(Rectangle((x, y), 1, 1, color=PACKED, alpha=round(0.06 + 0.94 * share, 3), linewidth=0))
                 if len(columns) <= 8:
-                    colour = ON_PACKED if share > 0.55 else INK
+                    colour = ON_PACKED if share > 0.62 else INK
                     text = f"{value * 100:.2f}" if top < 0.1 else f"{value * 100:.1f}"
                     axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=10, color=colour)
         axes.set_xlim(0, len(columns))
