@@ -98,16 +98,8 @@ class DigitsNet(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))
 
 
-class BiRealBlock(nn.Module):
+class BiRealBlock(ResidualBlock):
     """Two convolutions, each with a shortcut of its own: average pooling and zero channels where the shape changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.stride, self.added = stride, outputs - inputs
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [images, outputs, height / stride, width / stride]."""
@@ -135,7 +127,7 @@ class BiRealNet(CifarResNet):
 
 
 def _stage(
-    inputs: int, outputs: int, blocks: int, stride: int, kind: type[ResidualBlock | BiRealBlock] = ResidualBlock
+    inputs: int, outputs: int, blocks: int, stride: int, kind: type[ResidualBlock] = ResidualBlock
 ) -> nn.Sequential:
     first = kind(inputs, outputs, stride)
     return nn.Sequential(first, *(kind(outputs, outputs, 1) for _ in range(blocks - 1)))
