@@ -31,7 +31,7 @@ from qtoolkit.calibration import filters, projections
 from qtoolkit.calibration.options import Options
 from qtoolkit.calibration.regularizers import REGULARIZERS, Plain
 from qtoolkit.calibration.schedules import still_dense
-from qtoolkit.errors import NumericError
+from qtoolkit.errors import NumericError, RequestError
 from qtoolkit.stages import Block, Stream
 from qtoolkit.vision.context import VisionContext
 from qtoolkit.vision.matrix import weight_of
@@ -88,6 +88,10 @@ class Training:
         self.network = block.module.requires_grad_(True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.weights: dict[str, nn.Parameter] = {}
         if options.masks != "none" or options.regularizer == "admm":
+            if context.pattern.kind in ("binary", "debut"):
+                raise RequestError(
+                    f"The pattern {context.pattern.name} is no mask.", "Give recover.masks=none and no admm."
+                )
             self.weights = {f"{name}.weight": weight_of(block, name) for name in self._masked()}
         self.masks: dict[str, Tensor] = {}
         self.epoch = 0

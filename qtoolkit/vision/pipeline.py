@@ -26,6 +26,7 @@ from qtoolkit.vision.record import VisionManifest, VisionRecipe
 
 TRAINING_STEPS = ("recover",)
 WEIGHTS = "model.safetensors"
+PACKED_AS = {"binary": Binary, "debut": Butterfly}  # patterns whose layers are trained in packed form
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,22 @@ class Run:
         tensors: dict[str, Tensor] = {}
         for name in packed:
             layer = self.block.layer(name)
+            unfit = RequestError(
+                f"The steps of {self.recipe.name} do not give {name} the pattern {pattern.name}.",
+                "Choose a recipe made for the pattern; `qtoolkit list recipes` shows them.",
+            )
+            if type(layer) is not PACKED_AS.get(pattern.kind, type(layer)):
+                raise unfit
             if isinstance(layer, Binary | Butterfly):
+                if pattern.kind not in PACKED_AS:
+                    raise unfit
                 weight: Any = layer.packed()
             else:
                 inputs = Geometry.of(layer).inputs
-                weight = self.packer.read(to_matrix(weight_of(self.block, name).detach()), pattern, inputs)
+                try:
+                    weight = self.packer.read(to_matrix(weight_of(self.block, name).detach()), pattern, inputs)
+                except ValueError:
+                    raise unfit from None
             for part, tensor in self.packer.pack(weight).items():
                 tensors[f"{name}.{part}"] = tensor
         for name, tensor in network.state_dict().items():

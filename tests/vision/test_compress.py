@@ -97,6 +97,25 @@ def test_requests_that_make_no_sense_are_one_sentence(tmp_path: Path) -> None:
         compress("digits", "sfp", tmp_path / "out", changes={"recover.mask": "epoch"})
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("ovsw", {"scheme.pattern": "2:4"}),
+        ("debut", {"scheme.pattern": "binary", "debut.chains": "search", "debut.sweeps": 0}),
+        ("sr-ste", {"scheme.pattern": "binary"}),
+        ("sfp", {"scheme.pattern": "binary"}),
+        ("filters", {"scheme.pattern": "2:4"}),
+        ("nm", {"scheme.pattern": "filter"}),
+    ],
+)
+def test_a_recipe_that_cannot_make_its_pattern_is_refused(
+    name: str, changes: dict[str, object], digits_weights: Path, tmp_path: Path
+) -> None:
+    short = SHORT | ({"recover.epochs": 1} if "recover" in recipe.load(name, None, VisionRecipe).steps else {})
+    with pytest.raises(RequestError, match=r"pattern|mask"):
+        compress("digits", name, tmp_path / "out", weights=digits_weights, changes={**short, **changes})
+
+
 def test_the_command_prints_one_json_object(digits_weights: Path, tmp_path: Path) -> None:
     words = ["compress", "digits", "-o", str(tmp_path / "out"), "--recipe", "nm", "--pattern", "4:8", "--json"]
     done = CliRunner().invoke(cli.app, [*words, "--weights", str(digits_weights), "--samples", "64"])
