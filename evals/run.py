@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,6 +82,8 @@ def evaluate(
     started = time.monotonic()
     if backend not in ("hf", "vllm"):
         raise RequestError(f"There is no back end {backend!r}.", "Choose hf or vllm.")
+    if backend == "vllm" and find_spec("vllm") is None:
+        raise RequestError("vLLM is not installed.", "Choose --backend hf, or install qtoolkit[serve].")
     if limit is not None and limit < 1:
         raise RequestError(f"A limit of {limit} documents leaves nothing to score.", "Give --limit 1 or more.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

