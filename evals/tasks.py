@@ -186,9 +186,7 @@ def _cpu_build_counts() -> Iterator[None]:
         try:
             return real(distribution_name)
         except metadata.PackageNotFoundError:
-            return (
-                real(f"{distribution_name}-cpu") + "+cpu"
-            )  # as vllm itself then names it, and chooses its platform by it
+            return real(f"{distribution_name}-cpu") + "+cpu"  # vllm names itself so, and chooses its platform by it
 
     metadata.version = version
     try:
