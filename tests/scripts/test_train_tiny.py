@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from importlib.resources import files
@@ -42,7 +43,8 @@ def write_text(path: Path) -> None:
 
 def run_training(data: Path, out: Path, *more: str) -> str:
     command = [sys.executable, str(SCRIPT), "--data", str(data), "--out", str(out), "--size", "micro", "--steps", "3"]
-    done = subprocess.run([*command, "--windows", "1", *more], capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two threads only wait for each other at this size
+    done = subprocess.run([*command, "--windows", "1", *more], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -111,8 +113,11 @@ def test_a_chat_starts_with_one_bos_and_generation_stops_at_the_end_of_a_turn(
 def test_the_bundled_weights_have_learned_english(
     tiny: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, shared_data: Path
 ) -> None:
-    """XXX"""
+    """156 a token was measured on this unseen text; the training text's word counts alone (a unigram model) give 1032.
+
+    170 leaves room for other processors' rounding, none for damaged weights or those of an earlier training step.
+    """
     text = (shared_data / "text" / "wikitext2_test.txt").read_text("utf-8")[:12000]
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :2048]
     loss = tiny(input_ids=ids, labels=ids).loss.item()
-    assert math.exp(loss) < 200
+    assert math.exp(loss) < 170
