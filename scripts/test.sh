@@ -10,4 +10,4 @@ if [ $# -eq 0 ]; then
     ruff format --check . || fail "some files are not formatted; run: .venv/bin/ruff format ."
     mypy || fail "mypy found something; see above."
 fi
-exec python -m pytest "$@"
+exec pytest "$@"

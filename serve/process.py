@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -11,15 +10,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from qtoolkit.serve import tied
+
 OWNED = "QTOOLKIT_SERVE_OWNED"  # environment variable: this engine was started by our launcher
 GRACE = 8.0  # seconds an engine gets to stop in order
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def die_with_parent(stop: signal.Signals) -> None:
-    """Ask the kernel to send ``stop`` to this process when the thread that started it ends; on Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(stop))
 
 
 def die_with_engine() -> None:
@@ -28,20 +22,13 @@ def die_with_engine() -> None:
     The launcher ties the server to itself; workers are the server's children, and a killed server cannot stop them.
     """
     if os.environ.get(OWNED) and multiprocessing.parent_process() is not None:
-        die_with_parent(signal.SIGKILL)
+        tied.die_with_parent(signal.SIGKILL)
 
 
 def start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
     """Start a server in a process group of its own, its output in one pipe; it gets SIGTERM if we die."""
-    parent = os.getpid()
-
-    def tie() -> None:
-        die_with_parent(signal.SIGTERM)
-        if os.getppid() != parent:  # we died between fork and prctl
-            os._exit(1)
-
     return subprocess.Popen(
-        list(command),
+        [sys.executable, "-S", tied.__file__, str(os.getpid()), *command],
         env={**env, OWNED: "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -49,7 +36,6 @@ def start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[st
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=tie,
     )
 
 
