@@ -115,6 +115,24 @@ def test_two_runs_write_the_same_bytes(random_llama: Path, quantized: Path, tmp_
     assert digests(tmp_path / "again") == digests(quantized)
 
 
+def test_several_shards_hold_the_same_tensors_and_load_everywhere(
+    random_llama: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qtoolkit.assembly.SHARD_BYTES", 100_000)
+    qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK)
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) == 3  # two blocks and the rest
+    merged = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    whole = load_file(quantized / "model.safetensors")
+    assert merged.keys() == whole.keys()
+    assert all(torch.equal(merged[name], whole[name]) for name in whole)
+    tokens = torch.randint(2, 258, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(qtoolkit.load(tmp_path / "out")(tokens).logits, qtoolkit.load(quantized)(tokens).logits)
+        stock = [AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (tmp_path / "out", quantized)]
+    assert torch.equal(*stock)
+
+
 def test_layers_that_no_group_fits_stay_in_float_and_are_reported(tmp_path: Path) -> None:
     model = save_random(tmp_path / "model", intermediate_size=168)  # 168 is no multiple of 64
     result = qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes=QUICK)

@@ -77,7 +77,20 @@ def test_the_search_never_ends_worse_than_no_smoothing(block_and_stream: tuple[B
         assert figures["largest_scale"] >= 1.0
 
 
-def test_an_outlier_channel_is_smoothed() -> None:
+def test_rounding_errs_by_half_a_step_at_most() -> None:
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     rounded = grid.rounded(weight, CONTEXT.scheme)
     assert 0 < float((rounded - weight).abs().max()) <= float(weight.abs().max()) / 14 * 1.0001  # half a step of 1/7
+
+
+def test_an_outlier_channel_is_smoothed_away(block_and_stream: tuple[Block, Stream]) -> None:
+    block, stream = block_and_stream
+    before = outputs(block, stream)
+    group = next(group for group in block.groups if group.name == "up_and_gate")
+    scales = torch.ones(block.linear(group.consumers[0]).in_features)
+    scales[5] = 1 / 50
+    smoothing.fold(block, group, scales)  # channel 5 grows 50-fold, its readers shrink: the function stays
+    report = smoothing.Smooth(smoothing.SmoothOptions(grid=60)).apply(block, stream, CONTEXT)["up_and_gate"]
+    assert report["largest_scale"] > 5
+    assert report["loss"] < 0.5 * report["loss_unsmoothed"]
+    torch.testing.assert_close(outputs(block, stream), before, rtol=1e-4, atol=1e-5)
