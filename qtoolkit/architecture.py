@@ -23,6 +23,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+class Residual(BaseModel):
+    """Who touches the hidden stream that runs through all blocks, and nothing else does.
+
+    Attributes:
+        embedding: module of the language model that starts it, one row a token.
+        norm: module of the language model through which the head reads it.
+        head: module of the language model that turns it into logits.
+        norms: in a block, the norms that read it; the consumers of a group that one of them produces see it through
+            them. Only norms that keep an orthogonal turn (root mean square, gain, no bias) may stand here.
+        writers: in a block, the linear layers whose outputs are added to it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    embedding: str
+    norm: str
+    head: str
+    norms: tuple[str, ...]
+    writers: tuple[str, ...]
+
+
 class Architecture(BaseModel):
     """One file of ``architectures/``: names relative to the language model (model, blocks) or to a block (the rest)."""
 
@@ -32,6 +53,7 @@ class Architecture(BaseModel):
     model: str
     blocks: str
     targets: tuple[str, ...]
+    residual: Residual
     groups: tuple[ChannelGroup, ...]
 
 
@@ -78,6 +100,16 @@ class Skeleton:
         """Return the list of blocks."""
         return self.model.get_submodule(self.architecture.blocks)  # type: ignore[return-value]
 
+    @property
+    def head_dim(self) -> int:
+        """Return the channels of an attention head; they need not be hidden_size / heads."""
+        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+
+    @property
+    def tied(self) -> bool:
+        """Tell whether the head and the embedding are one tensor."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
     def block(self, index: int, source: Source) -> Block:
         """Load block ``index`` in float32 from ``source``; the skeleton's own block stays empty.
 
@@ -92,14 +124,13 @@ class Skeleton:
         module.load_state_dict(state, strict=True)
         module.to(torch.float32).eval().requires_grad_(False)
         heads, kv_heads = self.config.num_attention_heads, getattr(self.config, "num_key_value_heads", None)
-        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         return Block(
             name=name,
             module=module,
             targets=self.architecture.targets,
             groups=self.architecture.groups,
             kv_repeats=heads // (kv_heads or heads),
-            head_dim=head_dim,
+            head_dim=self.head_dim,
         )
 
 

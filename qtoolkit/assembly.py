@@ -63,6 +63,7 @@ def assemble(
             layers=tuple(_layer_records(facts, recipe.scheme.name)),
             groups=tuple(_group_records(facts)),
             unquantized=unquantized,
+            notes=source.notes,
             bytes_before=source.bytes,
             bytes_after=sum(files.values()),
             files=files,

@@ -72,6 +72,7 @@ class Manifest(BaseModel):
     layers: tuple[LayerRecord, ...]
     groups: tuple[GroupRecord, ...] = ()
     unquantized: tuple[Unquantized, ...] = ()
+    notes: tuple[str, ...] = Field((), description="what was changed in the model beyond its weights")
     bytes_before: int
     bytes_after: int
     files: dict[str, int] = Field(description="bytes of every weight file")

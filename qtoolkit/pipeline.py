@@ -22,7 +22,7 @@ from qtoolkit.job import Job
 from qtoolkit.progress import Progress, Silent
 from qtoolkit.recipe import Recipe
 from qtoolkit.source import Source, resolve, save
-from qtoolkit.stages import Block, Context, Packer, Stream, Transform
+from qtoolkit.stages import Block, Context, Packer, Rewrite, Stream, Transform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,12 +103,14 @@ class Run:
     def __init__(self, source: Source, recipe: Recipe, progress: Progress) -> None:
         self.source, self.recipe, self.progress = source, recipe, progress
         self.transforms = build_transforms(recipe)
+        self.weights = source  # what blocks are read from: the source, or the source rewritten
         self.packer: Packer = registry.packers.get(recipe.packer)
         self.skeleton = architecture.skeleton(source)
         self.dtype = architecture.stored_dtype(source)
         self.context = Context(recipe.scheme, self.dtype, progress.say)
         self.blocks = len(self.skeleton.blocks)
         self._refuse_if_nothing_fits()
+        self._rewrite()
 
     def fingerprint(self) -> dict[str, Any]:
         """Return everything that decides the result: two runs with the same one may continue each other."""
@@ -128,7 +130,7 @@ class Run:
             job.save(CALIBRATION, {"tokens": self._calibration_tokens()})
         tokens = job.tensors(CALIBRATION)["tokens"]
         self.progress.start(self.blocks, done)
-        stream = capture.embed(self.skeleton, self.source, tokens)
+        stream = capture.embed(self.skeleton, self.weights, tokens)
         for index in range(self.blocks):
             block = self._block(index)
             if index < done:
@@ -140,14 +142,23 @@ class Run:
                 self.progress.block(block.name, sum(errors) / len(errors) if errors else 0.0)
             with capture.quantized_activations(block, self.recipe.scheme.activation_bits):
                 stream = capture.advance(block, stream)
-        rest = {name: self._stored(name) for name in self.source.files if not self._in_block(name)}
+        rest = {name: self._stored(name) for name in self.weights.files if not self._in_block(name)}
         job.save(REST, rest)
 
     def assemble(self, job: Job) -> None:
         """Put the finished parts together as a checkpoint folder, in the job's staging place."""
         blocks = {self._name(index): _part(index) for index in range(self.blocks)}
         tokens = job.tensors(CALIBRATION)["tokens"].numel()
-        assembly.assemble(job, self.source, self.recipe, self.dtype, blocks, REST, tokens)
+        assembly.assemble(job, self.weights, self.recipe, self.dtype, blocks, REST, tokens)
+
+    def _rewrite(self) -> None:
+        """Let the recipe's rewrites change what blocks are read from; the transforms that are left work on blocks."""
+        for step, transform in list(self.transforms.items()):
+            if isinstance(transform, Rewrite):
+                self.weights = transform.rewrite(self.weights, self.skeleton, self.recipe.calibration.seed)
+                del self.transforms[step]
+        for note in self.weights.notes:
+            self.progress.say(note)
 
     def _refuse_if_nothing_fits(self) -> None:
         reasons = [
@@ -173,7 +184,7 @@ class Run:
         return name.startswith(f"{self.skeleton.architecture.blocks}.")
 
     def _stored(self, name: str) -> Tensor:
-        tensor = self.source.read(name)
+        tensor = self.weights.read(name)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _calibration_tokens(self) -> Tensor:
@@ -181,7 +192,7 @@ class Run:
         return data.calibration_tokens(self.source, self.recipe.calibration, longest, self.progress.say)
 
     def _block(self, index: int) -> Block:
-        block = self.skeleton.block(index, self.source)
+        block = self.skeleton.block(index, self.weights)
         for name in block.targets:
             if reason := self._reason(block.name, name, block.module):
                 block.refused[name] = reason

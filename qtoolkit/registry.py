@@ -50,6 +50,7 @@ class Registry:
 transforms = Registry(
     "transform",
     {
+        "rotate": "qtoolkit.calibration.rotation:Rotate",
         "smooth": "qtoolkit.calibration.smoothing:Smooth",
         "gptq": "qtoolkit.calibration.compensation:Compensate",
         "sparsify": "qtoolkit.calibration.sparsify:Sparsify",

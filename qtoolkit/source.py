@@ -34,6 +34,11 @@ class Source:
         """Return config.json as it stands."""
         return _read_json(self.path / "config.json")
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what reading this source changes in the model beyond its weights, for the user and the manifest."""
+        return ()
+
     @cached_property
     def files(self) -> dict[str, Path]:
         """Return the file of every stored tensor.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from qtoolkit.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from qtoolkit.architecture import Skeleton
+    from qtoolkit.source import Source
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class ChannelGroup:
         inside: module to run when the effect of a change is measured; empty for the consumers themselves.
         observe: module inside it whose *input* is compared; empty for the consumers' output.
         heads: the channels are attention heads' values, and several query heads read one key/value head.
+        unit: consecutive channels that can only go together, such as those of an attention head.
     """
 
     name: str
@@ -34,6 +38,7 @@ class ChannelGroup:
     inside: str = ""
     observe: str = ""
     heads: bool = False
+    unit: int = 1
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,15 @@ class Transform(Protocol[C]):
 
     def apply(self, block: Block, stream: Stream, context: C) -> dict[str, dict[str, float]]:
         """Change ``block`` in place; return figures per target or group for the report."""
+        ...
+
+
+@runtime_checkable
+class Rewrite(Protocol):
+    """Changes a float model as a whole and leaves its function: a source whose tensors are read changed, one by one."""
+
+    def rewrite(self, source: Source, skeleton: Skeleton, seed: int) -> Source:
+        """Return the changed model; ``seed`` decides everything random."""
         ...
 
 
