@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qtoolkit.kernels import reference
+from qtoolkit.kernels import chained, reference
 
 LIBRARY = torch.library.Library("qtoolkit", "DEF")  # the operators live as long as this object
 LIBRARY.define("quantize_tokens(Tensor x) -> (Tensor codes, Tensor scales)")
@@ -45,7 +45,14 @@ def _run_neutral(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None,
     return reference.w4a8_linear(x, reference.unpack_int4(weight, x.shape[-1]), scales, bias, group_size)
 
 
+def _run_neutral_chained(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int
+) -> Tensor:
+    return chained.w4a8_linear(x, reference.unpack_int4(weight, x.shape[-1]), scales, bias, group_size)
+
+
 register_layout("neutral", _run_neutral)
+register_layout("neutral chained", _run_neutral_chained)
 
 
 def _w4a8_linear(

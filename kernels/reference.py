@@ -7,6 +7,7 @@ from torch import Tensor
 
 ZERO_ROW = 2.0**-100  # rows whose absmax is below this count as zero: 127 / absmax must stay finite
 EXACT_K = 16384  # 16384 * 127 * 8 < 2**24: up to this depth an fp32 product of the codes is an exact integer
+EXACT_K_INT8 = 1024  # 1024 * 127 * 128 < 2**24: the same for int8 weights
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,16 +48,21 @@ def unpack_int4(packed: Tensor, k: int) -> Tensor:
     return (nibbles.flatten(1)[:, :k] - 8).to(torch.int8)
 
 
-def integer_product(a: Tensor, w: Tensor) -> Tensor:
-    """Return the exact int32 product ``a @ w.T`` of int8 codes a [m, k] and int4 codes w [n, k]."""
+def integer_product(a: Tensor, w: Tensor, depth: int = EXACT_K) -> Tensor:
+    """Return the exact int32 product ``a @ w.T`` of int8 codes a [m, k] and int4 codes w [n, k].
+
+    ``depth`` is how many inputs may be summed in fp32 at once: ``EXACT_K_INT8`` where w is int8.
+    """
     total = torch.zeros(a.shape[0], w.shape[0], dtype=torch.int32, device=a.device)
-    for start in range(0, a.shape[1], EXACT_K):
-        part = slice(start, start + EXACT_K)
+    for start in range(0, a.shape[1], depth):
+        part = slice(start, start + depth)
         total += (a[:, part].float() @ w[:, part].float().T).to(torch.int32)
     return total
 
 
-def w4a8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+def w4a8_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, depth: int = EXACT_K
+) -> Tensor:
     """Multiply per-token int8 activations with int4 weights, as an engine with int32 accumulators does.
 
     ``y[m, n] = a[m] * sum_g scales[n, g] * sum_{k in g} xq[m, k] * wq[n, k] + bias[n]``: the inner sum is exact in
@@ -68,6 +74,7 @@ def w4a8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, g
         scales: float [n, groups]; one column for per-channel scales.
         bias: [n] or None.
         group_size: inputs that share a scale; -1 for one scale per output channel.
+        depth: see ``integer_product``; for codes of more than 4 bits.
 
     Returns:
         [..., n] in the dtype of x.
@@ -79,7 +86,7 @@ def w4a8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, g
     y = torch.zeros(rows.shape[0], n, dtype=torch.float32, device=x.device)
     for g, start in enumerate(range(0, k, max(size, 1))):
         group = slice(start, start + size)
-        y += integer_product(xq[:, group], codes[:, group]).float() * scales[:, g].float()
+        y += integer_product(xq[:, group], codes[:, group], depth).float() * scales[:, g].float()
     y = y * a
     if bias is not None:
         y = y + bias.float()

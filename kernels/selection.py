@@ -30,6 +30,7 @@ class Problem:
     group_size: int
     dtype: torch.dtype
     device: str  # torch device type: "cpu", "cuda"
+    chained: bool = False  # the codes are on the chained grid, see ``chained.py``
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Backend:
     layout: str
     refuse: Callable[[Problem], str | None]
     prepare: Callable[[Tensor, Tensor, Problem], tuple[Tensor, Tensor]]  # packed int32 [n, k/8], scales [n, groups]
+    chained: bool = False  # takes codes on the chained grid, and no others
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def _keep(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, Ten
 
 
 REFERENCE = Backend("reference", "neutral", lambda problem: None, _keep)
-BACKENDS = (REFERENCE,)
+REFERENCE_CHAINED = Backend("reference", "neutral chained", lambda problem: None, _keep, chained=True)
+BACKENDS = (REFERENCE, REFERENCE_CHAINED)
 
 
 def backends() -> tuple[Backend, ...]:
@@ -88,6 +91,10 @@ def choose(problem: Problem, candidates: Iterable[Backend] | None = None) -> Cho
     """
     refused: dict[str, str] = {}
     for backend in candidates if candidates is not None else backends():
+        if backend.chained != problem.chained:
+            if problem.chained:  # the other way round it is no news: chained codes are asked for by name
+                refused[backend.name] = "takes plain codes only, not the chained grid"
+            continue
         reason = backend.refuse(problem)
         if reason is None:
             return Choice(backend, refused)

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from qtoolkit.kernels.selection import Backend, Problem
 
 CAPABILITY = (9, 0)
 MAX_K = 65536  # a token's inputs stay in one block's registers while it is quantized
-LAYOUT = "hopper"
+LAYOUT, LAYOUT_CHAINED = "hopper", "hopper chained"
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -29,6 +29,7 @@ class Arguments(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("token_scales", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("tokens", ctypes.c_int),
@@ -38,6 +39,7 @@ class Arguments(ctypes.Structure):
         ("k_blocks", ctypes.c_int),
         ("group_blocks", ctypes.c_int),
         ("split", ctypes.c_int),
+        ("k", ctypes.c_int),
     )
 
 
@@ -71,7 +73,8 @@ def refuse_shape(problem: Problem) -> str | None:
 
 def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Permute a checkpoint's weight into fragment order, on the device it lies on."""
-    return layout.prepare(packed, scales, problem.k, problem.group_size)
+    order = layout.CHAINED if problem.chained else layout.PLAIN
+    return layout.prepare(packed, scales, problem.k, problem.group_size, order)
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,14 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def quantize(x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, place: Place, chained: bool = False) -> tuple[Tensor, Tensor]:
     """Launch the quantizer for x [tokens, k]; return swizzled codes (``layout.to_swizzled``), scales [tokens8]."""
     tokens, k = x.shape
     tokens8, k_padded = -(-tokens // 8) * 8, layout.padded(k)
     codes = torch.empty(k_padded // layout.K_BLOCK, tokens8, layout.K_BLOCK, dtype=torch.int8, device=x.device)
     scales = torch.empty(tokens8, dtype=torch.float32, device=x.device)
     arguments = (_pointer(x), _pointer(codes), _pointer(scales), *map(ctypes.c_int, (tokens8, k, k_padded)))
-    place.load(source.quantize(k, x.dtype == torch.float16))(tokens, 1, arguments, place.stream, False)
+    place.load(source.quantize(k, x.dtype == torch.float16, chained))(tokens, 1, arguments, place.stream, False)
     return codes, scales
 
 
@@ -124,31 +127,74 @@ def multiply(
     group_size: int,
     tiling: source.Tiling,
     place: Place,
+    chained: bool = False,
 ) -> None:
     """Launch the product of quantized tokens with a prepared weight into out [tokens, n]; bias has the dtype of out."""
+    tokens8 = token_scales.numel()
+    tensors = (weight.data_ptr(), scales.data_ptr(), codes.data_ptr(), token_scales.data_ptr(), None)
+    _launch(tensors, weight, bias, out, tokens8, 0, group_size, tiling, place, chained, share=0)
+
+
+def multiply_floats(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    group_size: int,
+    tiling: source.Tiling,
+    place: Place,
+    chained: bool = False,
+) -> None:
+    """Launch the product that quantizes x [tokens, k] itself; ``tiling`` is fused and holds all tokens."""
+    tokens, k = x.shape
+    tensors = (weight.data_ptr(), scales.data_ptr(), None, None, x.data_ptr())
+    share = tiling.share(weight.shape[1])
+    _launch(tensors, weight, bias, out, -(-tokens // 8) * 8, k, group_size, tiling, place, chained, share)
+
+
+def _launch(
+    tensors: tuple[int | None, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    tokens8: int,
+    k: int,
+    group_size: int,
+    tiling: source.Tiling,
+    place: Place,
+    chained: bool,
+    share: int,
+) -> None:
     tokens, n = out.shape
     row_chunks, k_blocks, _ = weight.shape
-    group_blocks = k_blocks if group_size == -1 else group_size // layout.K_BLOCK
     arguments = Arguments(
-        *(tensor.data_ptr() for tensor in (weight, scales, codes, token_scales)),
+        *tensors,
         bias.data_ptr() if bias is not None else None,
         out.data_ptr(),
         tokens,
-        token_scales.numel(),
+        tokens8,
         n,
         row_chunks * layout.ROWS,
         k_blocks,
-        group_blocks,
+        k_blocks if group_size == -1 else group_size // layout.K_BLOCK,
         tiling.split,
+        k,
     )
     tiles = row_chunks // tiling.blocks * -(-tokens // tiling.tokens)
     blocks = tiles * tiling.split if tiling.split > 1 else min(tiles, place.multiprocessors * tiling.resident)
-    kernel = source.linear(tiling, group_size != -1, out.dtype == torch.float16)
+    kernel = source.linear(tiling, group_size != -1, out.dtype == torch.float16, chained, share)
     place.load(kernel)(blocks, tiling.split, (arguments,), place.stream, True)
 
 
-def run(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int) -> Tensor:
-    """Quantize tokens and multiply; see ``ops.w4a8_linear``. Two launches on the current stream, no synchronization."""
+def run(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int, chained: bool = False
+) -> Tensor:
+    """Quantize tokens and multiply; see ``ops.w4a8_linear``.
+
+    One launch for few tokens, else two, on the current stream; no synchronization, and no memory but torch's own, so
+    it may be captured in a graph.
+    """
     if x.dtype not in DTYPES:
         raise ValueError(f"this weight was prepared for bfloat16 or float16 activations, not {x.dtype}")
     if layout.padded(x.shape[-1]) != weight.shape[1] * layout.K_BLOCK:
@@ -157,16 +203,23 @@ def run(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, 
     if out.numel() == 0:
         return out
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if rows.data_ptr() % 16:  # the quantizer loads 16 bytes at once
+    if rows.data_ptr() % 16:  # tokens are read 16 bytes at once
         rows = rows.clone()
     tokens, k = rows.shape
+    bias = bias.to(x.dtype) if bias is not None else None
     with place_of(x) as place:
-        codes, token_scales = quantize(rows, place)
         tiling = plan.choose(tokens, n, k, group_size != -1, place.card, place.multiprocessors)
-        bias = bias.to(x.dtype) if bias is not None else None
-        multiply(codes, token_scales, weight, scales, bias, out.view(tokens, n), group_size, tiling, place)
+        rest = (weight, scales, bias, out.view(tokens, n), group_size, tiling, place, chained)
+        if tiling.fused:
+            multiply_floats(rows, *rest)
+        else:
+            multiply(*quantize(rows, place, chained), *rest)
     return out
 
 
 ops.register_layout(LAYOUT, run)
-BACKENDS = (Backend("cuda", LAYOUT, refuse, prepare),)
+ops.register_layout(LAYOUT_CHAINED, partial(run, chained=True))
+BACKENDS = (
+    Backend("cuda", LAYOUT, refuse, prepare),
+    Backend("cuda", LAYOUT_CHAINED, refuse, prepare, chained=True),
+)

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from qtoolkit.kernels.reference import unpack_int4
 
 ROWS = K_BLOCK = 128
-# One 128 x 128 chunk of codes, split so that every index of the register-operand fragment of m64k32 is an axis:
-# rows: 64-row block, warp, half of 16 rows (+8), lane / 4;
-# inputs: pair of k-steps, k-step, half of 32 (+16), lane % 4, byte
-_SPLIT = (2, 4, 2, 8, 2, 2, 2, 4, 4)
-# Memory order: block, pair, thread (warp, lane / 4, lane % 4), word (k-step, half of 32), byte, nibble (half of 16)
-_ORDER = (0, 4, 1, 3, 7, 5, 6, 8, 2)
+
+
+@dataclass(frozen=True)
+class Order:
+    """How one 128 x 128 chunk of codes lies in memory: the chunk split into axes, and the axes' order.
+
+    Attributes:
+        split: sizes of the axes. Rows: 64-row block, warp, half of 16 rows (+8), lane / 4; then the inputs.
+        order: axes as they follow in memory; the last is the nibble.
+        high: which of the last axis's two is the high nibble.
+    """
+
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    high: int
+
+    @property
+    def inverse(self) -> tuple[int, ...]:
+        """Return where each axis stands in memory."""
+        return tuple(self.order.index(axis) for axis in range(len(self.order)))
+
+
+# Inputs: pair of k-steps, k-step, half of 32 (+16), lane % 4, byte.
+# Memory: block, pair, thread (warp, lane / 4, lane % 4), word (k-step, half of 32), byte, nibble (half of 16 rows)
+PLAIN = Order((2, 4, 2, 8, 2, 2, 2, 4, 4), (0, 4, 1, 3, 7, 5, 6, 8, 2), 0)
+# Inputs: pair of k-steps, half of 32, lane % 4, byte, odd: eight neighbouring inputs are a word.
+# Memory: block, pair, thread, word (half of 32, half of 16 rows), byte, nibble (odd inputs high: the first k-step)
+CHAINED = Order((2, 4, 2, 8, 2, 2, 4, 4, 2), (0, 4, 1, 3, 6, 5, 2, 7, 8), 1)
 
 
 def padded(size: int) -> int:
@@ -26,31 +50,34 @@ def _padded_codes(codes: Tensor) -> Tensor:
     return torch.nn.functional.pad(codes, (0, padded(k) - k, 0, padded(n) - n))
 
 
-def to_fragments(codes: Tensor) -> Tensor:
+def to_fragments(codes: Tensor, order: Order = PLAIN) -> Tensor:
     """Permute int4 codes so that a thread's 16 bytes of shared memory are two k-steps of its register operand.
 
-    The high nibbles of a word fill one operand register (rows lane / 4) and the low nibbles the next (rows + 8), which
-    makes unpacking three logic operations for eight weights.
+    PLAIN: the high nibbles of a word fill one operand register (rows lane / 4) and the low nibbles the next (rows + 8),
+    which makes unpacking three logic operations for eight weights. CHAINED: the 16 bytes as they are fill the operand
+    of the first k-step, and shifted by a nibble that of the second; see ``kernels/chained.py``.
 
     Args:
         codes: int8 [n, k], values -8..7.
+        order: which of the two.
 
     Returns:
         uint8 [n padded / 128, k padded / 128, 8192]; two's complement nibbles.
     """
     codes = _padded_codes(codes)
     n, k = codes.shape[0] // ROWS, codes.shape[1] // K_BLOCK
-    chunks = codes.reshape(n, ROWS, k, K_BLOCK).transpose(1, 2).reshape(n, k, *_SPLIT)
-    nibbles = chunks.permute(0, 1, *(2 + axis for axis in _ORDER)).reshape(n, k, -1, 2).to(torch.uint8) & 0xF
-    return nibbles[..., 0] << 4 | nibbles[..., 1]
+    chunks = codes.reshape(n, ROWS, k, K_BLOCK).transpose(1, 2).reshape(n, k, *order.split)
+    nibbles = chunks.permute(0, 1, *(2 + axis for axis in order.order)).reshape(n, k, -1, 2).to(torch.uint8) & 0xF
+    return nibbles[..., order.high] << 4 | nibbles[..., 1 - order.high]
 
 
-def from_fragments(weight: Tensor, n: int, k: int) -> Tensor:
+def from_fragments(weight: Tensor, n: int, k: int, order: Order = PLAIN) -> Tensor:
     """Invert ``to_fragments``: return int8 codes [n, k]."""
     rows, columns, _ = weight.shape
-    nibbles = torch.stack((weight >> 4, weight & 0xF), dim=-1).to(torch.int8)  # [.., 8192, 2]
-    shape = tuple(_SPLIT[axis] for axis in _ORDER)
-    inverse = tuple(2 + _ORDER.index(axis) for axis in range(len(_ORDER)))
+    halves = (weight >> 4, weight & 0xF) if order.high == 0 else (weight & 0xF, weight >> 4)
+    nibbles = torch.stack(halves, dim=-1).to(torch.int8)  # [.., 8192, 2]
+    shape = tuple(order.split[axis] for axis in order.order)
+    inverse = tuple(2 + place for place in order.inverse)
     chunks = nibbles.reshape(rows, columns, *shape).permute(0, 1, *inverse).reshape(rows, columns, ROWS, K_BLOCK)
     codes = chunks.transpose(1, 2).reshape(rows * ROWS, columns * K_BLOCK)[:n, :k]
     return torch.where(codes > 7, codes - 16, codes)
@@ -66,23 +93,26 @@ def to_kernel_scales(scales: Tensor, group_size: int) -> Tensor:
     return torch.nn.functional.pad(columns.float().T / 16, (0, padded(n) - n)).contiguous()
 
 
-def to_swizzled(codes: Tensor) -> Tensor:
+def to_swizzled(codes: Tensor, order: Order = PLAIN) -> Tensor:
     """Lay int8 token codes [tokens, k] out as the quantizer does: int8 [k padded / 128, tokens8, 128], swizzled.
 
-    Rows from ``tokens`` to ``tokens8`` (the next multiple of 8) are zero here and unwritten by the kernel.
+    Rows from ``tokens`` to ``tokens8`` (the next multiple of 8) are zero here and unwritten by the kernel. CHAINED
+    weights want the odd inputs of each 64 first, then the even ones.
     """
     tokens, k = codes.shape
     full = torch.nn.functional.pad(codes, (0, padded(k) - k, 0, -tokens % 8))
+    if order is CHAINED:
+        full = full.reshape(full.shape[0], -1, 32, 2).flip(3).transpose(2, 3).reshape(full.shape)
     chunks = full.reshape(full.shape[0], -1, 8, 16).transpose(0, 1)  # [k blocks, tokens8, chunk, 16 bytes]
     token = torch.arange(full.shape[0], device=codes.device)
     order = torch.arange(8, device=codes.device)[None, :] ^ (token % 8)[:, None]  # an involution
     return chunks[:, token[:, None], order].reshape(chunks.shape[0], -1, K_BLOCK)
 
 
-def prepare(packed: Tensor, scales: Tensor, k: int, group_size: int) -> tuple[Tensor, Tensor]:
+def prepare(packed: Tensor, scales: Tensor, k: int, group_size: int, order: Order = PLAIN) -> tuple[Tensor, Tensor]:
     """Bring a checkpoint's packed int32 [n, k / 8] and scales [n, groups] into this layout.
 
     It goes over the rows in parts: unpacking takes some ten times the memory of a packed part.
     """
-    parts = [to_fragments(unpack_int4(part, k)) for part in packed.split(32 * ROWS)]
+    parts = [to_fragments(unpack_int4(part, k), order) for part in packed.split(32 * ROWS)]
     return torch.cat(parts), to_kernel_scales(scales, group_size)

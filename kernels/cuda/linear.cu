@@ -11,21 +11,27 @@
 // a cluster of `split` blocks shares the k-blocks of one tile and sums its parts through distributed shared memory in
 // rank order, so results are the same in every run and no workspace, flag or atomic operation exists.
 //
+// With SHARE > 0 tokens come as floats and the launch is the only one: each block quantizes its share of the inputs into
+// shared memory, where it stays, while the ring fills with weights; a cluster agrees on the maxima of a token first.
+//
 // Compile-time numbers: TOKENS (8..256), BLOCKS (1, 2), STAGES, GROUPED (a scale per row and k-group, applied in fp32),
-// FP16 (else bfloat16), MIN_BLOCKS (resident blocks per multiprocessor). The wrapper `wgmma` is generated for TOKENS.
+// FP16 (else bfloat16), MIN_BLOCKS (resident blocks per multiprocessor), CHAINED (nibbles of the chained grid), SHARE
+// (most k-blocks of a rank, or 0 for tokens that are quantized already). The wrapper `wgmma` is generated for TOKENS.
 
 constexpr bool LARGE = MIN_BLOCKS == 1;  // a block has the multiprocessor, and its registers, for itself
 constexpr int CONSUMERS = 256, THREADS = CONSUMERS + (LARGE ? 128 : 32);
 constexpr int ROWS = 128 * BLOCKS, PARTS = TOKENS / 2;  // PARTS: accumulators of a thread for 64 rows
 constexpr int WEIGHT_BYTES = BLOCKS * 8192, TOKEN_BYTES = TOKENS * 128, SCALE_BYTES = GROUPED ? ROWS * 4 : 0;
-constexpr int STAGE_BYTES = WEIGHT_BYTES + TOKEN_BYTES;
-constexpr int SCALES_AT = STAGES * STAGE_BYTES, BARRIERS_AT = SCALES_AT + STAGES * SCALE_BYTES;
+constexpr int STAGE_BYTES = WEIGHT_BYTES + (SHARE ? 0 : TOKEN_BYTES), CODES_AT = STAGES * STAGE_BYTES;
+constexpr int SCALES_AT = CODES_AT + SHARE * TOKEN_BYTES, BARRIERS_AT = SCALES_AT + STAGES * SCALE_BYTES;
+constexpr int MAXIMA_AT = BARRIERS_AT + 16 * STAGES, TOKEN_SCALES_AT = MAXIMA_AT + 4 * TOKENS;  // only with SHARE
 
 struct Problem {
     const char* weight;        // [n / 128][k / 128][8192 bytes], fragment order
     const float* scales;       // [n padded] already divided by 16, or [groups][n padded] likewise
-    const char* codes;         // [k / 128][tokens8][128 bytes], swizzled
-    const float* token_scales; // [tokens8]
+    const char* codes;         // [k / 128][tokens8][128 bytes], swizzled; unused with SHARE
+    const float* token_scales; // [tokens8]; unused with SHARE
+    const unsigned short* x;   // [tokens][k] with SHARE, else unused
     const unsigned short* bias;  // [n] in the dtype of out, or null
     unsigned short* out;       // [tokens][n]
     int tokens, tokens8;       // tokens8: rounded up to a multiple of 8
@@ -33,6 +39,7 @@ struct Problem {
     int k_blocks;              // blocks of 128 inputs
     int group_blocks;          // k-blocks that share a scale
     int split;                 // blocks of a cluster
+    int k;                     // inputs before padding, a multiple of 8; only with SHARE
 };
 
 struct Tile { int row, token; };
@@ -61,7 +68,7 @@ __device__ __forceinline__ unsigned empty_barrier(unsigned base, int stage) {
 __device__ __forceinline__ void load_weights(const Problem& p, unsigned base, int stage, Tile tile, int k_block) {
     const int rows8 = p.tokens8 - tile.token < TOKENS ? p.tokens8 - tile.token : TOKENS;
     const unsigned full = full_barrier(base, stage);
-    barrier_arrive_expect(full, WEIGHT_BYTES + SCALE_BYTES + rows8 * 128);
+    barrier_arrive_expect(full, WEIGHT_BYTES + SCALE_BYTES + (SHARE ? 0 : rows8 * 128));
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b)
         copy_to_shared(base + stage * STAGE_BYTES + b * 8192,
@@ -78,12 +85,23 @@ __device__ __forceinline__ void load_tokens(const Problem& p, unsigned base, int
                    full_barrier(base, stage));
 }
 
-// High nibbles become one register's bytes and low nibbles another's, each 16 times the code: its sign bit is the byte's.
-__device__ __forceinline__ void unpack(unsigned word0, unsigned word1, unsigned (&a)[4]) {
+// The register operand of one of the two k-steps that 16 bytes of a thread hold, 16 times the code in each byte.
+__device__ __forceinline__ void unpack(const Words& w, int step, unsigned (&a)[4]) {
+#if CHAINED
+    // A high nibble with the low one under it is the weight itself, and so is the word shifted by one nibble: each
+    // weight's grid was moved by the nibble below it when it was rounded. Step 0 costs nothing, step 1 a shift a word.
+    a[0] = step ? w.x << 4 : w.x;
+    a[1] = step ? w.y << 4 : w.y;
+    a[2] = step ? w.z << 4 : w.z;
+    a[3] = step ? w.w << 4 : w.w;
+#else
+    // High nibbles become one register's bytes and low nibbles another's; a code's sign bit is then the byte's.
+    const unsigned word0 = step ? w.z : w.x, word1 = step ? w.w : w.y;
     a[0] = word0 & 0xf0f0f0f0u;
     a[1] = (word0 << 4) & 0xf0f0f0f0u;
     a[2] = word1 & 0xf0f0f0f0u;
     a[3] = (word1 << 4) & 0xf0f0f0f0u;
+#endif
 }
 
 // Shared-memory descriptor of the right operand: K-major, 128-byte swizzle, 1024 bytes from one group of 8 tokens to the next.
@@ -94,8 +112,11 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned address) {
 struct Pair { float x, y; };
 
 // The scales of the thread's two tokens of the eight that start at `token`.
-__device__ __forceinline__ Pair token_scales_at(const Problem& p, int token, int lane) {
-    return token < p.tokens ? *(const Pair*)(p.token_scales + token + 2 * (lane % 4)) : Pair{0.0f, 0.0f};
+__device__ __forceinline__ Pair token_scales_at(const Problem& p, unsigned base, int token, int lane) {
+    if (token >= p.tokens) return Pair{0.0f, 0.0f};
+    if (!SHARE) return *(const Pair*)(p.token_scales + token + 2 * (lane % 4));
+    const unsigned at = base + TOKEN_SCALES_AT + 4 * (token + 2 * (lane % 4));
+    return Pair{__uint_as_float(load_shared_word(at)), __uint_as_float(load_shared_word(at + 4))};
 }
 
 // Scale, add bias, narrow, and store four accumulators of a thread: rows r and r + 8, tokens t and t + 1.
@@ -119,9 +140,11 @@ __device__ __forceinline__ void produce(const Problem& p, unsigned base, int fir
     Ring ring;
     const int ahead = last - first < STAGES ? last - first : STAGES;
     const Tile start = tile_at(tile, row_tiles, token_tiles);
-    for (int i = 0; i < ahead; ++i) load_weights(p, base, i, start, first + i);  // weights do not wait for the quantizer
-    wait_for_previous_grid();
-    for (int i = 0; i < ahead; ++i, ring.advance()) load_tokens(p, base, i, start, first + i);
+    for (int i = 0; i < ahead; ++i) load_weights(p, base, i, start, first + i);  // weights do not wait for the tokens
+    if (!SHARE) wait_for_previous_grid();
+    else if (p.split > 1) cluster_sync();  // the maxima's, see quantize_share
+    for (int i = 0; i < ahead; ++i, ring.advance())
+        if (!SHARE) load_tokens(p, base, i, start, first + i);
     int k_block = first + ahead;
     bool refill = ahead == STAGES;  // from the second round on a stage must have been emptied
     for (; tile < tiles; tile += stride, k_block = first) {
@@ -129,12 +152,64 @@ __device__ __forceinline__ void produce(const Problem& p, unsigned base, int fir
         for (; k_block < last; ++k_block) {
             if (refill) barrier_wait(empty_barrier(base, ring.stage), ring.parity ^ 1);
             load_weights(p, base, ring.stage, place, k_block);
-            load_tokens(p, base, ring.stage, place, k_block);
+            if (!SHARE) load_tokens(p, base, ring.stage, place, k_block);
             ring.advance();
             refill = refill || ring.stage == 0;
         }
     }
 }
+
+#if SHARE
+// Quantize this rank's inputs of all tokens into CODES_AT: one warp a token, its floats in registers meanwhile.
+__device__ __forceinline__ void quantize_share(const Problem& p, unsigned base, int first, int last, int warp, int lane) {
+    constexpr int VECTORS = (SHARE * 16 + 31) / 32, MINE = TOKENS / 8;  // 16-byte loads of a lane; tokens of a warp
+    const int inputs = (last - first) * 128, left = p.k - first * 128, present = left < inputs ? left : inputs;
+    Words values[MINE][VECTORS];
+    unsigned top[MINE];
+    wait_for_previous_grid();
+#pragma unroll
+    for (int t = 0; t < MINE; ++t) {
+        const int token = warp + 8 * t;
+        const unsigned short* row = p.x + (long long)token * p.k + first * 128;
+        top[t] = 0;
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+            const int at = (v * 32 + lane) * 8;
+            values[t][v] = token < p.tokens && at < present ? *(const Words*)(row + at) : Words{0, 0, 0, 0};
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < MINE; ++t) {
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) top[t] = max_halves(top[t], largest_half(values[t][v]));
+        top[t] = max_over_warp(larger_half(top[t]));
+        if (lane == 0) store_shared_word(base + MAXIMA_AT + 4 * (warp + 8 * t), top[t]);
+    }
+    if (p.split > 1) {
+        cluster_sync();
+#pragma unroll
+        for (int t = 0; t < MINE; ++t)
+            top[t] = max_over_warp(lane < p.split ? load_peer_word(base + MAXIMA_AT + 4 * (warp + 8 * t), lane) : 0);
+    }
+#pragma unroll
+    for (int t = 0; t < MINE; ++t) {
+        const int token = warp + 8 * t;
+        const Grid grid = grid_of(top[t]);
+        if (lane == 0) store_shared_word(base + TOKEN_SCALES_AT + 4 * token, __float_as_uint(grid.scale));
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+            const int at = (v * 32 + lane) * 8;
+            if (at >= inputs) continue;
+            const Codes codes = codes_of(values[t][v], grid);
+            const unsigned line = base + CODES_AT + at / 128 * TOKEN_BYTES + token * 128;
+            store_shared_word(line + swizzled(place_of(at, 0), token), codes.first);
+            store_shared_word(line + swizzled(place_of(at, 1), token), codes.second);
+        }
+    }
+    shared_writes_fence();  // the products read shared memory through another proxy
+    sync_some<1, CONSUMERS>();
+}
+#endif
 
 #if GROUPED
 using Sum = float;
@@ -159,7 +234,7 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
         for (int i = 0; i < PARTS; ++i) sums[b][i] = 0.0f;
     for (int k = 0; k < k_blocks; ++k) {
         const unsigned stage = base + ring.stage * STAGE_BYTES;
-        const unsigned long long tokens = descriptor(stage + WEIGHT_BYTES);
+        const unsigned long long tokens = descriptor(SHARE ? base + CODES_AT + k * TOKEN_BYTES : stage + WEIGHT_BYTES);
         barrier_wait(full_barrier(base, ring.stage), ring.parity);
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
@@ -169,10 +244,10 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
             const float scale0 = __uint_as_float(load_shared_word(scale_at));
             const float scale1 = __uint_as_float(load_shared_word(scale_at + 32));
             unsigned a[4][4];
-            unpack(low.x, low.y, a[0]);
-            unpack(low.z, low.w, a[1]);
-            unpack(high.x, high.y, a[2]);
-            unpack(high.z, high.w, a[3]);
+            unpack(low, 0, a[0]);
+            unpack(low, 1, a[1]);
+            unpack(high, 0, a[2]);
+            unpack(high, 1, a[3]);
             products_fence();
 #pragma unroll
             for (int s = 0; s < 4; ++s) wgmma(part, a[s], tokens + 2 * s, s > 0);
@@ -190,7 +265,7 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
     int previous = -1;         // the stage whose last product may still be under way
     for (int k = 0; k < k_blocks; ++k) {
         const unsigned stage = base + ring.stage * STAGE_BYTES;
-        const unsigned long long tokens = descriptor(stage + WEIGHT_BYTES);
+        const unsigned long long tokens = descriptor(SHARE ? base + CODES_AT + k * TOKEN_BYTES : stage + WEIGHT_BYTES);
         Words words[BLOCKS][2];
         barrier_wait(full_barrier(base, ring.stage), ring.parity);
 #pragma unroll
@@ -201,10 +276,7 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
 #pragma unroll
-            for (int b = 0; b < BLOCKS; ++b) {
-                const Words& w = words[b][s / 2];
-                unpack(s % 2 ? w.z : w.x, s % 2 ? w.w : w.y, a[s % 2][b]);
-            }
+            for (int b = 0; b < BLOCKS; ++b) unpack(words[b][s / 2], s % 2, a[s % 2][b]);
 #pragma unroll
             for (int b = 0; b < BLOCKS; ++b) {
                 products_fence();  // one a product, or the assembler inserts it and may wait after every product
@@ -223,14 +295,14 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
 }
 
 // Split = 1: the sums are complete; scale and store them from registers.
-__device__ __forceinline__ void finish_alone(const Problem& p, Tile tile, int row, int lane,
+__device__ __forceinline__ void finish_alone(const Problem& p, unsigned base, Tile tile, int row, int lane,
                                              const Sum (&sums)[BLOCKS][PARTS]) {
     constexpr int AT_ONCE = TOKENS < 128 ? TOKENS / 8 : 16;
 #pragma unroll
     for (int first = 0; first < TOKENS / 8; first += AT_ONCE) {
         Pair a[AT_ONCE];  // these loads go out before the first store, which the compiler must take for an alias
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) a[j] = token_scales_at(p, tile.token + 8 * (first + j), lane);
+        for (int j = 0; j < AT_ONCE; ++j) a[j] = token_scales_at(p, base, tile.token + 8 * (first + j), lane);
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
             const int r = tile.row + row + b * 64, mine = r + lane / 4;
@@ -265,7 +337,7 @@ __device__ __forceinline__ void finish_together(const Problem& p, unsigned base,
         if (tile.token + 8 * j >= p.tokens) continue;
         const float scale0 = GROUPED ? 1.0f : p.scales[mine], scale1 = GROUPED ? 1.0f : p.scales[mine + 8];
         const float bias0 = bias_at(p, mine), bias1 = bias_at(p, mine + 8);
-        const Pair a = token_scales_at(p, tile.token + 8 * j, lane);
+        const Pair a = token_scales_at(p, base, tile.token + 8 * j, lane);
         Sum total[4] = {0, 0, 0, 0};
         for (int peer = 0; peer < p.split; peer += 4) {  // the loads of four peers are under way at once
             Sum part[4][4];
@@ -307,6 +379,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) w4a8_linear(co
         if (LARGE) registers_give_back<40>();
         if (warp == CONSUMERS / 32 && lane == 0)
             produce(p, base, first, last, tiles, row_tiles, token_tiles, tile, stride);
+        else if (SHARE && p.split > 1) cluster_sync();
         if (p.split > 1) {  // all threads of a cluster meet twice, see finish_together
             cluster_sync();
             cluster_sync();
@@ -315,12 +388,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) w4a8_linear(co
         if (LARGE) registers_take<232>();
         const int group = warp / 4, row = group * BLOCKS * 64 + warp % 4 * 16;  // the warp's first row inside the tile
         Ring ring;
+#if SHARE
+        quantize_share(p, base, first, last, warp, lane);
+#endif
         for (; tile < tiles; tile += stride) {
             Sum sums[BLOCKS][PARTS];
             multiply(base, ring, last - first, group, warp % 4, lane, sums);
-            wait_for_previous_grid();  // the producer has waited already; this makes its token scales visible here
+            if (!SHARE) wait_for_previous_grid();  // the producer has waited; this makes token scales visible here
             const Tile place = tile_at(tile, row_tiles, token_tiles);
-            if (p.split == 1) finish_alone(p, place, row, lane, sums);
+            if (p.split == 1) finish_alone(p, base, place, row, lane, sums);
             else finish_together(p, base, place, rank, row, lane, sums);
         }
     }

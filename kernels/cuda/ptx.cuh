@@ -66,6 +66,9 @@ template <int pending> __device__ __forceinline__ void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(pending) : "memory");
 }
 
+// Makes this thread's plain stores to shared memory visible to products and bulk copies, which read by another way.
+__device__ __forceinline__ void shared_writes_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Transpose an 8x8 matrix of 16-bit values held by a warp: lane holds row lane/4, columns 2*(lane%4) and the next.
 __device__ __forceinline__ unsigned transpose_8x8(unsigned value) {
     unsigned out;

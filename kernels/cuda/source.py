@@ -11,6 +11,7 @@ SHARED_PER_MULTIPROCESSOR = 233472  # Hopper: 228 KiB, of which each resident bl
 CONSUMERS = 256
 K_BLOCK = 128
 MAX_STAGES = 12
+MAX_SHARE = 16  # k-blocks whose floats a block holds in registers while it quantizes its own tokens
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,25 @@ class Kernel:
         if helpers is None:
             tokens = dict(self.defines).get("TOKENS")
             helpers = (FOLDER / "ptx.cuh").read_text() + (wgmma(tokens) if tokens else "")
-        return f"{numbers}{helpers}\n{(FOLDER / self.file).read_text()}"
+        return f"{numbers}{helpers}\n{(FOLDER / 'tokens.cuh').read_text()}\n{(FOLDER / self.file).read_text()}"
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a linear is cut: ``tokens`` x ``128 * blocks`` tiles, ``split`` blocks share k, ``resident`` fit in an SM."""
+    """How a linear is cut: ``tokens`` x ``128 * blocks`` tiles, ``split`` blocks share k, ``resident`` fit in an SM.
+
+    With ``fused`` the product quantizes its tokens itself, and there is no other launch.
+    """
 
     tokens: int
     blocks: int
     split: int
     resident: int
+    fused: bool = False
+
+    def share(self, k_blocks: int) -> int:
+        """Return the most k-blocks that one block of a cluster works on."""
+        return -(-k_blocks // self.split)
 
 
 def wgmma(tokens: int) -> str:
@@ -64,10 +73,14 @@ def stage_bytes(tokens: int, blocks: int, grouped: bool) -> int:
 
 
 @lru_cache(maxsize=256)
-def linear(tiling: Tiling, grouped: bool, fp16: bool) -> Kernel:
-    """Return the W4A8 product for ``tiling``; it depends on everything but the split, which is a launch argument."""
-    stage = stage_bytes(tiling.tokens, tiling.blocks, grouped)
-    room = SHARED_PER_MULTIPROCESSOR // tiling.resident - 1024 - 2 * 8 * MAX_STAGES
+def linear(tiling: Tiling, grouped: bool, fp16: bool, chained: bool = False, share: int = 0) -> Kernel:
+    """Return the W4A8 product for ``tiling``; its split is a launch argument.
+
+    ``chained``: weights of the chained grid. ``share``: k-blocks of a block that quantizes its tokens itself, else 0.
+    """
+    stage = stage_bytes(tiling.tokens, tiling.blocks, grouped) - (tiling.tokens * K_BLOCK if share else 0)
+    fixed = share * tiling.tokens * K_BLOCK + 8 * tiling.tokens if share else 0  # codes; maxima and scales
+    room = SHARED_PER_MULTIPROCESSOR // tiling.resident - 1024 - 2 * 8 * MAX_STAGES - fixed
     stages = min(MAX_STAGES, room // stage)
     defines = {
         "TOKENS": tiling.tokens,
@@ -76,16 +89,18 @@ def linear(tiling: Tiling, grouped: bool, fp16: bool) -> Kernel:
         "GROUPED": int(grouped),
         "FP16": int(fp16),
         "MIN_BLOCKS": tiling.resident,
+        "CHAINED": int(chained),
+        "SHARE": share,
     }
     threads = CONSUMERS + (128 if tiling.resident == 1 else 32)  # a whole warpgroup gives registers back, or one warp
-    shared = stages * (stage + 16)  # and two barriers a stage
+    shared = stages * (stage + 16) + fixed  # and two barriers a stage
     return Kernel("w4a8_linear", tuple(defines.items()), "linear.cu", threads, shared)
 
 
 @lru_cache(maxsize=64)
-def quantize(k: int, fp16: bool) -> Kernel:
+def quantize(k: int, fp16: bool, chained: bool = False) -> Kernel:
     """Return the token quantizer for rows of ``k`` inputs (a multiple of 8, at most 65536)."""
     vectors_in_row = -(-k // K_BLOCK) * K_BLOCK // 8
     threads = min(1024, -(-vectors_in_row // 32) * 32)
-    defines = {"VECTORS": -(-vectors_in_row // threads), "FP16": int(fp16)}
+    defines = {"VECTORS": -(-vectors_in_row // threads), "FP16": int(fp16), "CHAINED": int(chained)}
     return Kernel("quantize_tokens", tuple(defines.items()), "quantize.cu", threads, 128)

@@ -2,7 +2,8 @@
 //
 // Asynchrony is made as nasty as it may be. Bulk copies land late and in random order. A warpgroup product reads its
 // register operand and shared memory as late as the waits allow, so a buffer freed or overwritten too early shows as a
-// wrong result. Shared memory starts poisoned. Where every thread waits and no copy is left, the launch ends with an error.
+// wrong result. Warps fall behind at random. Shared memory starts poisoned, and a product sees a thread's plain stores only behind that thread's fence.
+// Where every thread waits and no copy is left, the launch ends with an error.
 #include <ucontext.h>
 
 #include <cmath>
@@ -29,9 +30,9 @@ struct Copy { int block; unsigned target, bytes, barrier; const void* source; };
 constexpr unsigned SHARED_AT = 1024;
 constexpr int STACK = 1 << 16;
 
-struct Warp { unsigned slots[2][32]; long arrived = 0; std::vector<Product> queue[32]; };
+struct Warp { unsigned slots[2][32]; long arrived = 0; int stalled = 0; std::vector<Product> queue[32]; };
 struct Block {
-    std::vector<unsigned char> shared;
+    std::vector<unsigned char> shared, seen_by_products;
     std::map<unsigned, Barrier> barriers;
     std::vector<Warp> warps;
     std::map<int, long> named;
@@ -44,6 +45,7 @@ struct Fiber {
     int block = 0, thread = 0, committed = 0;
     long meetings = 0, cluster_meetings = 0;
     std::map<int, long> named;
+    std::vector<unsigned> stores;  // addresses of words that products do not see yet
 };
 
 static std::vector<Block> blocks;
@@ -101,7 +103,17 @@ static unsigned __shfl_sync(unsigned, unsigned value, int lane) { return exchang
 static unsigned shared_base() { return SHARED_AT; }
 static Words load_shared(unsigned address) { Words v; memcpy(&v, shared_at(block(), address, 16), 16); return v; }
 static unsigned load_shared_word(unsigned address) { unsigned v; memcpy(&v, shared_at(block(), address, 4), 4); return v; }
-static void store_shared_word(unsigned address, unsigned v) { memcpy(shared_at(block(), address, 4), &v, 4); }
+static void store_shared_word(unsigned address, unsigned v) {
+    memcpy(shared_at(block(), address, 4), &v, 4);
+    const unsigned neither = ~v;  // a product may see the old word, the new one, or parts of both
+    memcpy(block().seen_by_products.data() + (address - SHARED_AT), &neither, 4);
+    current->stores.push_back(address);
+}
+static void shared_writes_fence() {
+    for (unsigned at : current->stores)
+        memcpy(block().seen_by_products.data() + (at - SHARED_AT), shared_at(block(), at, 4), 4);
+    current->stores.clear();
+}
 
 static void settle(Barrier& b) {
     if (b.pending == 0 && b.bytes == 0) { b.phase ^= 1; b.pending = b.count; }
@@ -153,7 +165,8 @@ static void run_product(Block& b, const Product* quad, int lane, int columns) {
         for (int k = 0; k < 32; ++k) {
             unsigned at = start + column / 8 * stride + column % 8 * 128 + k;
             at ^= (at >> 7 & 7) << 4;  // the swizzle acts on address bits
-            right[k] = *shared_at(b, at, 1);
+            shared_at(b, at, 1);
+            right[k] = b.seen_by_products[at - SHARED_AT];
         }
         for (int upper = 0; upper < 2; ++upper) {
             int sum = 0;
@@ -249,7 +262,9 @@ static const char* launch(unsigned grid, unsigned cluster, unsigned threads, uns
         fibers.clear(), copies.clear(), cluster_arrived = 0;
         for (unsigned b = 0; b < cluster; ++b) {
             blocks[b].shared.resize(shared);
+            blocks[b].seen_by_products.resize(shared);
             for (auto& byte : blocks[b].shared) byte = random();
+            for (auto& byte : blocks[b].seen_by_products) byte = random();
             blocks[b].warps.resize(threads / 32);
             for (unsigned t = 0; t < threads; ++t) {
                 auto fiber = std::make_unique<Fiber>();
@@ -263,9 +278,13 @@ static const char* launch(unsigned grid, unsigned cluster, unsigned threads, uns
         }
         for (bool alive = true, moved; alive && !failure;) {
             alive = moved = false;
+            for (auto& b : blocks)
+                for (auto& warp : b.warps)  // some warps fall behind the others for a while
+                    warp.stalled = warp.stalled ? warp.stalled - 1 : random() % 16 ? 0 : random() % 32;
             for (auto& fiber : fibers) {
                 if (fiber->done || failure) continue;
                 alive = true;
+                if (blocks[fiber->block].warps[fiber->thread / 32].stalled) { moved = true; continue; }
                 if (fiber->ready && !fiber->ready()) continue;
                 fiber->ready = nullptr, moved = true, current = fiber.get();
                 swapcontext(&scheduler, &current->context);
@@ -274,7 +293,8 @@ static const char* launch(unsigned grid, unsigned cluster, unsigned threads, uns
                 std::swap(copies[random() % copies.size()], copies.back());
                 const Copy copy = copies.back();
                 copies.pop_back();
-                memcpy(blocks[copy.block].shared.data() + (copy.target - SHARED_AT), copy.source, copy.bytes);
+                for (auto* seen : {&blocks[copy.block].shared, &blocks[copy.block].seen_by_products})
+                    memcpy(seen->data() + (copy.target - SHARED_AT), copy.source, copy.bytes);
                 Barrier& barrier = blocks[copy.block].barriers[copy.barrier];
                 barrier.bytes -= copy.bytes;
                 settle(barrier);

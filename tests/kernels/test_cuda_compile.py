@@ -12,9 +12,15 @@ from qtoolkit.kernels.cuda import compiler, plan, source
 from qtoolkit.kernels.cuda.source import Tiling
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-VARIANTS = [
-    (shape, grouped) for shape in plan.SHAPES for grouped in (False, True) if not (grouped and shape.tokens == 256)
-]
+GROUPED = [shape for shape in plan.SHAPES if shape.tokens < 256]
+# Tiling, scales per group, chained grid; a fused product has the largest share that it may have.
+VARIANTS = [(shape, False, False) for shape in plan.SHAPES] + [(shape, True, False) for shape in GROUPED]
+VARIANTS += [(shape, False, True) for shape in (Tiling(16, 1, 1, 2), Tiling(256, 1, 1, 1), Tiling(128, 2, 1, 1))]
+VARIANTS += [(shape, True, True) for shape in (Tiling(16, 1, 1, 2, fused=True), Tiling(128, 2, 1, 1))]
+
+
+def kernel_of(tiling: Tiling, grouped: bool, chained: bool) -> source.Kernel:
+    return source.linear(tiling, grouped, False, chained, source.MAX_SHARE if tiling.fused else 0)
 
 
 def cuobjdump() -> str | None:
@@ -37,12 +43,24 @@ def assemble(kernel: source.Kernel, folder: Path) -> tuple[str, Path]:
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    ("tiling", "grouped"), VARIANTS, ids=lambda v: f"{v.tokens}x{128 * v.blocks}" if v in plan.SHAPES else ""
+    ("tiling", "grouped", "chained"),
+    VARIANTS,
+    ids=lambda v: f"{v.tokens}x{128 * v.blocks}{' fused' * v.fused}" if isinstance(v, Tiling) else str(int(v)),
 )
-def test_products_keep_to_registers_and_run_asynchronously(tiling: Tiling, grouped: bool, tmp_path: Path) -> None:
-    report, _ = assemble(source.linear(tiling, grouped, False), tmp_path)
+def test_products_keep_to_registers_and_run_asynchronously(
+    tiling: Tiling, grouped: bool, chained: bool, tmp_path: Path
+) -> None:
+    report, _ = assemble(kernel_of(tiling, grouped, chained), tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
     assert "C75" not in report, report  # the assembler's warnings that it waits after every product
+
+
+def test_every_kernel_fits_into_shared_memory() -> None:
+    for variant in VARIANTS:
+        kernel = kernel_of(*variant)
+        assert dict(kernel.defines)["STAGES"] >= 4
+        assert kernel.shared_bytes <= 227 * 1024
+        assert variant[0].resident * (kernel.shared_bytes + 1024) <= source.SHARED_PER_MULTIPROCESSOR
 
 
 @needs_nvcc
@@ -56,19 +74,25 @@ def test_the_quantizer_keeps_a_row_in_registers(k: int, fp16: bool, tmp_path: Pa
     assert registers * kernel.threads <= 65536
 
 
-@needs_nvcc
-@pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
-def test_unpacking_takes_three_operations_for_eight_weights(tmp_path: Path) -> None:
-    """A k-block is 4 steps of 2 products, each fed by two words: 16 words and 48 operations a thread."""
-    _, cubin = assemble(source.linear(Tiling(128, 2, 1, 1), False, False), tmp_path)
+def logic_between_products(kernel: source.Kernel, folder: Path) -> int:
+    """Return how many operations on whole words stand in the main loop of a 128 x 256 tile: 16 words of weights."""
+    _, cubin = assemble(kernel, folder)
     listing = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     lines = [line for line in listing.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line)]
     products = [i for i, line in enumerate(lines) if "IGMMA.64x128x32.S8.S8" in line]
     assert len(products) == 8
     assert all(re.search(r"IGMMA\S+ R\d+, R\d+, gdesc", lines[i]) for i in products)  # the left operand is a register
     between = lines[products[0] : products[-1]]
-    logic = sum(bool(re.search(r"\b(LOP3|SHF|IMAD\.SHL|PRMT)\b", line)) for line in between)
-    assert logic <= 48 + 6
+    return sum(bool(re.search(r"\b(LOP3|SHF|IMAD\.SHL|PRMT|MOV|IMAD\.MOV)\b", line)) for line in between)
+
+
+@needs_nvcc
+@pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
+@pytest.mark.parametrize(("chained", "most"), [(False, 48), (True, 16)])
+def test_unpacking_takes_three_operations_for_eight_weights_or_one(chained: bool, most: int, tmp_path: Path) -> None:
+    """A k-block is 4 steps of 2 products: 16 words a thread, of three operations each, or one on the chained grid."""
+    kernel = source.linear(Tiling(128, 2, 1, 1), False, False, chained)
+    assert logic_between_products(kernel, tmp_path) <= most + 6
 
 
 def test_a_cubin_is_kept_and_a_damaged_one_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtoolkit.kernels import ops, reference
+from qtoolkit.kernels import chained, ops, reference
 from qtoolkit.kernels.cuda import backend, layout, source
 from qtoolkit.kernels.cuda.source import Tiling
 from qtoolkit.kernels.selection import Problem
@@ -40,6 +40,7 @@ class Layer:
     group_size: int = -1
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
+    chained: bool = False
 
     def __post_init__(self) -> None:
         random = torch.Generator().manual_seed(self.seed)
@@ -49,21 +50,32 @@ class Layer:
         self.scales = torch.rand(self.n, groups, generator=random) * 0.02 + 0.001
         self.bias = torch.randn(self.n, generator=random).to(self.dtype)
 
+    @property
+    def order(self) -> layout.Order:
+        return layout.CHAINED if self.chained else layout.PLAIN
+
     def want(self) -> torch.Tensor:
-        return reference.w4a8_linear(self.x, self.codes, self.scales, self.bias, self.group_size)
+        linear = chained.w4a8_linear if self.chained else reference.w4a8_linear
+        return linear(self.x, self.codes, self.scales, self.bias, self.group_size)
 
 
 def quantized(emulator: Emulator, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-    return backend.quantize(layer.x, emulator.place())
+    return backend.quantize(layer.x, emulator.place(), layer.chained)
 
 
 def product(emulator: Emulator, layer: Layer, tiling: Tiling) -> torch.Tensor:
-    codes, token_scales = quantized(emulator, layer)
-    weight, scales = layout.to_fragments(layer.codes), layout.to_kernel_scales(layer.scales, layer.group_size)
+    weight = layout.to_fragments(layer.codes, layer.order)
+    scales = layout.to_kernel_scales(layer.scales, layer.group_size)
     out = torch.full((layer.tokens, layer.n), torch.nan, dtype=layer.dtype)
-    emulator.tensors, emulator.seed = [codes, weight, scales], layer.seed
-    place = emulator.place()
-    backend.multiply(codes, token_scales, weight, scales, layer.bias, out, layer.group_size, tiling, place)
+    rest = (weight, scales, layer.bias, out, layer.group_size, tiling, emulator.place(), layer.chained)
+    emulator.seed = layer.seed
+    if tiling.fused:
+        emulator.tensors = [weight, scales]
+        backend.multiply_floats(layer.x, *rest)
+    else:
+        codes, token_scales = quantized(emulator, layer)
+        emulator.tensors = [codes, weight, scales]
+        backend.multiply(codes, token_scales, *rest)
     return out
 
 
@@ -88,6 +100,14 @@ def test_zero_and_non_finite_rows_follow_the_references_rule(emulator: Emulator)
     assert scales[:4].isnan().tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("is_chained", [False, True])
+def test_the_quantizer_writes_each_grids_order(emulator: Emulator, is_chained: bool) -> None:
+    layer = Layer(9, 8, 520, chained=is_chained)
+    codes, _ = quantized(emulator, layer)
+    want_codes, _ = reference.quantize_tokens(layer.x)
+    assert torch.equal(codes[:, :9], layout.to_swizzled(want_codes, layer.order)[:, :9])
+
+
 # Every tile shape; one and several tiles a block; a ring that wraps; shares of k that differ; odd edges everywhere.
 PER_CHANNEL = [
     (Layer(1, 8, 8), Tiling(8, 1, 1, 2)),
@@ -99,9 +119,21 @@ PER_CHANNEL = [
     (Layer(300, 512, 1152), Tiling(128, 2, 1, 1)),
     (Layer(259, 128, 1024), Tiling(256, 1, 2, 1)),
 ]
+# Chained weights: both tile heights, a cluster, padding behind the inputs.
+CHAINED = [
+    (Layer(13, 136, 520, chained=True), Tiling(16, 1, 2, 2)),
+    (Layer(70, 256, 640, dtype=torch.float16, chained=True), Tiling(64, 2, 1, 1)),
+]
+# Products that quantize for themselves: alone over two tiles, in clusters with unequal shares, with empty tokens.
+FUSED = [
+    (Layer(1, 8, 8), Tiling(8, 1, 1, 2, fused=True)),
+    (Layer(8, 640, 1152), Tiling(8, 1, 1, 2, fused=True)),
+    (Layer(13, 136, 1352, dtype=torch.float16), Tiling(16, 1, 4, 2, fused=True)),
+    (Layer(16, 128, 2176, chained=True), Tiling(16, 1, 2, 2, fused=True)),
+]
 
 
-@pytest.mark.parametrize(("layer", "tiling"), PER_CHANNEL, ids=lambda v: f"{v.tokens}")
+@pytest.mark.parametrize(("layer", "tiling"), PER_CHANNEL + CHAINED + FUSED, ids=lambda v: f"{v.tokens}")
 def test_per_channel_products_equal_the_reference_bit_for_bit(emulator: Emulator, layer: Layer, tiling: Tiling) -> None:
     assert torch.equal(product(emulator, layer, tiling), layer.want())
 
@@ -111,6 +143,9 @@ GROUPED = [
     (Layer(40, 136, 1024, 256), Tiling(48, 1, 2, 2)),
     (Layer(100, 512, 1024, 128, torch.float16), Tiling(96, 2, 2, 1)),
     (Layer(150, 256, 512, 512), Tiling(128, 2, 1, 1)),
+    (Layer(30, 256, 384, 128, chained=True), Tiling(32, 1, 1, 2)),
+    (Layer(5, 256, 1024, 128), Tiling(8, 1, 4, 2, fused=True)),
+    (Layer(11, 136, 768, 256, torch.float16, chained=True), Tiling(16, 1, 2, 2, fused=True)),
 ]
 
 
@@ -131,26 +166,38 @@ def test_any_order_of_copies_gives_the_same_bits(emulator: Emulator, seed: int) 
     assert torch.equal(product(emulator, layer, Tiling(32, 1, 4, 2)), first)
 
 
+def test_a_fused_product_follows_the_rule_for_zero_and_non_finite_rows(emulator: Emulator) -> None:
+    layer = Layer(4, 128, 512)
+    layer.x[0], layer.x[1, 5], layer.x[2, 300] = 0, torch.nan, -torch.inf  # in different ranks' shares
+    got = product(emulator, layer, Tiling(8, 1, 2, 2, fused=True))
+    assert torch.equal(got.nan_to_num(-1), layer.want().nan_to_num(-1))
+    assert got.isnan().all(dim=1).tolist() == [False, True, True, False]
+
+
 # Each change plants a synchronization bug that a GPU might hide most of the time. The emulation must not.
 BUGS = {
     "a register operand is overwritten while it is read": ("products_wait<BLOCKS>()", "products_wait<2 * BLOCKS>()"),
     "a stage is handed back too early": ("if (s == 0 && previous >= 0", "if (s == 3 && (previous = ring.stage) >= 0"),
     "the producer does not wait for empty stages": ("if (refill) barrier_wait", "if (false) barrier_wait"),
     "consumers do not wait for full stages": ("barrier_wait(full_barrier(base, ring.stage), ring.parity);", ""),
-    "parts are laid over stages in use": ("sync_some<1, CONSUMERS>();", ""),
+    "parts are laid over stages in use": ("sync_some<1, CONSUMERS>();  // both", "// both"),
+    "fused: stores are not fenced": ("shared_writes_fence();  //", "//"),
+    "fused: products start before all codes are there": ("sync_some<1, CONSUMERS>();\n}", "}"),
+    "fused: maxima are read before all ranks wrote theirs": ("cluster_sync();  // the maxima's", "// the maxima's"),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_emulation_finds_planted_races(emulator: Emulator, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, split = Path(source.FOLDER / "linear.cu").read_text(), 2 if "parts" in bug else 1
+    text, fused = Path(source.FOLDER / "linear.cu").read_text(), "fused" in bug
+    split = 2 if fused or "parts" in bug else 1
     assert text.count(BUGS[bug][0]) >= 1
     original = source.Kernel.text
 
     def broken(kernel: source.Kernel, helpers: str | None = None) -> str:
         return original(kernel, helpers).replace(*BUGS[bug])
 
-    layer, tiling = Layer(16, 128, 4096, seed=3), Tiling(64, 1, split, 2)
+    layer, tiling = Layer(16, 128, 4096, seed=3), Tiling(16 if fused else 64, 1, split, 2, fused)
     want = layer.want()
     monkeypatch.setattr(source.Kernel, "text", broken)
     try:

@@ -1,8 +1,10 @@
 """The Hopper layouts: fragment order and swizzle against their definitions, and their inverses."""
 
+import numpy as np
 import pytest
 import torch
 
+from qtoolkit.kernels import chained
 from qtoolkit.kernels.cuda import layout
 
 
@@ -13,7 +15,8 @@ def random_codes(n: int, k: int) -> torch.Tensor:
 @pytest.mark.parametrize(("n", "k"), [(128, 128), (8, 8), (200, 136), (384, 256)])
 def test_fragment_order_loses_nothing(n: int, k: int) -> None:
     codes = random_codes(n, k)
-    assert torch.equal(layout.from_fragments(layout.to_fragments(codes), n, k), codes)
+    for order in (layout.PLAIN, layout.CHAINED):
+        assert torch.equal(layout.from_fragments(layout.to_fragments(codes, order), n, k, order), codes)
 
 
 def test_a_threads_sixteen_bytes_are_two_steps_of_its_operand_registers() -> None:
@@ -32,6 +35,34 @@ def test_a_threads_sixteen_bytes_are_two_steps_of_its_operand_registers() -> Non
                 row = row_chunk * 128 + block * 64 + 16 * (thread // 32) + thread % 32 // 4 + 8 * (r % 2)
                 column = k_block * 128 + step * 32 + 4 * (thread % 4) + byte + 16 * (r // 2)
                 assert (nibble ^ 8) - 8 == codes[row, column]
+
+
+def test_a_chained_threads_sixteen_bytes_are_its_operand_as_they_are_and_shifted() -> None:
+    """Step 0 of a pair reads the odd inputs of 64 in order, step 1 the even ones; bytes are the weights themselves."""
+    n, k = 128, 256
+    codes = random_codes(n, k)
+    weights = chained.values(codes)
+    fragments = layout.to_fragments(codes, layout.CHAINED).numpy()
+    for k_block, block, thread, pair in [(0, 0, 0, 0), (1, 0, 77, 1), (1, 1, 127, 0), (0, 1, 34, 1)]:
+        at = block * 4096 + pair * 2048 + thread * 16
+        words = fragments[0, k_block, at : at + 16].view(np.uint32)
+        for step, registers in enumerate((words, words << np.uint32(4))):
+            operand = registers.view(np.int8).reshape(4, 4)  # register, byte
+            for r in range(4):
+                for byte in range(4):
+                    row = block * 64 + 16 * (thread // 32) + thread % 32 // 4 + 8 * (r % 2)
+                    place = 4 * (thread % 4) + byte + 16 * (r // 2)
+                    column = k_block * 128 + pair * 64 + 2 * place + (1 - step)
+                    assert operand[r, byte] == weights[row, column]
+
+
+def test_chained_tokens_bring_the_odd_inputs_first() -> None:
+    codes = torch.randint(-127, 128, (3, 256), dtype=torch.int8)
+    swizzled = layout.to_swizzled(codes, layout.CHAINED)
+    for token, k in [(0, 0), (1, 17), (2, 130), (0, 255), (2, 127)]:
+        address = token * 128 + k % 128 // 64 * 64 + (32 if k % 2 == 0 else 0) + k % 64 // 2
+        address ^= (address >> 7 & 7) << 4
+        assert swizzled[k // 128].flatten()[address] == codes[token, k]
 
 
 def test_swizzled_tokens_stand_where_the_tensor_core_looks_for_them() -> None:
