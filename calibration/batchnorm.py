@@ -15,6 +15,7 @@ from qtoolkit.calibration.options import Options
 from qtoolkit.stages import Block, Stream
 from qtoolkit.vision.context import BATCH, VisionContext
 from qtoolkit.vision.data import augmented, normalise
+from qtoolkit.vision.measure import batch_of
 
 
 class BatchNormOptions(Options):
@@ -45,7 +46,7 @@ class BatchNorm:
         block.module.train()
         images = context.training.first(self.options.images)
         generator = context.generator()
-        for part in images.x.split(BATCH):
+        for part in images.x.split(batch_of(context.architecture, BATCH)):
             x = augmented(part, context.architecture.augment, generator) if self.options.augment else part
             block.module(normalise(x, context.architecture))
         block.module.eval()

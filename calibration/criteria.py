@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qtoolkit.calibration.capture import layer_inputs
 from qtoolkit.errors import RequestError
 from qtoolkit.registry import suggest
-from qtoolkit.stages import Block, Stream
+from qtoolkit.stages import Block, ChannelGroup, Stream
 from qtoolkit.vision.context import BATCH, VisionContext
+from qtoolkit.vision.dependencies import writers
 from qtoolkit.vision.matrix import weight_of
 
 WEIGHT = ("l2", "fpgm")
@@ -27,27 +28,39 @@ def weight_score(weight: Tensor, criterion: str = "l2") -> Tensor:
     return flat.norm(dim=1) if criterion == "l2" else torch.cdist(flat, flat).sum(dim=1)
 
 
-def scores(block: Block, name: str, criterion: str, stream: Stream, context: VisionContext) -> Tensor:
-    """Return how much each filter of layer ``name`` matters: [n], larger is more.
+def scores(block: Block, group: ChannelGroup, criterion: str, stream: Stream, context: VisionContext) -> Tensor:
+    """Return how much each unit of a group's channels matters: [channels / unit], larger is more.
 
     Raises:
-        RequestError: an unknown criterion, or one that needs a batch norm behind the layer where there is none.
+        RequestError: an unknown criterion, or one that needs a batch norm or feature maps where there are none.
     """
-    weight = weight_of(block, name).detach()
     if criterion in WEIGHT:
-        return weight_score(weight, criterion)
+        return joined(
+            [weight_score(weight_of(block, name).detach(), criterion) for name in made_by(block, group)], group
+        )
     if criterion == "taylor":
-        return taylor(block, name, context)
-    group = next((g for g in block.groups if g.producers[0] == name), None)
+        return joined([taylor(block, name, context) for name in made_by(block, group)], group)
     if criterion == "batchnorm":
-        if group is None or len(group.producers) < 2:
-            raise RequestError(f"The layer {name} has no batch norm of its own.", "Choose the criterion l2.")
-        return weight_of(block, group.producers[1]).detach().abs()
+        norms = [name for name in group.producers if isinstance(block.layer(name), nn.BatchNorm2d)]
+        if not norms:
+            raise RequestError(f"The layer {group.name} has no batch norm of its own.", "Choose the criterion l2.")
+        return joined([weight_of(block, name).detach().abs() for name in norms], group)
     if criterion == "ezcrop":
-        if group is None:
-            raise RequestError(f"Nobody alone reads the channels of {name}.", "Choose the criterion l2.")
-        return ezcrop(block, group.consumers[0], stream)
+        if not group.consumers:
+            raise RequestError(f"Nobody alone reads the channels of {group.name}.", "Choose the criterion l2.")
+        return joined([ezcrop(block, group.consumers[0], stream)], group)
     raise RequestError(f"There is no filter criterion {criterion!r}.", suggest(criterion, ALL))
+
+
+def made_by(block: Block, group: ChannelGroup) -> list[str]:
+    """Return the layers whose filters make the group's channels; a sum joins several."""
+    return writers(group, block.module)
+
+
+def joined(parts: list[Tensor], group: ChannelGroup) -> Tensor:
+    """Return one score a unit from every layer's [channels]: the sum of scores relative to their layer's mean."""
+    total = parts[0] if len(parts) == 1 else torch.stack([p / p.mean().clamp_min(1e-12) for p in parts]).sum(dim=0)
+    return total.view(-1, group.unit).sum(dim=1) if group.unit > 1 else total
 
 
 def taylor(block: Block, name: str, context: VisionContext) -> Tensor:
@@ -71,6 +84,8 @@ def ezcrop(block: Block, consumer: str, stream: Stream) -> Tensor:
 
     def add(maps: Tensor) -> None:
         nonlocal total, images
+        if maps.dim() != 4:
+            raise RequestError(f"{consumer} reads no feature maps, so ezcrop has no spectrum.", "Choose l2.")
         spectrum = torch.fft.fftshift(torch.fft.fft2(maps), dim=(-2, -1)).abs().log1p()
         height, width = maps.shape[-2:]
         rows, columns = (

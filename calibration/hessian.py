@@ -15,16 +15,18 @@ TOKENS = 131072  # inputs a convolution's Hessian is made of: over 200 for each 
 
 
 class Hessian:
-    """Running ``H = 2 / tokens * sum x x^T`` of one layer's inputs: float32 [k, k]."""
+    """Running ``H = 2 / tokens * sum x x^T`` of one layer's inputs, float32 [k, k], and their mean [k]."""
 
     def __init__(self, k: int) -> None:
         self.matrix = torch.zeros(k, k)
+        self.mean = torch.zeros(k)
         self.tokens = 0
 
     def update(self, x: Tensor) -> None:
         """Add inputs x [tokens, k]."""
         seen = self.tokens + x.shape[0]
         self.matrix.mul_(self.tokens / seen).addmm_(x.T, x, alpha=2.0 / seen)
+        self.mean.mul_(self.tokens / seen).add_(x.sum(dim=0), alpha=1.0 / seen)
         self.tokens = seen
 
 

@@ -27,12 +27,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qtoolkit.calibration import filters, projections
+from qtoolkit.calibration import criteria, filters, projections
 from qtoolkit.calibration.options import Options
 from qtoolkit.calibration.regularizers import REGULARIZERS, Plain
 from qtoolkit.calibration.schedules import still_dense
 from qtoolkit.errors import NumericError, RequestError
-from qtoolkit.stages import Block, Stream
+from qtoolkit.stages import Block, ChannelGroup, Stream
 from qtoolkit.vision.context import VisionContext
 from qtoolkit.vision.matrix import weight_of
 
@@ -50,7 +50,7 @@ class RecoverOptions(Options):
     masks: Literal["none", "forward", "epoch"] = Field("none", description="when the pattern is enforced")
     soft: bool = Field(False, description="MaxQ's soft mask instead of 0 and 1")
     criterion: Literal["l2", "fpgm"] = Field("l2", description="which filters go")
-    where: Literal["inner", "all"] = Field("inner", description="of filters: only those that one group alone reads")
+    where: filters.Where = Field("inner", description="which filters go, as in the step filters")
     schedule: str = Field("one-shot", description="one-shot, linear, cosine, cubic or exponential")
     ramp: float = Field(0.5, ge=0, le=1, description="part of the training after which the pattern is complete")
     settle: float = Field(1.0, ge=0, le=1, description="part of the training after which removed filters stay away")
@@ -87,12 +87,17 @@ class Training:
         self.block, self.options, self.context = block, options, context
         self.network = block.module.requires_grad_(True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.weights: dict[str, nn.Parameter] = {}
+        self.groups: list[ChannelGroup] = []  # of filters: each has one mask
         if options.masks != "none" or options.regularizer == "admm":
             if context.pattern.kind in ("binary", "debut"):
                 raise RequestError(
                     f"The pattern {context.pattern.name} is no mask.", "Give recover.masks=none and no admm."
                 )
-            self.weights = {f"{name}.weight": weight_of(block, name) for name in self._masked()}
+            names = [name for name in block.targets if name not in block.refused]
+            if context.pattern.kind == "filter":
+                self.groups = filters.chosen(block, options.where, context)
+                names = [name for group in self.groups for name in criteria.made_by(block, group)]
+            self.weights = {f"{name}.weight": weight_of(block, name) for name in names}
         self.masks: dict[str, Tensor] = {}
         self.epoch = 0
         decayed = [p for p in self.network.parameters() if p.dim() > 1 or _is_flat_weight(p, self.network)]
@@ -106,14 +111,6 @@ class Training:
         )
         self.regularizer: Plain = REGULARIZERS[options.regularizer](options.strength)
         self.regularizer.start(self)
-
-    def _masked(self) -> list[str]:
-        """Return the layers that get the pattern."""
-        names = [name for name in self.block.targets if name not in self.block.refused]
-        if self.context.pattern.kind == "filter" and self.options.where == "inner":
-            inner = {group.producers[0] for group in self.block.groups}
-            names = [name for name in names if name in inner]
-        return names
 
     def add_parameters(self, parameters: list[nn.Parameter]) -> None:
         """Train parameters that are not the network's own."""
@@ -129,7 +126,14 @@ class Training:
     def refresh(self, progress: float) -> None:
         """The first hook, before a forward pass or an epoch: compute the masks anew."""
         dense = still_dense(self.options.schedule, progress, self.options.ramp)
-        self.masks = {name: self.mask_of(weight, dense) for name, weight in self.weights.items()}
+        if not self.groups:
+            self.masks = {name: self.mask_of(weight, dense) for name, weight in self.weights.items()}
+        for group in self.groups:
+            names = [f"{name}.weight" for name in criteria.made_by(self.block, group)]
+            parts = [criteria.weight_score(self.weights[name].detach(), self.options.criterion) for name in names]
+            keep = projections.filter_mask(criteria.joined(parts, group), self.context.pattern.rate * (1 - dense), 1)
+            keep = keep.repeat_interleave(group.unit)
+            self.masks |= {name: keep.view(-1, *[1] * (self.weights[name].dim() - 1)) for name in names}
 
     def projected(self) -> dict[str, Tensor]:
         """Return the weights a forward pass uses instead of the latent ones; their gradient passes unchanged."""
@@ -197,9 +201,9 @@ class Training:
     def _remove(self) -> None:
         """Bring the weights onto the pattern; removed filters take along what follows and reads them."""
         self._project()
-        if self.context.pattern.kind == "filter":
-            for name, mask in self.masks.items():
-                filters.remove(self.block, name.removesuffix(".weight"), mask.flatten() == 0)
+        for group in self.groups:
+            first = criteria.made_by(self.block, group)[0]
+            filters.remove(self.block, group, self.masks[f"{first}.weight"].flatten() == 0)
 
     @torch.no_grad()
     def _project(self) -> None:
@@ -217,7 +221,8 @@ class Training:
         state = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
         state |= {f"regularizer/{name}": tensor for name, tensor in self.regularizer.state().items()}
         for index, parameter in enumerate(self._parameters()):
-            state[f"momentum/{index}"] = self.optimizer.state[parameter]["momentum_buffer"]
+            if parameter in self.optimizer.state:  # one that no loss reaches has none
+                state[f"momentum/{index}"] = self.optimizer.state[parameter]["momentum_buffer"]
         self.context.job.save(STATE, {name: tensor.detach().clone() for name, tensor in state.items()}, dict(report))
 
     def _restore(self) -> dict[str, dict[str, float]]:
@@ -228,7 +233,8 @@ class Training:
         self.network.load_state_dict(_part(state, "network"))
         self.regularizer.restore(_part(state, "regularizer"))
         for index, parameter in enumerate(self._parameters()):
-            self.optimizer.state[parameter]["momentum_buffer"] = state[f"momentum/{index}"]
+            if f"momentum/{index}" in state:
+                self.optimizer.state[parameter]["momentum_buffer"] = state[f"momentum/{index}"]
         report = job.facts(STATE)
         self.context.say(f"going on after epoch {len(report)} of {self.options.epochs}")
         return report

@@ -10,6 +10,7 @@ import torch
 from qtoolkit.job import Job
 from qtoolkit.stages import Stream
 from qtoolkit.vision.data import Images
+from qtoolkit.vision.measure import batch_of
 from qtoolkit.vision.models import Architecture
 from qtoolkit.vision.pattern import Pattern
 
@@ -35,5 +36,5 @@ class VisionContext:
 
 def stream(images: Images, architecture: Architecture) -> Stream:
     """Return calibration images as the batches a block receives."""
-    batches = [x for x, _ in images.batches(BATCH, architecture)]
+    batches = [x for x, _ in images.batches(batch_of(architecture, BATCH), architecture)]
     return Stream(batches, [{} for _ in batches])

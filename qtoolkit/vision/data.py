@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qtoolkit.errors import DataError, RequestError
-from qtoolkit.vision.models import Architecture, Augment
+from qtoolkit.vision.models import Architecture, Augment, Fit
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 DIGITS_TRAIN = 1297  # of scikit-learn's 1797 digits; the other 500 are the test set
@@ -171,8 +171,24 @@ def to_pixels(image: Any, architecture: Architecture) -> Tensor:
     channels, height, width = architecture.input
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(image)
-        fitted = opened.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
+        fitted = _fitted(opened.convert("L" if channels == 1 else "RGB"), (height, width), architecture.fit)
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"This is not an image that can be read: {' '.join(str(error).split())}.") from None
     pixels = torch.from_numpy(np.asarray(fitted).copy())
     return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)
+
+
+def _fitted(image: Any, size: tuple[int, int], fit: Fit) -> Any:
+    """Return a PIL image scaled as ``fit`` says, then its middle of ``size`` (height, width)."""
+    from PIL import Image
+
+    width, height = image.size
+    if fit.shortest:
+        short, long = sorted((width, height))
+        longer = int(fit.shortest * long / short)
+        scaled = (fit.shortest, longer) if height >= width else (longer, fit.shortest)  # width, height
+    else:
+        scaled = (fit.squeeze or size)[::-1]
+    image = image.resize(scaled, Image.Resampling[fit.resample.upper()])
+    left, top = (scaled[0] - size[1]) // 2, (scaled[1] - size[0]) // 2
+    return image if scaled == size[::-1] else image.crop((left, top, left + size[1], top + size[0]))

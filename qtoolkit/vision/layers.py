@@ -72,7 +72,9 @@ class Binary(nn.Module):
         if self.training:
             x = x / (x.flatten(1).var(dim=1) + VARIANCE_FLOOR).sqrt().view(-1, *[1] * (x.dim() - 1))
         hard = self.weight + (signs(self.weight) - self.weight).detach()
-        return scaled(self.geometry.product(Signs.apply(x), hard), self.scales(), self.bias)
+        return scaled(
+            self.geometry.product(Signs.apply(x), hard), self.scales(), self.bias, linear=self.geometry.linear
+        )
 
 
 class PackedBinary(nn.Module):
@@ -91,7 +93,7 @@ class PackedBinary(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for x; padding adds nothing to a sum."""
-        return scaled(self.geometry.product(signs(x), self.weight), self.scale, self.bias)
+        return scaled(self.geometry.product(signs(x), self.weight), self.scale, self.bias, linear=self.geometry.linear)
 
 
 class Butterfly(nn.Module):
@@ -141,12 +143,12 @@ class Filtered(nn.Module):
             shape = list(y.shape)
             shape[axis] = self.geometry.n
             y = y.new_zeros(shape).index_copy_(axis, self.rows, y)
-        return scaled(y, None, self.bias)
+        return scaled(y, None, self.bias, linear=self.geometry.linear)
 
 
-def scaled(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return y times a scale per channel plus a bias per channel."""
-    shape = (1, -1, 1, 1) if y.dim() == 4 else (-1,)
+def scaled(y: Tensor, scale: Tensor | None, bias: Tensor | None, *, linear: bool) -> Tensor:
+    """Return y times a scale per channel plus a bias per channel; channels come last behind a linear layer."""
+    shape = (-1,) if linear else (1, -1, 1, 1)
     y = y if scale is None else y * scale.view(shape)
     return y if bias is None else y + bias.view(shape)
 

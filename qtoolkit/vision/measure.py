@@ -6,16 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.vision.data import Images
-from qtoolkit.vision.models import Architecture
+from qtoolkit.vision.models import LAYERS, Architecture
 
 BATCH = 250
+PIXELS = 2_000_000  # of the images that go through a network at once: bounds the memory of activations
+
+
+def batch_of(architecture: Architecture, most: int = BATCH) -> int:
+    """Return how many images of an architecture go through it at once."""
+    return max(1, min(most, PIXELS // (architecture.input[1] * architecture.input[2])))
 
 
 @torch.inference_mode()
 def logits(network: nn.Module, images: Images, architecture: Architecture) -> Tensor:
     """Return float32 [images, classes]; the network is put in evaluation mode."""
     network.eval()
-    return torch.cat([network(x) for x, _ in images.batches(BATCH, architecture)])
+    return torch.cat([network(x) for x, _ in images.batches(batch_of(architecture), architecture)])
 
 
 def accuracy(network: nn.Module, images: Images, architecture: Architecture) -> float:
@@ -29,13 +35,19 @@ def positions(network: nn.Module, architecture: Architecture) -> dict[str, int]:
     found: dict[str, int] = {}
     handles = []
     for name, module in network.named_modules():
-        if hasattr(module, "weight") and not isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, LAYERS):
 
-            def hook(_: nn.Module, __: object, out: Tensor, name: str = name) -> None:
-                found[name] = out[0].numel() // out.shape[1]
+            def hook(module: nn.Module, _: object, out: Tensor, name: str = name) -> None:
+                found[name] = out[0].numel() // out.shape[-1 if isinstance(module, nn.Linear) else 1]
 
             handles.append(module.register_forward_hook(hook))
     network.eval()(torch.zeros(1, *architecture.input))
     for handle in handles:
         handle.remove()
     return found
+
+
+def classes(network: nn.Module, architecture: Architecture) -> int:
+    """Return how many classes a network tells apart."""
+    with torch.inference_mode():
+        return network.eval()(torch.zeros(1, *architecture.input)).shape[1]

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from qtoolkit.errors import ModelError, NumericError, RequestError
 from qtoolkit.recipe import explain
 from qtoolkit.registry import suggest
+from qtoolkit.source import resolve as find
 from qtoolkit.stages import Block, ChannelGroup
+from qtoolkit.vision import dependencies
 from qtoolkit.vision.networks import seeded
 
+TRANSFORMERS = "transformers"  # stands in a manifest for the architecture that the folder's config.json describes
 LAYERS = (nn.Conv2d, nn.Linear)  # what can be compressed; depthwise and grouped convolutions stay
 
 
@@ -32,6 +35,20 @@ class Augment(BaseModel):
 
     crop: int = 0
     flip: bool = False
+
+
+class Fit(BaseModel):
+    """How an image of any size becomes one of the network's: scaled, then the middle is cut out.
+
+    Scaled so that its shorter side is ``shortest``, or to ``squeeze`` (height, width) whatever its shape; by default
+    to the network's own size.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shortest: int = 0
+    squeeze: tuple[int, int] | None = None
+    resample: str = "bilinear"  # a name of PIL's Resampling
 
 
 class Architecture(BaseModel):
@@ -45,7 +62,9 @@ class Architecture(BaseModel):
     input: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fit: Fit = Fit()
     augment: Augment = Augment()
+    labels: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     blocks: str = ""
     groups: tuple[ChannelGroup, ...] = ()
@@ -58,17 +77,39 @@ class Architecture(BaseModel):
 
 @dataclass(frozen=True)
 class Model:
-    """A float network ready to be compressed, with what is known about it."""
+    """A float network ready to be compressed, with what is known about it, and the folder it came from if any."""
 
     name: str
     network: nn.Module
     architecture: Architecture
     trained: bool
+    folder: Path | None = None
 
-    def block(self) -> Block:
-        """Return the whole network as one unit of work: it is small, and training needs all of it."""
-        targets = tuple(name for name, _ in compressible(self.network) if name not in self.architecture.keep)
-        return Block("", self.network, targets, tuple(channel_groups(self.network, self.architecture)))
+    def block(self, kind: str = "") -> Block:
+        """Return the whole network as one unit of work: it is small, and training needs all of it.
+
+        For pattern ``filter`` a transformers network's channel groups are traced, and its targets are their layers.
+        """
+        block = Block("", self.network, (), tuple(channel_groups(self.network, self.architecture)))
+        if kind == "filter" and self.folder is not None:
+            traced = dependencies.trace(self.network, self.architecture.input)
+            block.groups = traced.groups
+            block.refused.update(traced.refused)
+        grouped = {name for group in block.groups for name in (*group.producers, *group.consumers)}
+        found = [name for name, _ in compressible(self.network)]
+        block.targets = tuple(name for name in found if name in grouped or name not in self.architecture.keep)
+        block.refused = {name: reason for name, reason in block.refused.items() if name not in grouped}
+        return block
+
+    def untouched(self) -> dict[str, str]:
+        """Return the layers that no recipe may pack, with the reason."""
+        every = [name for name, module in self.network.named_modules() if isinstance(module, LAYERS)]
+        able = {name for name, _ in compressible(self.network)}
+        return {
+            name: "the architecture keeps it" if name in able else "a grouped convolution"
+            for name in every
+            if name not in able or name in self.architecture.keep
+        }
 
     def digest(self) -> str:
         """Return 12 hex digits of the name and every weight."""
@@ -98,15 +139,22 @@ def table() -> dict[str, Architecture]:
 
 
 def resolve(name: str, weights: str | Path | None = None, seed: int = 0) -> Model:
-    """Build the network ``name`` and give it ``weights``: an ``.npz`` or ``.safetensors`` file, one array a tensor.
+    """Build one of our own networks, or load a transformers image classifier from a folder or the hub.
 
-    Without weights the network starts from random ones and only recipes that train make sense.
+    An own network is given ``weights``: an ``.npz`` or ``.safetensors`` file, one array a tensor. Without, it starts
+    from random ones and only recipes that train make sense.
 
     Raises:
-        RequestError: no such network or file.
-        ModelError: the weights do not belong to the network.
+        RequestError: no such network or file, or weights for a model that has its own.
+        ModelError: the weights do not belong to the network, or the folder holds no image classifier.
         NumericError: a weight is NaN or Inf.
     """
+    if name not in table() and (Path(name).expanduser().is_dir() or name.count("/") == 1):
+        from qtoolkit.vision import classifiers
+
+        if weights is not None:
+            raise RequestError(f"{name} brings its own weights.", "Leave --weights out.")
+        return classifiers.resolve(find(name))
     if name not in table():
         raise RequestError(f"There is no vision model named {name!r}.", suggest(name, table()))
     architecture = table()[name]

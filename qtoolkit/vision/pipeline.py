@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit import __version__, checkpoint, recipe as recipes, registry
-from qtoolkit.errors import RequestError
+from qtoolkit.errors import DataError, NumericError, RequestError
 from qtoolkit.job import Job, disk_errors
 from qtoolkit.pipeline import build_transforms, peak_rss_bytes
+from qtoolkit.source import Source
 from qtoolkit.stages import Block
 from qtoolkit.vision import data, measure, models, runtime
 from qtoolkit.vision.context import Progress, VisionContext, stream
@@ -26,6 +27,8 @@ from qtoolkit.vision.record import VisionManifest, VisionRecipe
 
 TRAINING_STEPS = ("recover",)
 WEIGHTS = "model.safetensors"
+COMPARED = 8  # images on which the packed network is compared with what was packed
+SAME = 1e-4  # of the largest logit: float32 sums in another order differ by less
 PACKED_AS = {"binary": Binary, "debut": Butterfly}  # patterns whose layers are trained in packed form
 
 
@@ -67,10 +70,10 @@ def compress(
     Running the same call again after an interruption goes on at the last whole epoch.
 
     Args:
-        model: a name of ``qtoolkit list vision``.
+        model: a name of ``qtoolkit list vision``, or a transformers image classifier: folder or hub name.
         recipe: preset name, YAML file, or a VisionRecipe.
         output: folder to make; must not hold anything yet.
-        weights: trained weights, ``.npz`` or ``.safetensors``; without them the recipe must train.
+        weights: an own network's trained weights, ``.npz`` or ``.safetensors``; without them the recipe must train.
         test: images on which accuracy is measured, before and after; see ``qtoolkit.vision.data.load``.
         changes: recipe values by dotted key, such as ``{"recover.epochs": 3}``.
         fresh: forget an interrupted run, and replace a finished checkpoint.
@@ -89,6 +92,13 @@ def compress(
     transforms = build_transforms(settings)
     training = data.load(settings.calibration.data, resolved.architecture)
     held_out = data.load(test, resolved.architecture) if test else None
+    classes = measure.classes(resolved.network, resolved.architecture)
+    for images in (training, held_out):
+        if images is not None and int(images.y.max()) >= classes:
+            raise DataError(
+                f"The data has a class {int(images.y.max())}, but {model} tells {classes} classes apart.",
+                "Is it the data set that the model was trained for?",
+            )
     fingerprint = {
         "qtoolkit": __version__,
         "model": resolved.digest(),
@@ -120,7 +130,7 @@ class Run:
         self.block = self._block()
         self.positions = measure.positions(model.network, model.architecture)
         self.figures: dict[str, float] = {"parameters_before": float(_parameters(model.network))}
-        self.figures["multiply_adds_before"] = float(self._multiply_adds(model.network))
+        self.figures["multiply_adds_before"] = float(self._multiply_adds(_products(model.network)))
         self.report: list[checkpoint.GroupRecord] = []
         self.layer_figures: dict[str, dict[str, float]] = {name: {} for name in self.block.targets}
 
@@ -145,28 +155,32 @@ class Run:
         """Pack, build the network from what was packed, measure it, and put the folder together."""
         from safetensors.torch import save_file
 
+        kind = self.recipe.scheme.kind
+        architecture = self.model.architecture.model_copy(update={"groups": self.block.groups, "blocks": ""})
         tensors, packed = self._pack()
-        network = runtime.assemble(self.model.architecture, tensors, packed, self.recipe.scheme.kind)
+        network = runtime.assemble(architecture, tensors, packed, kind)
+        self._compare(network)
         if self.test is not None:
             self._measure("accuracy_after", network)
-        stored = {name: _stored_numbers(name, tensors) for name in packed}
-        floats = {name: tensor for name, tensor in tensors.items() if ".weight_" not in name}
-        self.figures["parameters_after"] = float(
-            sum(stored.values()) + sum(tensor.numel() for name, tensor in floats.items() if _is_parameter(name))
-        )
-        self.figures["multiply_adds_after"] = float(self._multiply_adds(network, stored))
+        stored, biases = self._sizes(network, tensors, packed)
+        plain = sum(p.numel() for name, p in network.named_parameters() if name.rpartition(".")[0] not in packed)
+        self.figures["parameters_after"] = float(sum(stored.values()) + biases + plain)
+        self.figures["multiply_adds_after"] = float(self._multiply_adds({**_products(network), **stored}))
         with disk_errors(job.output):
             job.staging.mkdir(exist_ok=True)
             for leftover in job.staging.iterdir():
                 leftover.unlink()
             save_file({k: t.contiguous() for k, t in tensors.items()}, job.staging / WEIGHTS, {"format": "pt"})
             config = {"model_type": self.model.name, "architecture": self.model.architecture.model_dump(mode="json")}
+            if self.model.folder is not None:
+                checkpoint.copy_companions(self.model.folder, job.staging)  # the preprocessor, the licence
+                config = Source(self.model.folder, self.model.name).config
             checkpoint.write_json(job.staging / "config.json", config)
             manifest = self._manifest(packed, (job.staging / WEIGHTS).stat().st_size)
             checkpoint.write_json(job.staging / checkpoint.MANIFEST, manifest.model_dump(mode="json"))
 
     def _block(self) -> Block:
-        block = self.model.block()
+        block = self.model.block(self.recipe.scheme.kind)
         for name in block.targets:
             geometry = Geometry.of(block.layer(name))
             reason = self.packer.refuse(geometry.n, geometry.k, self.recipe.scheme)
@@ -207,10 +221,36 @@ class Run:
                 tensors[name] = tensor.detach()
         return tensors, packed
 
-    def _multiply_adds(self, network: nn.Module, stored: Mapping[str, int] | None = None) -> int:
+    @torch.inference_mode()
+    def _compare(self, network: nn.Module) -> None:
+        """Note how far the packed network's answers are from those of the network that was packed.
+
+        Raises:
+            NumericError: channels were removed that another layer depends on.
+        """
+        x, _ = next(self.training.first(COMPARED).batches(COMPARED, self.model.architecture))
+        expected, found = self.block.module.eval()(x), network(x)
+        self.figures["packing_error"] = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+        if self.recipe.scheme.kind == "filter" and self.figures["packing_error"] > SAME:
+            raise NumericError(
+                f"The narrower network's logits differ by {self.figures['packing_error']:.2%} from the masked one's.",
+                "Give --set filters.where=inner (or recover.where), or name the layers under keep in a recipe.",
+            )
+
+    def _sizes(
+        self, network: nn.Module, tensors: Mapping[str, Tensor], packed: list[str]
+    ) -> tuple[dict[str, int], int]:
+        """Return how many numbers each packed layer multiplies with, and how many numbers their biases have."""
+        if self.recipe.scheme.kind != "filter":
+            found = {name: _stored_numbers(name, tensors) for name in packed}
+            return found, sum(tensors[f"{name}.bias"].numel() for name in packed if f"{name}.bias" in tensors)
+        layers: dict[str, Any] = {name: network.get_submodule(name) for name in packed}  # narrower than what is stored
+        biases = sum(layer.bias.numel() for layer in layers.values() if layer.bias is not None)
+        return {name: layer.weight.numel() for name, layer in layers.items()}, biases
+
+    def _multiply_adds(self, products: Mapping[str, int]) -> int:
         """Return the products of one image: places times numbers of every layer."""
-        counts = {name: module.weight.numel() for name, module in models.compressible(network)}
-        return sum(self.positions[name] * count for name, count in {**counts, **(stored or {})}.items())
+        return sum(places * products[name] for name, places in self.positions.items())
 
     def _measure(self, name: str, network: nn.Module) -> None:
         assert self.test is not None
@@ -233,11 +273,13 @@ class Run:
                     figures=figures,
                 )
             )
-        kept = dict.fromkeys(self.model.architecture.keep, "the architecture keeps it") | self.block.refused
+        inside = {name for group in self.block.groups for name in group.producers}
+        kept = {**self.model.untouched(), **self.block.refused}
+        kept = {name: reason for name, reason in kept.items() if name not in packed and name not in inside}
         return VisionManifest(
             kind="vision",
             source=self.model.name,
-            architecture=self.model.name,
+            architecture=self.model.name if self.model.folder is None else models.TRANSFORMERS,
             source_digest=self.source_digest,
             recipe=self.recipe.model_dump(mode="json"),
             digest=self.recipe.digest,
@@ -253,6 +295,7 @@ class Run:
             bytes_after=size,
             files={WEIGHTS: size},
             figures=self.figures,
+            channel_groups=self.block.groups if self.model.folder is not None else (),
         )
 
 
@@ -264,8 +307,11 @@ def _parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _is_parameter(name: str) -> bool:
-    return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+def _products(network: nn.Module) -> dict[str, int]:
+    """Return how many numbers every convolution and linear layer multiplies with at one place."""
+    return {
+        name: module.weight.numel() for name, module in network.named_modules() if isinstance(module, models.LAYERS)
+    }
 
 
 def _stored_numbers(layer: str, tensors: Mapping[str, Tensor]) -> int:

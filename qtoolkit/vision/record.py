@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qtoolkit.checkpoint import Manifest
 from qtoolkit.recipe import Recipe
+from qtoolkit.stages import ChannelGroup
 from qtoolkit.vision.pattern import Pattern
 
 
@@ -35,7 +36,8 @@ class VisionManifest(Manifest):
     """The manifest of a compressed image classifier.
 
     ``figures`` holds, before and after: ``accuracy`` on the test images, ``parameters`` and ``multiply_adds`` of one
-    image; and how many ``test_images`` there were.
+    image; how many ``test_images`` there were; and ``packing_error``, the largest difference of logits between the
+    network that was packed and the one built from the packed tensors, as a part of the largest logit.
     """
 
     kind: Literal["vision"]
@@ -43,3 +45,4 @@ class VisionManifest(Manifest):
     architecture: str
     calibration_tokens: int = Field(description="here: images")
     figures: dict[str, float] = Field(default_factory=dict)
+    channel_groups: tuple[ChannelGroup, ...] = Field((), description="traced groups, by which channels were removed")

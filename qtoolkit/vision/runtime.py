@@ -15,9 +15,11 @@ from qtoolkit.errors import CheckpointError
 from qtoolkit.source import Source
 from qtoolkit.vision import layers, models
 from qtoolkit.vision.matrix import Layer
-from qtoolkit.vision.models import Architecture
+from qtoolkit.vision.models import TRANSFORMERS, Architecture
 from qtoolkit.vision.narrow import narrow
 from qtoolkit.vision.record import VisionManifest
+
+FACTS = ("kernel_size", "stride", "padding", "dilation")
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,30 @@ def load(path: str | Path) -> Loaded:
         raise CheckpointError(f"{folder} holds a language model, not an image classifier.")
     source = Source(folder, str(folder))
     tensors = {name: source.read(name) for name in source.files}
-    architecture = models.table().get(manifest.architecture)
-    if architecture is None:
-        raise CheckpointError(f"{folder} needs the architecture {manifest.architecture!r}, which is not known here.")
+    architecture = _architecture(source, manifest)
     network = assemble(architecture, tensors, [layer.name for layer in manifest.layers], manifest.scheme.kind)
     return Loaded(network, architecture, manifest)
 
 
+def _architecture(source: Source, manifest: VisionManifest) -> Architecture:
+    """Return what builds the network; nothing of the folder names code."""
+    if manifest.architecture == TRANSFORMERS:
+        from qtoolkit.vision import classifiers
+
+        groups = {"groups": manifest.channel_groups}
+        return classifiers.read(source).model_copy(update=groups)
+    found = models.table().get(manifest.architecture)
+    if found is None:
+        raise CheckpointError(
+            f"{source.name} needs the architecture {manifest.architecture!r}, which is not known here."
+        )
+    return found
+
+
 def assemble(architecture: Architecture, tensors: Mapping[str, Tensor], packed: Iterable[str], kind: str) -> nn.Module:
     """Return the network of ``architecture`` with float ``tensors`` filled in and ``packed`` layers built.
+
+    Where filters were removed, the layers of the architecture's channel groups become narrower.
 
     Raises:
         CheckpointError: a tensor is missing or of another shape.
@@ -70,10 +87,15 @@ def assemble(architecture: Architecture, tensors: Mapping[str, Tensor], packed: 
     for name in sorted(names):
         prefix = f"{name}."
         parts = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(f"{prefix}weight_")}
+        like = network.get_submodule(name)
         try:
-            made = layers.build(kind, parts, cast(Layer, network.get_submodule(name)))
+            made = layers.build(kind, parts, cast(Layer, like))
         except KeyError as error:
             raise CheckpointError(f"The checkpoint has no tensor {name}.{error.args[0]}.") from None
+        for fact in FACTS:  # some networks ask their layers, MobileNetV2 for its padding
+            if hasattr(like, fact) and not hasattr(made, fact):
+                setattr(made, fact, getattr(like, fact))
         network.set_submodule(name, made)
-    narrow(network, models.channel_groups(network, architecture))
+    if kind == "filter":
+        narrow(network, models.channel_groups(network, architecture))
     return network.eval().requires_grad_(False)

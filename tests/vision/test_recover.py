@@ -81,7 +81,7 @@ class Stopped(Exception):
 
 
 def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
-    options = RecoverOptions(epochs=3, batch=64, lr=0.05, masks="epoch", regularizer="cr-kl", strength=1.0)
+    options = RecoverOptions(epochs=3, batch=64, lr=0.05, masks="epoch", where="all", regularizer="cr-kl", strength=1.0)
     block, images, context = prepared(FILTER, Job.open(tmp_path / "whole", {}))
     Recover(options).apply(block, images, context)
 
