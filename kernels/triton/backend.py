@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from qtoolkit.kernels import ops, reference
+from qtoolkit.kernels import ops, reference, tables
 from qtoolkit.kernels.selection import Backend, Problem
 from qtoolkit.kernels.triton import layout
 
-LAYOUT = "halves"
+LAYOUT, LAYOUT_CHAINED = "halves", "halves chained"
 CAPABILITY = (8, 0)  # the oldest: Ampere
 MULTIPROCESSORS = 108  # A100; only the split of the inputs depends on it
+COLUMNS = ("tokens", "rows", "split", "warps", "stages")
+BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,43 @@ class Tiling:
     stages: int
 
 
+def refuse_tiling(cut: Tiling, n: int, k: int, grouped: bool) -> str | None:
+    """Return why the kernels cannot run a size so, or None."""
+    widths, rows = (16, 32, 64, 128), (64, 128)
+    if cut.tokens not in widths or cut.rows not in rows or cut.warps not in (4, 8) or not 2 <= cut.stages <= 6:
+        return f"there is no such tile: {cut}"
+    if grouped and cut.tokens == 128 and cut.rows == 128:
+        return "the sums of a group and of all groups for 128 tokens and 128 rows do not fit into the registers"
+    if not 1 <= cut.split <= layout.padded(k) // layout.BLOCK:
+        return f"{cut.split} programs cannot share {layout.padded(k) // layout.BLOCK} blocks of inputs"
+    return None
+
+
+def bucket(tokens: int) -> int:
+    """Return the measured number of tokens that stands for ``tokens``: the next one up, or the largest."""
+    return next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
+
+
+@lru_cache(maxsize=8)
+def table(card: str, architecture: str) -> tables.Rows:
+    """Return the measured tilings of ``card``; empty without a table."""
+
+    def refuse_row(point: tables.Point, row: tuple[int, ...]) -> str | None:
+        return refuse_tiling(Tiling(*row), point.n, point.k, point.grouped)
+
+    return tables.find("triton", card, architecture, COLUMNS, refuse_row)
+
+
+def choose(tokens: int, n: int, k: int, grouped: bool, device: torch.device) -> Tiling:
+    """Return the tiling measured on this card, or an estimate."""
+    card = torch.cuda.get_device_properties(device) if device.type == "cuda" else None  # else the interpreter
+    rows = table(card.name, f"sm_{card.major}{card.minor}") if card else {}
+    measured = rows.get(tables.Point(bucket(tokens), n, k, grouped))
+    return Tiling(*measured) if measured else tiling(tokens, n, k, grouped)
+
+
 def tiling(tokens: int, n: int, k: int, grouped: bool) -> Tiling:
-    """Choose tiles so that a card of about 100 multiprocessors is filled and products keep to their registers."""
+    """Estimate tiles that fill a card of about 100 multiprocessors and keep products in their registers."""
     width = 16
     while width < min(tokens, 128):
         width *= 2
@@ -51,6 +89,8 @@ def refuse(problem: Problem) -> str | None:
     size = problem.group_size
     if size != -1 and size != layout.BLOCK // 2 and size % layout.BLOCK:
         return f"groups must be 64 or whole blocks of {layout.BLOCK} inputs, not {size}"
+    if problem.chained and (size == layout.BLOCK // 2 or problem.k % 8):
+        return f"the chained grid wants words of 8 inputs and groups of {layout.BLOCK} or more"
     if size != -1 and problem.k % size:
         return f"{problem.k} inputs are no whole number of groups of {size}"
     if importlib.util.find_spec("triton") is None:
@@ -64,17 +104,17 @@ def refuse(problem: Problem) -> str | None:
 
 def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Permute a checkpoint's weight into halves, on the device it lies on."""
-    return layout.prepare(packed, scales, problem.k, problem.group_size)
+    return layout.prepare(packed, scales, problem.k, problem.group_size, problem.chained)
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, chained: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize x [tokens, k]; return codes int8 [tokens, k padded], zeros behind k, and scales fp32 [tokens]."""
     from qtoolkit.kernels.triton import kernels
 
     tokens, k = x.shape
     codes = torch.empty(tokens, layout.padded(k), dtype=torch.int8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    kernels.quantize_tokens[(tokens,)](x, codes, scales, k, codes.shape[1], BLOCK=1024, num_warps=4)
+    kernels.quantize_tokens[(tokens,)](x, codes, scales, k, codes.shape[1], BLOCK=1024, CHAINED=chained, num_warps=4)
     return codes, scales
 
 
@@ -96,6 +136,7 @@ def multiply(
     out: Tensor,
     group_size: int,
     cut: Tiling,
+    chained: bool = False,
 ) -> None:
     """Launch the product of quantized tokens with a prepared weight into out [tokens, n]."""
     from qtoolkit.kernels.triton import kernels
@@ -110,7 +151,7 @@ def multiply(
     kernels.linear[grid](
         weight, scales, codes, token_scales, some_bias, out, parts, tokens, n, n_padded, k_padded, group_size,
         TOKENS=cut.tokens, ROWS=cut.rows, SPLIT=cut.split, GROUPED=grouped, HALF_GROUPS=group_size == 64,
-        BIAS=bias is not None, ASM=os.environ.get("TRITON_INTERPRET") != "1",
+        BIAS=bias is not None, ASM=os.environ.get("TRITON_INTERPRET") != "1", CHAINED=chained,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if cut.split > 1:
@@ -120,7 +161,9 @@ def multiply(
         )  # fmt: skip
 
 
-def run(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int) -> Tensor:
+def run(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int, chained: bool = False
+) -> Tensor:
     """Quantize tokens and multiply; see ``ops.w4a8_linear``. Launches on the current stream, no synchronization."""
     if layout.padded(x.shape[-1]) != 2 * weight.shape[1]:
         raise ValueError(f"{x.shape[-1]} inputs do not fit a weight of {2 * weight.shape[1]}")
@@ -129,13 +172,17 @@ def run(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, 
         return out
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens, k = rows.shape
-    codes, token_scales = quantize(rows)
-    cut = tiling(tokens, n, k, group_size != -1)
-    multiply(codes, token_scales, weight, scales, bias, out.view(tokens, n), group_size, cut)
+    codes, token_scales = quantize(rows, chained)
+    cut = choose(tokens, n, k, group_size != -1, x.device)
+    multiply(codes, token_scales, weight, scales, bias, out.view(tokens, n), group_size, cut, chained)
     return out
 
 
 ops.register_layout(LAYOUT, run)
+ops.register_layout(LAYOUT_CHAINED, partial(run, chained=True))
 if importlib.util.find_spec("triton") is not None:
     ops.LIBRARY.impl("quantize_tokens", quantize_tokens, "CUDA")
-BACKENDS = (Backend("triton", LAYOUT, refuse, prepare),)
+BACKENDS = (
+    Backend("triton", LAYOUT, refuse, prepare),
+    Backend("triton", LAYOUT_CHAINED, refuse, prepare, chained=True),
+)

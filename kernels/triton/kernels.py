@@ -11,8 +11,13 @@ import triton.language as tl
 
 
 @triton.jit
-def quantize_tokens(x_ptr, codes_ptr, scales_ptr, k, k_padded, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Quantize row ``program_id(0)`` of x [tokens, k] to int8 [tokens, k_padded]; see ``reference.quantize_tokens``."""
+def quantize_tokens(  # type: ignore[no-untyped-def]
+    x_ptr, codes_ptr, scales_ptr, k, k_padded, BLOCK: tl.constexpr, CHAINED: tl.constexpr
+):  # fmt: skip
+    """Quantize row ``program_id(0)`` of x [tokens, k] to int8 [tokens, k_padded]; see ``reference.quantize_tokens``.
+
+    With CHAINED each 128 codes are the even inputs and then the odd ones.
+    """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     top = tl.zeros((BLOCK,), tl.float32)
@@ -29,17 +34,32 @@ def quantize_tokens(x_ptr, codes_ptr, scales_ptr, k, k_padded, BLOCK: tl.constex
     inverse = tl.where(finite & (absmax >= 7.888609052210118e-31), tl.math.div_rn(127.0, usable), 0.0)
     scale = tl.where(finite, tl.where(zero, 0.0, tl.math.div_rn(usable, 127.0)), float("nan"))
     tl.store(scales_ptr + row, scale)
+    source = at // 128 * 128 + at % 64 * 2 + at % 128 // 64 if CHAINED else at
     for start in range(0, k_padded, BLOCK):
-        x = tl.load(x_ptr + row * k + start + at, mask=start + at < k, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * k + start + source, mask=start + source < k, other=0.0).to(tl.float32)
         scaled = tl.where(finite, x, 0.0) * inverse
         rounded = (scaled + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum rounds half to even
         tl.store(codes_ptr + row * k_padded + start + at, rounded.to(tl.int8), mask=start + at < k_padded)
 
 
 @triton.jit
-def _unpack(q, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return 16 times the codes in the low and in the high nibbles of int8 ``q``, four bytes an instruction."""
-    if ASM:
+def _unpack(weight, ASM: tl.constexpr, CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load bytes and return 16 times the codes in their low and in their high nibbles, four bytes an instruction.
+
+    On the chained grid the bytes are the weights as they are, and so is each word shifted by a nibble. Four bytes that
+    pack=4 puts together are then four of a row that follow each other: loads of 16 bytes and operands of products
+    both hold rows so (the lint looks at the layouts it is compiled with).
+    """
+    q = tl.load(weight)
+    if CHAINED:
+        high = q
+        if ASM:
+            low = tl.inline_asm_elementwise("shl.b32 $0, $1, 4;", "=r,r", [q], dtype=tl.int8, is_pure=True, pack=4)
+        else:
+            inside = tl.arange(0, 64)[None, :] % 4 > 0
+            below = tl.load(weight - 1, mask=inside & (q == q), other=0)  # the byte below, of the same word
+            low = ((q << 4) | ((below >> 4) & 15)).to(tl.int8)
+    elif ASM:
         high = tl.inline_asm_elementwise(
             "and.b32 $0, $1, 0xf0f0f0f0;", "=r,r", [q], dtype=tl.int8, is_pure=True, pack=4
         )
@@ -62,12 +82,13 @@ def linear(  # type: ignore[no-untyped-def]
     weight_ptr, scales_ptr, codes_ptr, token_scales_ptr, bias_ptr, out_ptr, parts_ptr,
     tokens, n, n_padded, k_padded, group_size,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr, HALF_GROUPS: tl.constexpr,
-    BIAS: tl.constexpr, ASM: tl.constexpr,
+    BIAS: tl.constexpr, ASM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Compute a ROWS x TOKENS tile of out^T, or with SPLIT > 1 the share ``program_id(1)`` of its sum into parts.
 
     weight int8 [n_padded, k_padded / 2], see layout; scales fp32 [groups, n_padded]; codes int8 [tokens, k_padded];
     token_scales fp32 [tokens]; parts [SPLIT, tokens, n], int32 per channel, fp32 per group. HALF_GROUPS: groups of 64.
+    CHAINED: weights of the chained grid, and codes in the quantizer's order for it.
     """
     row_tiles = n_padded // ROWS
     tile = tl.program_id(0)
@@ -82,7 +103,7 @@ def linear(  # type: ignore[no-untyped-def]
     present = columns[None, :] < tokens
     total = tl.zeros((ROWS, TOKENS), tl.float32 if GROUPED else tl.int32)
     for block in range(first, last):
-        low, high = _unpack(tl.load(weight), ASM)
+        low, high = _unpack(weight, ASM, CHAINED)
         x_low = tl.load(x, mask=present, other=0)
         x_high = tl.load(x + 64, mask=present, other=0)
         if GROUPED:

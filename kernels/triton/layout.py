@@ -16,18 +16,22 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def to_halves(codes: Tensor) -> Tensor:
-    """Pack int8 codes [n, k] (values -8..7) into int8 [n padded, k padded / 2], two's complement nibbles."""
+def to_halves(codes: Tensor, chained: bool = False) -> Tensor:
+    """Pack int8 codes [n, k] (values -8..7) into int8 [n padded, k padded / 2], two's complement nibbles.
+
+    With ``chained`` the nibbles of a byte are an even input and the odd one after it: words of ``kernels/chained.py``.
+    """
     n, k = codes.shape
     codes = torch.nn.functional.pad(codes, (0, padded(k) - k, 0, padded(n) - n))
-    low, high = codes.reshape(codes.shape[0], -1, 2, BLOCK // 2).unbind(2)  # [n, blocks, 64]
+    halves = (BLOCK // 2, 2) if chained else (2, BLOCK // 2)
+    low, high = codes.reshape(codes.shape[0], -1, *halves).unbind(3 if chained else 2)  # [n, blocks, 64]
     return ((low & 15) | (high << 4)).flatten(1)
 
 
-def from_halves(weight: Tensor, n: int, k: int) -> Tensor:
+def from_halves(weight: Tensor, n: int, k: int, chained: bool = False) -> Tensor:
     """Invert ``to_halves``: return int8 codes [n, k]."""
     blocks = weight.reshape(weight.shape[0], -1, BLOCK // 2)
-    return torch.stack(((blocks << 4) >> 4, blocks >> 4), dim=2).flatten(1)[:n, :k]
+    return torch.stack(((blocks << 4) >> 4, blocks >> 4), dim=3 if chained else 2).flatten(1)[:n, :k]
 
 
 def to_kernel_scales(scales: Tensor, group_size: int) -> Tensor:
@@ -37,10 +41,10 @@ def to_kernel_scales(scales: Tensor, group_size: int) -> Tensor:
     return torch.nn.functional.pad(columns.float().T / 16, (0, padded(n) - n)).contiguous()
 
 
-def prepare(packed: Tensor, scales: Tensor, k: int, group_size: int) -> tuple[Tensor, Tensor]:
+def prepare(packed: Tensor, scales: Tensor, k: int, group_size: int, chained: bool = False) -> tuple[Tensor, Tensor]:
     """Bring a checkpoint's packed int32 [n, k / 8] and scales [n, groups] into this layout.
 
     It goes over the rows in parts: unpacking takes some ten times the memory of a packed part.
     """
-    parts = [to_halves(unpack_int4(part, k)) for part in packed.split(32 * ROWS)]
+    parts = [to_halves(unpack_int4(part, k), chained) for part in packed.split(32 * ROWS)]
     return torch.cat(parts), to_kernel_scales(scales, group_size)

@@ -19,8 +19,8 @@ SMALL, MIDDLE, LARGE, GROUPED = (16, 128, 4, False, 4, 4), (64, 128, 1, False, 8
 )  # fmt: skip
 
 
-def compiled(capability: int, case: tuple[Any, ...], folder: Path) -> tuple[str, str, int]:
-    """Return PTX, the assembler's resource line with the SASS listing, and the shared memory of one kernel."""
+def built(capability: int, case: tuple[Any, ...], chained: bool = False) -> Any:
+    """Return one compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -29,13 +29,20 @@ def compiled(capability: int, case: tuple[Any, ...], folder: Path) -> tuple[str,
 
     tokens, rows, split, grouped, warps, stages = case
     numbers = {"TOKENS": tokens, "ROWS": rows, "SPLIT": split, "GROUPED": grouped, "HALF_GROUPS": False}
-    numbers |= {"BIAS": True, "ASM": True}
+    numbers |= {"BIAS": True, "ASM": True, "CHAINED": chained}
     pointers = ("*i8", "*fp32", "*i8", "*fp32", "*bf16", "*bf16", "*fp32" if grouped else "*i32")
-    signature = dict(zip(kernels.linear.arg_names, (*pointers, *["i32"] * 5, *["constexpr"] * 7), strict=True))
+    signature = dict(zip(kernels.linear.arg_names, (*pointers, *["i32"] * 5, *["constexpr"] * 8), strict=True))
     divisible = {(i,): [["tt.divisibility", 16]] for i in range(12) if i != 7}  # all but the number of tokens
     source = ASTSource(fn=kernels.linear, signature=signature, constexprs=numbers, attrs=divisible)
     options = {"num_warps": warps, "num_stages": stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compiled(capability: int, case: tuple[Any, ...], folder: Path, chained: bool = False) -> tuple[str, str, int]:
+    """Return PTX, the assembler's resource line with the SASS listing, and the shared memory of one kernel."""
+    import triton
+
+    kernel = built(capability, case, chained)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         pytest.skip("this Triton carries no cuobjdump")
@@ -72,3 +79,30 @@ def test_other_cards_compile(capability: int, tmp_path: Path) -> None:
     _, sass, shared = compiled(capability, MIDDLE, tmp_path)
     assert "MMA" in sass
     assert shared <= 99 * 1024
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("case", [SMALL, LARGE, GROUPED])
+def test_chained_words_are_four_neighbours_of_a_row(case: tuple[Any, ...], capability: int) -> None:
+    """The shift joins the four bytes of one register of the product's operand: kWidth 4 are four inputs in order."""
+    listing = built(capability, case, chained=True).asm["ttgir"]
+    shifts = [line for line in listing.splitlines() if "elementwise_inline_asm" in line]
+    assert len(shifts) == 1
+    assert "packed_element = 4" in shifts[0]
+    assert "shl.b32" in shifts[0]
+    assert shifts[0].count("#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>") == 2
+
+
+@pytest.mark.parametrize("case", [SMALL, LARGE])
+def test_chained_weights_reach_hopper_products_with_fewer_operations(case: tuple[Any, ...], tmp_path: Path) -> None:
+    """Odd inputs need no register: their products read the words where they were copied to."""
+
+    def logic(chained: bool) -> int:
+        ptx, sass, _ = compiled(90, case, tmp_path, chained)
+        products = len(re.findall(r"wgmma\.mma_async\S*m64n\d+k32\.s32\.s8\.s8", ptx))
+        in_registers = len(re.findall(r"wgmma\.mma_async[^;]*\{[^}]*\},\s*\{", ptx))
+        assert in_registers == (products // 2 if chained else products) > 0
+        assert "STL" not in sass
+        return len(re.findall(r"\b(?:LOP3|PRMT|SHF|IMAD\.SHL)\b", sass))
+
+    assert logic(chained=True) < logic(chained=False)

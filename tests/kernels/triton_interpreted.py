@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from qtoolkit.kernels import reference
+from qtoolkit.kernels import chained, reference
 from qtoolkit.kernels.triton import backend, layout
 from qtoolkit.kernels.triton.backend import Tiling
 
@@ -30,7 +30,7 @@ def quantizer() -> None:
     assert backend.quantize_tokens(x[:0])[0].shape == (0, 3, 40)
 
 
-def products(group_sizes: tuple[int, ...], exact: bool) -> None:
+def products(group_sizes: tuple[int, ...], exact: bool, is_chained: bool = False) -> None:
     for tokens, n, k, split, group_size in [(1, 8, 256, 1, g) for g in group_sizes] + [
         (19, 136, 384 if g < 256 else 512, 2, g) for g in group_sizes
     ]:
@@ -39,10 +39,11 @@ def products(group_sizes: tuple[int, ...], exact: bool) -> None:
         scales = torch.rand(n, 1 if group_size == -1 else k // group_size) * 0.02
         bias = torch.randn(n) if tokens > 1 else None
         out = torch.full((tokens, n), torch.nan, dtype=x.dtype)
-        weight, own_scales = layout.to_halves(codes), layout.to_kernel_scales(scales, group_size)
+        weight, own_scales = layout.to_halves(codes, is_chained), layout.to_kernel_scales(scales, group_size)
         cut = Tiling(16, 64, split, 4, 3)
-        backend.multiply(*backend.quantize(x), weight, own_scales, bias, out, group_size, cut)
-        want = reference.w4a8_linear(x, codes, scales, bias, group_size)
+        tokens_in = backend.quantize(x, is_chained)
+        backend.multiply(*tokens_in, weight, own_scales, bias, out, group_size, cut, is_chained)
+        want = (chained if is_chained else reference).w4a8_linear(x, codes, scales, bias, group_size)
         if exact:
             assert torch.equal(out, want), (out - want).abs().max()
         else:  # shares add up in another order
@@ -54,6 +55,7 @@ if __name__ == "__main__":
     cases = {
         "quantizer": quantizer,
         "per_channel": lambda: products((-1,), exact=True),
+        "chained": lambda: products((-1,), exact=True, is_chained=True),
         "grouped": lambda: products((64, 128, 256), exact=False),
     }
     cases[sys.argv[1]]()
