@@ -12,6 +12,7 @@ from torch.nn import functional as F
 WORD = 32  # sign bits a word, lowest bit first, 1 for +1
 PANEL = 64  # outputs of a binary linear layer side by side
 MOST_ROWS = 4  # outputs that share a list of columns
+WINDOW = 64  # columns of an N:M layer whose inputs stay in L1 together: 64 * 128 lanes * 4 bytes
 
 
 def pack_signs(bits: Tensor) -> Tensor:
@@ -69,6 +70,22 @@ def sparse_groups(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tens
     few = next(count for count in range(MOST_ROWS, 0, -1) if rows % count == 0)
     split = values.float().unflatten(2, (-1, few)).transpose(1, 2).flatten(0, 1)  # [groups * rows / few, length, few]
     return split.contiguous(), columns.to(torch.int32).repeat_interleave(rows // few, dim=0).contiguous()
+
+
+def sparse_window(values: Tensor, columns: Tensor, k: int) -> int:
+    """Return how many columns the kernels may take at a time, or 0 for all.
+
+    More than 0 where groups are single outputs and each has as many columns in a window as every other, in order: then
+    the inputs of a window are brought close once for all outputs. Every N:M pattern with M a divisor of 64 is such.
+    """
+    groups, length, rows = values.shape
+    share = length * WINDOW // max(1, k)
+    if rows > 1 or not groups or not length or not (columns.diff(dim=1) > 0).all():
+        return 0
+    whole = k // WINDOW
+    expected = torch.tensor([share] * whole + [length - share * whole] * (k % WINDOW > 0), device=columns.device)
+    counts = F.one_hot((columns // WINDOW).long(), -(-k // WINDOW)).sum(dim=1)  # [groups, windows]
+    return WINDOW if 0 < share and int(expected[-1]) <= share and bool((counts == expected).all()) else 0
 
 
 def sparse_matrix(values: Tensor, columns: Tensor, k: int) -> Tensor:

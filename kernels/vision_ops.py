@@ -18,8 +18,10 @@ LIBRARY.define(
     "binary_conv2d(Tensor x, Tensor words, Tensor ones, Tensor scale, Tensor? bias, Tensor? thresholds, "
     f"{GEOMETRY}) -> Tensor"
 )
-LIBRARY.define("sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor? bias) -> Tensor")
-LIBRARY.define(f"sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor? bias, {GEOMETRY}) -> Tensor")
+LIBRARY.define("sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor? bias, int window) -> Tensor")
+LIBRARY.define(
+    f"sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor? bias, int window, {GEOMETRY}) -> Tensor"
+)
 Pair = reference.Pair
 
 
@@ -58,17 +60,17 @@ def _binary_conv2d(
     return backend.binary_conv2d(x, words, ones, scale, bias, thresholds, kernel, stride, padding, dilation)
 
 
-def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None, window: int) -> Tensor:
     _check_sparse(values, columns, bias)
     if not _compiled(x):
         return reference.sparse_linear(x, values, columns, bias)
     from qtoolkit.kernels.cpu.vision import backend
 
-    return backend.sparse_linear(x, values, columns, bias)
+    return backend.sparse_linear(x, values, columns, bias, window)
 
 
 def _sparse_conv2d(
-    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None,
+    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None, window: int,
     kernel: Pair, stride: Pair, padding: Pair, dilation: Pair,
 ) -> Tensor:  # fmt: skip
     _places(x, kernel, stride, padding, dilation)
@@ -78,7 +80,7 @@ def _sparse_conv2d(
         return reference.sparse_conv2d(x, values, columns, bias, *shape)  # type: ignore[arg-type]
     from qtoolkit.kernels.cpu.vision import backend
 
-    return backend.sparse_conv2d(x, values, columns, bias, kernel, stride, padding, dilation)
+    return backend.sparse_conv2d(x, values, columns, bias, window, kernel, stride, padding, dilation)
 
 
 def _check(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> None:
@@ -144,12 +146,12 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "qtoolkit::sparse_linear",
-    lambda x, values, columns, bias: _fake_linear(x, values.shape[0] * values.shape[2]),
+    lambda x, values, columns, bias, window: _fake_linear(x, values.shape[0] * values.shape[2]),
     lib=LIBRARY,
 )
 torch.library.register_fake(
     "qtoolkit::sparse_conv2d",
-    lambda x, values, columns, bias, *shape: _fake_conv(x, values.shape[0] * values.shape[2], *shape),
+    lambda x, values, columns, bias, window, *shape: _fake_conv(x, values.shape[0] * values.shape[2], *shape),
     lib=LIBRARY,
 )
 
@@ -167,8 +169,8 @@ def binary_linear(
         thresholds: int32 [n] or None.
 
     Returns:
-        [..., n] in the dtype of x: the sum of k products of signs times ``scale`` plus ``bias``, each rounded once; with
-        thresholds +1 where the sum is at least the threshold and -1 elsewhere.
+        [..., n] in the dtype of x: the sum of k products of signs times ``scale`` plus ``bias``, each rounded once;
+        with thresholds +1 where the sum is at least the threshold and -1 elsewhere.
 
     Raises:
         ValueError: a tensor does not have the shape or dtype said here.
@@ -203,7 +205,7 @@ def binary_conv2d(
     return torch.ops.qtoolkit.binary_conv2d(x, words, ones, scale, bias, thresholds, kernel, stride, padding, dilation)
 
 
-def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tensor:
+def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None = None, window: int = 0) -> Tensor:
     """Multiply x with a sparse weight whose groups of 1 to 4 outputs share a list of columns.
 
     Args:
@@ -211,6 +213,7 @@ def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | Non
         values: float32 [groups, length, rows], see ``vision_layout.sparse_groups``, which checks the columns too.
         columns: int32 [groups, length], each below k.
         bias: float32 [groups * rows] or None.
+        window: what ``vision_layout.sparse_window`` says of these columns.
 
     Returns:
         [..., groups * rows] in the dtype of x. The order of a sum is that of the columns, whatever the batch or the
@@ -219,11 +222,11 @@ def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | Non
     Raises:
         ValueError: a tensor does not have the shape or dtype said here.
     """
-    return torch.ops.qtoolkit.sparse_linear(x, values, columns, bias)
+    return torch.ops.qtoolkit.sparse_linear(x, values, columns, bias, window)
 
 
 def sparse_conv2d(
-    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None,
+    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None, window: int,
     kernel: Pair, stride: Pair, padding: Pair, dilation: Pair,
 ) -> Tensor:  # fmt: skip
     """Convolve x with a sparse weight; arguments as in ``sparse_linear`` and ``binary_conv2d``, rows kernel-major.
@@ -231,4 +234,4 @@ def sparse_conv2d(
     Raises:
         ValueError: a tensor does not have the shape or dtype said there, or the images are too small.
     """
-    return torch.ops.qtoolkit.sparse_conv2d(x, values, columns, bias, kernel, stride, padding, dilation)
+    return torch.ops.qtoolkit.sparse_conv2d(x, values, columns, bias, window, kernel, stride, padding, dilation)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from qtoolkit.kernels.cpu.vision import library
 
 Pair = tuple[int, int]
-SEGMENT = 64  # inputs whose lanes stay in L1 while every output of an N:M layer reads them: 64 * 128 * 4 bytes
 
 
 def binary_linear(
@@ -50,7 +48,9 @@ def binary_conv2d(
     return _made(y, failed)
 
 
-def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None, path: str | None = None) -> Tensor:
+def sparse_linear(
+    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None, window: int, path: str | None = None
+) -> Tensor:
     """Run ``vision_ops.sparse_linear``; ``path`` forces a code path."""
     own, number = _path(path)
     groups, length, per_group = values.shape
@@ -60,13 +60,13 @@ def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | Non
     values, columns, bias = (_dense(t) for t in (values, columns, bias))
     failed = own.qtv_sparse_linear(
         number, rows.data_ptr(), rows.stride(0), len(rows), k, n, _pointer(values), _pointer(columns), length,
-        per_group, _segment(k, length, per_group), _pointer(bias), y.data_ptr(),
+        per_group, window, _pointer(bias), y.data_ptr(),
     )  # fmt: skip
     return _made(y, failed)
 
 
 def sparse_conv2d(
-    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None,
+    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None, window: int,
     kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, path: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Run ``vision_ops.sparse_conv2d``; ``path`` forces a code path."""
@@ -75,9 +75,8 @@ def sparse_conv2d(
     x = x.contiguous()
     shape, y = _convolution(x, groups * per_group, kernel, stride, padding, dilation)
     values, columns, bias = (_dense(t) for t in (values, columns, bias))
-    segment = _segment(kernel[0] * kernel[1] * x.shape[1], length, per_group)
     failed = own.qtv_sparse_conv(
-        number, x.data_ptr(), ctypes.byref(shape), _pointer(values), _pointer(columns), length, per_group, segment,
+        number, x.data_ptr(), ctypes.byref(shape), _pointer(values), _pointer(columns), length, per_group, window,
         _pointer(bias), y.data_ptr(),
     )  # fmt: skip
     return _made(y, failed)
@@ -86,11 +85,6 @@ def sparse_conv2d(
 def _path(name: str | None) -> tuple[ctypes.CDLL, int]:
     own = library.load()
     return own.functions, own.path_id if name is None else own.paths[name]
-
-
-def _segment(k: int, length: int, rows: int) -> int:
-    """Return how many columns of a group are done before the next group's: all where a load serves several rows."""
-    return max(1, length) if rows > 1 else max(8, SEGMENT * length // max(1, k))
 
 
 def _convolution(

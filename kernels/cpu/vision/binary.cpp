@@ -127,17 +127,15 @@ void count_tile(const BinaryTile& tile) {
 }
 
 void pack_pixels(const float* x, int64_t channel_stride, int64_t channels, int64_t count, uint32_t* __restrict out) {
-  constexpr int64_t BLOCK = 64;
+  constexpr int64_t BLOCK = 512;  // long enough for streams of reads, short enough for the words to stay in L1
   for (int64_t first = 0; first < count; first += BLOCK) {
     const int64_t pixels = std::min(BLOCK, count - first);
-    uint32_t words[BLOCK] = {};
+    uint32_t words[BLOCK];
+    std::fill(words, words + pixels, 0u);
     for (int64_t c = 0; c < channels; ++c) {
       const float* from = x + c * channel_stride + first;
       const uint32_t bit = uint32_t(1) << c;
-      if (pixels == BLOCK)
-        for (int64_t i = 0; i < BLOCK; ++i) words[i] |= from[i] >= 0.0f ? bit : 0;  // false for NaN, true for -0
-      else
-        for (int64_t i = 0; i < pixels; ++i) words[i] |= from[i] >= 0.0f ? bit : 0;
+      for (int64_t i = 0; i < pixels; ++i) words[i] |= from[i] >= 0.0f ? bit : 0;  // false for NaN, true for -0
     }
     std::memcpy(out + first, words, size_t(pixels) * sizeof(uint32_t));
   }
@@ -159,17 +157,70 @@ void pack_row(const float* x, int64_t k, uint32_t* out) {
   }
 }
 
+// Lanes [first, last) of one vector. Stretches of image rows are short and start anywhere: they are masked, not copied,
+// so that counts are read as the whole vectors they were just stored as (a load across two stores waits for both).
+#if defined(__AVX512F__)
+struct Part {
+  __mmask16 mask;
+  Part(int64_t first, int64_t last)
+      : mask(__mmask16((last < 16 ? (1u << last) - 1 : 0xffffu) & (first > 0 ? ~0u << first : ~0u))) {}
+  __m512i sum(const int32_t* starts, const int32_t* counts) const {  // starts - 2 * counts
+    const __m512i two = _mm512_slli_epi32(_mm512_loadu_si512(counts), 1);
+    return _mm512_sub_epi32(_mm512_maskz_loadu_epi32(mask, starts), two);
+  }
+  void keep(float* y, __m512 v) const { _mm512_mask_storeu_ps(y, mask, v); }
+};
+inline __m512 spread_float(float v) { return _mm512_set1_ps(v); }
+inline __m512 scaled(__m512i sum, __m512 scale) { return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale); }
+inline __m512 plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+inline __m512 compared(__m512i sum, __m512i least) {
+  return _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(sum, least), _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+}
+#elif defined(__AVX2__)
+struct Part {
+  __m256i mask;
+  Part(int64_t first, int64_t last) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(std::max<int64_t>(first, 0))), lane);
+    const __m256i until = _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(std::min<int64_t>(last, 8))), lane);
+    mask = _mm256_andnot_si256(before, until);
+  }
+  __m256i sum(const int32_t* starts, const int32_t* counts) const {
+    const __m256i two = _mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(counts)), 1);
+    return _mm256_sub_epi32(_mm256_maskload_epi32(starts, mask), two);
+  }
+  void keep(float* y, __m256 v) const { _mm256_maskstore_ps(y, mask, v); }
+};
+inline __m256 spread_float(float v) { return _mm256_set1_ps(v); }
+inline __m256 scaled(__m256i sum, __m256 scale) { return _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scale); }
+inline __m256 plus(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+inline __m256 compared(__m256i sum, __m256i least) {
+  const __m256 below = _mm256_castsi256_ps(_mm256_cmpgt_epi32(least, sum));
+  return _mm256_blendv_ps(_mm256_set1_ps(1.0f), _mm256_set1_ps(-1.0f), below);
+}
+#endif
+
 // Two roundings, product and sum, as torch has them; this file is compiled without contraction.
-void finish_places(const int32_t* __restrict counts, const int32_t* __restrict starts, int64_t count, float scale,
-                   const float* bias, const int32_t* threshold, float* __restrict y) {
-  if (threshold) {
-    const int32_t t = *threshold;
-    for (int64_t i = 0; i < count; ++i) y[i] = starts[i] - 2 * counts[i] >= t ? 1.0f : -1.0f;
-  } else if (bias) {
-    const float b = *bias;
-    for (int64_t i = 0; i < count; ++i) y[i] = float(starts[i] - 2 * counts[i]) * scale + b;
-  } else {
-    for (int64_t i = 0; i < count; ++i) y[i] = float(starts[i] - 2 * counts[i]) * scale;
+void finish_places(const int32_t* counts, const Stretch* stretches, int64_t stretch_count, const int32_t* starts,
+                   float scale, const float* bias, const int32_t* threshold, float* y) {
+  for (const Stretch* s = stretches; s < stretches + stretch_count; ++s) {
+#if defined(__AVX2__)
+    for (int64_t lane = s->lane / LANES * LANES; lane < s->lane + s->count; lane += LANES) {
+      const int64_t ahead = lane - s->lane;  // negative in the first vector, whose first lanes are masked
+      const Part part(-ahead, s->count - ahead);
+      const Vector sum = part.sum(starts + s->start + ahead, counts + lane);
+      float* to = y + s->out + ahead;
+      if (threshold) part.keep(to, compared(sum, spread(uint32_t(*threshold))));
+      else if (bias) part.keep(to, plus(scaled(sum, spread_float(scale)), spread_float(*bias)));
+      else part.keep(to, scaled(sum, spread_float(scale)));
+    }
+#else
+    for (int64_t i = 0; i < s->count; ++i) {
+      const int32_t sum = starts[s->start + i] - 2 * counts[s->lane + i];
+      if (threshold) y[s->out + i] = sum >= *threshold ? 1.0f : -1.0f;
+      else y[s->out + i] = bias ? float(sum) * scale + *bias : float(sum) * scale;
+    }
+#endif
   }
 }
 

@@ -99,62 +99,69 @@ int64_t chunk_of(int64_t channels, int64_t unit, int64_t other_tasks, int thread
 }
 
 int64_t images_a_block(const Planes& planes, int64_t element_bytes) {
-  return std::max<int64_t>(1, std::min(planes.c.images, BLOCK_BYTES / std::max<int64_t>(1, planes.image * element_bytes)));
+  const int64_t fit = BLOCK_BYTES / std::max<int64_t>(1, planes.image * element_bytes);
+  return std::max<int64_t>(1, std::min(planes.c.images, fit));
 }
 
-// For every (class of output rows, channel, output column): what a sum starts at. Padded taps hold 0 bits and add
-// nothing in the float layer: each is left out of the length, and where its weight bit is 1 it is counted as a
-// mismatch that starting two higher undoes. Rows that leave out the same kernel rows share a class.
-struct Starts {
-  std::vector<int64_t> class_of;           // [out_h]
-  std::vector<std::vector<bool>> rows, columns;  // valid kernel rows of a class; kernel columns of an output column
-  std::vector<int32_t> values;             // [classes, n, out_w]
+// Output rows (or columns) by which of their kernel rows (columns) lie inside the image: one mask for each kind.
+struct Edges {
+  std::vector<std::vector<char>> kinds;  // [kinds, taps of this axis]
+  std::vector<int64_t> kind_of;          // [outputs], ascending stretches of equal kinds
 
-  explicit Starts(const Planes& p) {
-    for (int64_t y = 0; y < p.out_h; ++y) {
-      const auto valid = inside(y * p.c.stride_y - p.c.pad_y, p.c.kernel_y, p.c.dilation_y, p.c.height);
-      const auto found = std::find(rows.begin(), rows.end(), valid);
-      class_of.push_back(found - rows.begin());
-      if (found == rows.end()) rows.push_back(valid);
-    }
-    for (int64_t x = 0; x < p.out_w; ++x)
-      columns.push_back(inside(x * p.c.stride_x - p.c.pad_x, p.c.kernel_x, p.c.dilation_x, p.c.width));
-    values.resize(rows.size() * size_t(p.c.n * p.out_w));
-  }
-
-  void fill(const Planes& p, const int32_t* ones, int64_t channel) {  // ones: [n, taps], weight bits that are 1
-    for (size_t k = 0; k < rows.size(); ++k) {
-      int32_t* to = values.data() + (int64_t(k) * p.c.n + channel) * p.out_w;
-      for (int64_t x = 0; x < p.out_w; ++x) {
-        int32_t start = 0;
-        if (x && columns[size_t(x)] == columns[size_t(x - 1)]) {
-          to[x] = to[x - 1];
-          continue;
-        }
-        for (int64_t tap = 0; tap < p.taps(); ++tap) {
-          const bool valid = rows[k][size_t(tap / p.c.kernel_x)] && columns[size_t(x)][size_t(tap % p.c.kernel_x)];
-          start += valid ? int32_t(p.c.channels) : 2 * ones[channel * p.taps() + tap];
-        }
-        to[x] = start;
+  Edges(int64_t outputs, int64_t taps, int64_t stride, int64_t pad, int64_t dilation, int64_t size) {
+    std::vector<char> valid(static_cast<size_t>(taps));
+    for (int64_t i = 0; i < outputs; ++i) {
+      for (int64_t t = 0; t < taps; ++t) {
+        const int64_t at = i * stride - pad + t * dilation;
+        valid[size_t(t)] = at >= 0 && at < size;
       }
+      kind_of.push_back(std::find(kinds.begin(), kinds.end(), valid) - kinds.begin());
+      if (kind_of.back() == int64_t(kinds.size())) kinds.push_back(valid);
     }
-  }
-
- private:
-  static std::vector<bool> inside(int64_t first, int64_t taps, int64_t dilation, int64_t size) {
-    std::vector<bool> valid;
-    for (int64_t t = 0; t < taps; ++t) valid.push_back(first + t * dilation >= 0 && first + t * dilation < size);
-    return valid;
   }
 };
 
-// Call work(oy, ox, lane, count) for the stretches of output rows inside positions [first, first + count).
-template <class Work>
-void by_rows(const Planes& p, int64_t first, int64_t count, Work&& work) {
+// For every kind of output row, channel and output column: what a sum starts at. Padded taps hold 0 bits and add
+// nothing in the float layer: each is left out of the length, and where its weight bit is 1 it is counted as a
+// mismatch that starting two higher undoes.
+struct Starts {
+  Edges rows, columns;
+  std::vector<int32_t> values;  // [kinds of rows, n, out_w]
+
+  explicit Starts(const Planes& p)
+      : rows(p.out_h, p.c.kernel_y, p.c.stride_y, p.c.pad_y, p.c.dilation_y, p.c.height),
+        columns(p.out_w, p.c.kernel_x, p.c.stride_x, p.c.pad_x, p.c.dilation_x, p.c.width),
+        values(rows.kinds.size() * size_t(p.c.n * p.out_w)) {}
+
+  void fill(const Planes& p, const int32_t* ones, int64_t channel) {  // ones: [n, taps], weight bits that are 1
+    std::vector<int32_t> by_column(columns.kinds.size());
+    for (size_t kind = 0; kind < rows.kinds.size(); ++kind) {
+      for (size_t column = 0; column < columns.kinds.size(); ++column) {
+        int32_t start = 0;
+        for (int64_t ky = 0; ky < p.c.kernel_y; ++ky)
+          for (int64_t kx = 0; kx < p.c.kernel_x; ++kx)
+            start += rows.kinds[kind][size_t(ky)] && columns.kinds[column][size_t(kx)]
+                         ? int32_t(p.c.channels)
+                         : 2 * ones[channel * p.taps() + ky * p.c.kernel_x + kx];
+        by_column[column] = start;
+      }
+      int32_t* to = values.data() + (int64_t(kind) * p.c.n + channel) * p.out_w;
+      for (int64_t x = 0; x < p.out_w; ++x) to[x] = by_column[size_t(columns.kind_of[size_t(x)])];
+    }
+  }
+};
+
+// Where the lanes [first, first + count) belong; `starts` of a binary layer or null.
+std::vector<Stretch> stretches(const Planes& p, int64_t first, int64_t count, const Starts* starts) {
+  std::vector<Stretch> all;
   for (int64_t y = first / p.row; y < p.out_h && y * p.row < first + count; ++y) {
     const int64_t begin = std::max(first, y * p.row), end = std::min(first + count, y * p.row + p.out_w);
-    if (begin < end) work(y, begin - y * p.row, begin - first, end - begin);
+    const int64_t x = begin - y * p.row;
+    if (begin < end)
+      all.push_back({begin - first, end - begin, y * p.out_w + x,
+                     starts ? starts->rows.kind_of[size_t(y)] * p.c.n * p.out_w + x : 0});
   }
+  return all;
 }
 
 }  // namespace
@@ -180,7 +187,7 @@ int qtv_counts_bits(int path) {
 }
 
 // y [images, n, out_h, out_w] of x [images, channels, height, width], both float32 and contiguous.
-// weight: [n, taps, ceil(channels / 32)] words; ones: [n, taps]; scale: [n]; bias: [n] or null; thresholds: [n] or null.
+// weight: [n, taps, ceil(channels / 32)] words; ones: [n, taps]; scale: [n]; bias and thresholds: [n] or null.
 // Returns 0, or 1 when memory is short.
 int qtv_binary_conv(int path, const float* x, const Convolution* convolution, const uint32_t* weight,
                     const int32_t* ones, const float* scale, const float* bias, const int32_t* thresholds, float* y) {
@@ -191,7 +198,8 @@ int qtv_binary_conv(int path, const float* x, const Convolution* convolution, co
   const int64_t words = int64_t(offsets.size()), block = images_a_block(p, 4), pixels = c.height * c.width;
   const int64_t tiles = up(p.positions, BINARY_LANES) / BINARY_LANES;
   const int threads = threads_for(c.images * c.n * p.positions * words / 16 + c.images * c.channels * pixels / 16);
-  uint32_t* laid = reinterpret_cast<uint32_t*>(scratch.take((block * p.image + BINARY_LANES + threads * up(pixels, 64)) * 4));
+  const int64_t needed = block * p.image + BINARY_LANES + threads * up(pixels, 64);
+  uint32_t* laid = reinterpret_cast<uint32_t*>(scratch.take(needed * 4));
   if (!laid) return 1;
   uint32_t* packed = laid + block * p.image + BINARY_LANES;
   Starts starts(p);
@@ -218,17 +226,16 @@ int qtv_binary_conv(int path, const float* x, const Convolution* convolution, co
         job.lanes = laid + image * p.image + position;
         job.lane_count = std::min(BINARY_LANES, p.positions - position);
         job.offsets = offsets.data(), job.words = words, job.row_stride = words, job.counts = counts;
+        const std::vector<Stretch> rows = stretches(p, position, job.lane_count, &starts);
         for (int64_t n = part * chunk; n < std::min(c.n, (part + 1) * chunk); n += BINARY_ROWS) {
           job.rows = weight + n * words;
           job.row_count = int(std::min<int64_t>(BINARY_ROWS, c.n - n));
           own.count(job);
           for (int r = 0; r < job.row_count; ++r)
-            by_rows(p, position, job.lane_count, [&](int64_t oy, int64_t ox, int64_t lane, int64_t count) {
-              const int32_t* from = starts.values.data() + (starts.class_of[size_t(oy)] * c.n + n + r) * p.out_w + ox;
-              float* to = y + (((first + image) * c.n + n + r) * p.out_h + oy) * p.out_w + ox;
-              own.finish_places(counts + r * BINARY_LANES + lane, from, count, scale[n + r], bias ? bias + n + r : nullptr,
-                                thresholds ? thresholds + n + r : nullptr, to);
-            });
+            own.finish_places(counts + r * BINARY_LANES, rows.data(), int64_t(rows.size()),
+                              starts.values.data() + (n + r) * p.out_w, scale[n + r], bias ? bias + n + r : nullptr,
+                              thresholds ? thresholds + n + r : nullptr,
+                              y + ((first + image) * c.n + n + r) * p.out_h * p.out_w);
         }
       });
     };
@@ -239,8 +246,9 @@ int qtv_binary_conv(int path, const float* x, const Convolution* convolution, co
 
 // y [m, n] of x [m, k], rows x_stride apart. weight: [ceil(n / 64), ceil(k / 32), 64] words, zeros after the last
 // output. The rest as for the convolution.
-int qtv_binary_linear(int path, const float* x, int64_t x_stride, int64_t m, int64_t k, int64_t n, const uint32_t* weight,
-                      const float* scale, const float* bias, const int32_t* thresholds, float* y) {
+int qtv_binary_linear(int path, const float* x, int64_t x_stride, int64_t m, int64_t k, int64_t n,
+                      const uint32_t* weight, const float* scale, const float* bias,
+                      const int32_t* thresholds, float* y) {
   const BinaryPath& own = *path_of(path).binary;
   const int64_t words = up(k, WORD) / WORD, panels = up(n, BINARY_LANES) / BINARY_LANES;
   std::vector<int32_t> offsets;
@@ -282,19 +290,21 @@ int qtv_binary_linear(int path, const float* x, int64_t x_stride, int64_t m, int
 // y [images, n, out_h, out_w] of x, as for binary layers. values: [groups, length, rows], groups * rows = n; columns:
 // [groups, length], entries of a kernel-major weight row.
 int qtv_sparse_conv(int path, const float* x, const Convolution* convolution, const float* values,
-                    const int32_t* columns, int64_t length, int rows, int64_t segment, const float* bias, float* y) {
+                    const int32_t* columns, int64_t length, int rows, int64_t window, const float* bias, float* y) {
   const SparsePath& own = *path_of(path).sparse;
   const Convolution& c = *convolution;
   const Planes p(c, c.channels);
   const std::vector<int32_t> offsets = p.offsets();
   const int64_t block = images_a_block(p, 4), lanes = own.tile_lanes(rows), groups = c.n / rows;
-  const int64_t tiles = up(p.positions, lanes) / lanes;
+  const int64_t tiles = up(p.positions, lanes) / lanes, k = int64_t(offsets.size());
   const int threads = threads_for(c.images * c.n * p.positions * length / 16);
-  const int64_t chunk = chunk_of(groups, 1, std::min(block, c.images) * tiles, threads), chunks = up(groups, chunk) / chunk;
-  const int64_t own_sums = chunk * rows * SPARSE_LANES;
-  float* laid = reinterpret_cast<float*>(scratch.take((up(block * p.image + SPARSE_LANES, 16) + threads * own_sums) * 4));
+  const int64_t chunk = chunk_of(groups, 1, std::min(block, c.images) * tiles, threads);
+  const int64_t chunks = up(groups, chunk) / chunk;
+  const int64_t own_sums = chunk * rows * SPARSE_LANES, near = window * SPARSE_LANES;
+  const int64_t inputs = up(block * p.image + SPARSE_LANES, 16);
+  float* laid = reinterpret_cast<float*>(scratch.take((inputs + threads * (own_sums + near)) * 4));
   if (!laid) return 1;
-  float* sums = laid + up(block * p.image + SPARSE_LANES, 16);
+  float* sums = laid + inputs;
   for (int64_t first = 0; first < c.images; first += block) {
     const int64_t images = std::min(block, c.images - first);
     Tasks pack, multiply;
@@ -308,17 +318,18 @@ int qtv_sparse_conv(int path, const float* x, const Convolution* convolution, co
       multiply.run([&](int64_t task) {
         const int64_t image = task / (tiles * chunks), position = task / chunks % tiles * lanes;
         const int64_t begin = task % chunks * chunk, end = std::min(groups, begin + chunk);
-        float* mine = sums + thread * own_sums;
+        float* mine = sums + thread * (own_sums + near);
         const int64_t count = std::min(lanes, p.positions - position);
-        own.multiply({laid + image * p.image + position, offsets.data(), columns, values, length, segment, rows, begin, end,
-                      count, mine});
-        for (int64_t n = begin * rows; n < end * rows; ++n)
-          by_rows(p, position, count, [&](int64_t oy, int64_t ox, int64_t lane, int64_t places) {
-            const float* from = mine + (n - begin * rows) * SPARSE_LANES + lane;
-            float* to = y + (((first + image) * c.n + n) * p.out_h + oy) * p.out_w + ox;
-            const float b = bias ? bias[n] : 0.0f;
-            for (int64_t i = 0; i < places; ++i) to[i] = from[i] + b;
-          });
+        own.multiply({laid + image * p.image + position, offsets.data(), columns, values, k, length, window, rows,
+                      begin, end, count, mine, mine + own_sums});
+        const std::vector<Stretch> parts = stretches(p, position, count, nullptr);
+        for (int64_t n = begin * rows; n < end * rows; ++n) {
+          float* own_row = mine + (n - begin * rows) * SPARSE_LANES;
+          if (bias) for (int64_t i = 0; i < SPARSE_LANES; ++i) own_row[i] += bias[n];
+          for (const Stretch& s : parts)
+            std::memcpy(y + ((first + image) * c.n + n) * p.out_h * p.out_w + s.out, own_row + s.lane,
+                        size_t(s.count) * sizeof(float));
+        }
       });
     };
     parallel(threads, body);
@@ -328,15 +339,16 @@ int qtv_sparse_conv(int path, const float* x, const Convolution* convolution, co
 
 // y [m, n] of x [m, k], rows x_stride apart: positions are tokens, so x is laid out with its inputs as planes.
 int qtv_sparse_linear(int path, const float* x, int64_t x_stride, int64_t m, int64_t k, int64_t n, const float* values,
-                      const int32_t* columns, int64_t length, int rows, int64_t segment, const float* bias, float* y) {
+                      const int32_t* columns, int64_t length, int rows, int64_t window, const float* bias, float* y) {
   const SparsePath& own = *path_of(path).sparse;
   const int64_t lanes = own.tile_lanes(rows), groups = n / rows, width = up(std::min(m, TOKENS), lanes);
   std::vector<int32_t> offsets;
   for (int64_t i = 0; i < k; ++i) offsets.push_back(int32_t(i * width));
   const int threads = threads_for(up(m, 16) * n * length / 16);
-  const int64_t chunk = chunk_of(groups, up(16, rows) / rows, width / lanes, threads), chunks = up(groups, chunk) / chunk;
-  const int64_t own_sums = chunk * rows * SPARSE_LANES;
-  float* laid = reinterpret_cast<float*>(scratch.take((up(k * width, 16) + threads * own_sums) * 4));
+  const int64_t chunk = chunk_of(groups, up(16, rows) / rows, width / lanes, threads);
+  const int64_t chunks = up(groups, chunk) / chunk;
+  const int64_t own_sums = chunk * rows * SPARSE_LANES, near = window * SPARSE_LANES;
+  float* laid = reinterpret_cast<float*>(scratch.take((up(k * width, 16) + threads * (own_sums + near)) * 4));
   if (!laid && m && k) return 1;
   float* sums = laid + up(k * width, 16);
   constexpr int64_t SQUARE = 16;  // transposed at a time
@@ -357,8 +369,9 @@ int qtv_sparse_linear(int path, const float* x, int64_t x_stride, int64_t m, int
       multiply.run([&](int64_t task) {
         const int64_t position = task / chunks * lanes, begin = task % chunks * chunk;
         const int64_t end = std::min(groups, begin + chunk), count = std::min(lanes, block - position);
-        float* mine = sums + thread * own_sums;
-        own.multiply({laid + position, offsets.data(), columns, values, length, segment, rows, begin, end, count, mine});
+        float* mine = sums + thread * (own_sums + near);
+        own.multiply({laid + position, offsets.data(), columns, values, k, length, window, rows, begin, end, count,
+                      mine, mine + own_sums});
         for (int64_t t = 0; t < count; ++t) {
           float* to = y + (first + position + t) * n;
           for (int64_t i = begin * rows; i < end * rows; ++i)

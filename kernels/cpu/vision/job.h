@@ -18,6 +18,12 @@ struct BinaryTile {
   int32_t* counts;           // [row_count, BINARY_LANES]: mismatches
 };
 
+// Lanes of a tile that are one stretch of an output row: `out` is its first place in a channel's image.
+struct Stretch {
+  int64_t lane, count, out;
+  int64_t start;  // of its first lane in a channel's table of starts; binary layers only
+};
+
 struct BinaryPath {
   // Sign bits of `count` pixels of up to 32 channels, one word a pixel; channels are `channel_stride` apart.
   void (*pack_pixels)(const float* x, int64_t channel_stride, int64_t channels, int64_t count, uint32_t* out);
@@ -25,8 +31,8 @@ struct BinaryPath {
   void (*pack_row)(const float* x, int64_t k, uint32_t* out);
   void (*count)(const BinaryTile& tile);
   // y = (start - 2 * count) * scale + bias along places of one channel; or, with a threshold, +1 or -1.
-  void (*finish_places)(const int32_t* counts, const int32_t* starts, int64_t count, float scale, const float* bias,
-                        const int32_t* threshold, float* y);
+  void (*finish_places)(const int32_t* counts, const Stretch* stretches, int64_t stretch_count, const int32_t* starts,
+                        float scale, const float* bias, const int32_t* threshold, float* y);
   // The same along channels, start = k for all of them; bias and thresholds may be null.
   void (*finish_channels)(const int32_t* counts, int32_t start, int64_t count, const float* scale, const float* bias,
                           const int32_t* thresholds, float* y);
@@ -43,11 +49,13 @@ struct SparseTile {
   const int32_t* offsets;   // [k]
   const int32_t* columns;   // [groups, length]
   const float* values;      // [groups, length, rows]
-  int64_t length, segment;  // columns a group has, and how many of them are done before the next group's
+  int64_t k, length;        // columns of a row, and how many of them a group has
+  int64_t window;           // columns taken at a time, of which every group has equally many; 0: all of them
   int rows;                 // 1..SPARSE_ROWS
   int64_t first, last;      // groups
   int64_t lane_count;       // 1..tile_lanes(rows)
   float* sums;              // [(last - first) * rows, SPARSE_LANES]
+  float* near;              // [window, SPARSE_LANES] on a cache line
 };
 
 struct SparsePath {

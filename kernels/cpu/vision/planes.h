@@ -64,7 +64,8 @@ struct Planes {
     for (size_t i = 0; i < phases.size(); ++i) {
       const int64_t fy = phases[i] / c.stride_x, fx = phases[i] % c.stride_x;
       T* to = to_image + (int64_t(i) * planes + plane) * size;
-      for (int64_t y = fy - c.pad_y; to < to_image + (int64_t(i) * planes + plane + 1) * size; y += c.stride_y, to += row)
+      const T* end = to + size;
+      for (int64_t y = fy - c.pad_y; to < end; y += c.stride_y, to += row)
         if (y < 0 || y >= c.height) std::memset(to, 0, size_t(row) * sizeof(T));
         else place_row(pixels + y * c.width, to, fx - c.pad_x);
     }

@@ -1,8 +1,8 @@
 // Sums of sparse products, from one source in compiler vectors: 16 floats with AVX512, 8 with AVX2, 4 on any CPU.
 //
-// A group of 1 to 4 outputs has one list of columns. N:M sparsity has groups of one output: every product reads its own
-// inputs, so lanes come from L1 as memory operands. That is why columns are taken in segments short enough for their
-// inputs to stay there, all groups in turn. In groups of more outputs (1xN) a loaded vector of inputs serves them all.
+// A group of 1 to 4 outputs has one list of columns. In groups of several outputs (1xN) a loaded vector of inputs
+// serves them all. In N:M sparsity each output has its own columns, so every product is a load: the tile of inputs is
+// copied, a window of columns at a time, to where it is aligned and stays in L1, and all groups pass over it.
 #include <algorithm>
 #include <cstring>
 #include "job.h"
@@ -29,36 +29,52 @@ inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 inline Vector spread(float value) { return value - Vector{}; }
 
+// Add entries [from, to) of every group to its sums; column j lies at lanes + place(j).
+template <int ROWS, int VECTORS, class Place>
+inline void add_entries(const SparseTile& tile, const float* lanes, int64_t from, int64_t to, Place place) {
+  for (int64_t group = tile.first; group < tile.last; ++group) {
+    float* sums = tile.sums + (group - tile.first) * ROWS * SPARSE_LANES;
+    const int32_t* columns = tile.columns + group * tile.length;
+    const float* values = tile.values + group * tile.length * ROWS;
+    Vector sum[ROWS][VECTORS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = from ? load(sums + r * SPARSE_LANES + v * LANES) : Vector{};
+    for (int64_t i = from; i < to; ++i) {
+      const float* inputs = lanes + place(columns[i]);
+      Vector x[VECTORS];
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) x[v] = load(inputs + v * LANES);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const Vector value = spread(values[i * ROWS + r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] += value * x[v];
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) store(sums + r * SPARSE_LANES + v * LANES, sum[r][v]);
+  }
+}
+
 template <int ROWS, int VECTORS>
 void multiply_tile(const SparseTile& tile) {
-  for (int64_t from = 0; from < tile.length; from += tile.segment) {
-    const int64_t to = std::min(tile.length, from + tile.segment);
-    for (int64_t group = tile.first; group < tile.last; ++group) {
-      float* sums = tile.sums + (group - tile.first) * ROWS * SPARSE_LANES;
-      const int32_t* columns = tile.columns + group * tile.length;
-      const float* values = tile.values + group * tile.length * ROWS;
-      Vector sum[ROWS][VECTORS];
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r)
+  if (ROWS > 1 || !tile.window) {
+    const int32_t* offsets = tile.offsets;
+    return add_entries<ROWS, VECTORS>(tile, tile.lanes, 0, tile.length, [=](int32_t j) { return offsets[j]; });
+  }
+  const int64_t entries = tile.length * tile.window / tile.k;  // of a group in a window
+  for (int64_t first = 0, from = 0; first < tile.k; first += tile.window, from += entries) {
+    const int64_t last = std::min(tile.k, first + tile.window);
+    for (int64_t j = first; j < last; ++j)
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) sum[r][v] = from ? load(sums + r * SPARSE_LANES + v * LANES) : Vector{};
-      for (int64_t i = from; i < to; ++i) {
-        const float* inputs = tile.lanes + tile.offsets[columns[i]];
-        Vector x[VECTORS];
-#pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) x[v] = load(inputs + v * LANES);
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-          const Vector value = spread(values[i * ROWS + r]);
-#pragma GCC unroll 8
-          for (int v = 0; v < VECTORS; ++v) sum[r][v] += value * x[v];
-        }
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) store(sums + r * SPARSE_LANES + v * LANES, sum[r][v]);
-    }
+      for (int v = 0; v < VECTORS; ++v)
+        store(tile.near + (j - first) * SPARSE_LANES + v * LANES, load(tile.lanes + tile.offsets[j] + v * LANES));
+    add_entries<ROWS, VECTORS>(tile, tile.near, from, std::min(tile.length, from + entries),
+                               [=](int32_t j) { return (j - first) * SPARSE_LANES; });
   }
 }
 
