@@ -51,15 +51,19 @@ def binary_conv(signs: Tensor, taps: int) -> tuple[Tensor, Tensor]:
 
 
 def sparse_groups(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Split groups of outputs that share columns into groups of at most four.
+    """Split groups of outputs that share columns into groups of at most four, and columns into windows.
+
+    There are several windows where groups are single outputs and each has as many columns in a window as every other:
+    then the inputs of a window are brought close once for all outputs. N:M patterns are such, mostly.
 
     Args:
         values: float [groups, length, rows].
-        columns: integer [groups, length], entries of a weight row, below ``k``.
+        columns: integer [groups, length], entries of a weight row, below ``k`` and ascending.
         k: length of a weight row.
 
     Returns:
-        values float32 [groups', length, rows'] and columns int32 [groups', length]; rows' divides rows.
+        values float32 [windows, groups', length / windows, rows'] and columns int32 [windows, groups', length /
+        windows]; rows' divides rows, windows divides k and length.
 
     Raises:
         ValueError: a column does not exist: kernels would read beyond their input.
@@ -69,28 +73,27 @@ def sparse_groups(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tens
         raise ValueError(f"columns {list(columns.shape)} are not {[groups, length]} entries of a row of {k}")
     few = next(count for count in range(MOST_ROWS, 0, -1) if rows % count == 0)
     split = values.float().unflatten(2, (-1, few)).transpose(1, 2).flatten(0, 1)  # [groups * rows / few, length, few]
-    return split.contiguous(), columns.to(torch.int32).repeat_interleave(rows // few, dim=0).contiguous()
+    own_columns = columns.to(torch.int32).repeat_interleave(rows // few, dim=0)
+    windows = _windows(own_columns, k) if few == 1 else 1
+    by_window = split.unflatten(1, (windows, -1)).transpose(0, 1)
+    return by_window.contiguous(), own_columns.unflatten(1, (windows, -1)).transpose(0, 1).contiguous()
 
 
-def sparse_window(values: Tensor, columns: Tensor, k: int) -> int:
-    """Return how many columns the kernels may take at a time, or 0 for all.
-
-    More than 0 where groups are single outputs and each has as many columns in a window as every other, in order: then
-    the inputs of a window are brought close once for all outputs. Every N:M pattern with M a divisor of 64 is such.
-    """
-    groups, length, rows = values.shape
-    share = length * WINDOW // max(1, k)
-    if rows > 1 or not groups or not length or not (columns.diff(dim=1) > 0).all():
-        return 0
-    whole = k // WINDOW
-    expected = torch.tensor([share] * whole + [length - share * whole] * (k % WINDOW > 0), device=columns.device)
-    counts = F.one_hot((columns // WINDOW).long(), -(-k // WINDOW)).sum(dim=1)  # [groups, windows]
-    return WINDOW if 0 < share and int(expected[-1]) <= share and bool((counts == expected).all()) else 0
+def _windows(columns: Tensor, k: int) -> int:
+    """Return the number of equal windows, of WINDOW inputs at most, in which groups have equally many columns, or 1."""
+    length = columns.shape[1]
+    for windows in range(-(-k // WINDOW), -(-2 * k // WINDOW) + 1):
+        if windows and length and k % windows == 0 and length % windows == 0:
+            window = torch.arange(windows, device=columns.device).repeat_interleave(length // windows)
+            if bool((columns // (k // windows) == window).all()):
+                return windows
+    return 1
 
 
 def sparse_matrix(values: Tensor, columns: Tensor, k: int) -> Tensor:
     """Return the dense matrix [groups * rows, k] of ``sparse_groups``; a column named twice counts twice."""
-    groups, _, rows = values.shape
+    _windows, groups, _length, rows = values.shape
     dense = values.new_zeros(groups, k, rows)
-    dense.scatter_add_(1, columns.long().unsqueeze(2).expand_as(values), values)
+    flat = values.transpose(0, 1).flatten(1, 2)  # [groups, windows * length, rows]
+    dense.scatter_add_(1, columns.transpose(0, 1).flatten(1).long().unsqueeze(2).expand_as(flat), flat)
     return dense.transpose(1, 2).flatten(0, 1)

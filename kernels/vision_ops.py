@@ -18,10 +18,8 @@ LIBRARY.define(
     "binary_conv2d(Tensor x, Tensor words, Tensor ones, Tensor scale, Tensor? bias, Tensor? thresholds, "
     f"{GEOMETRY}) -> Tensor"
 )
-LIBRARY.define("sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor? bias, int window) -> Tensor")
-LIBRARY.define(
-    f"sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor? bias, int window, {GEOMETRY}) -> Tensor"
-)
+LIBRARY.define("sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor? bias) -> Tensor")
+LIBRARY.define(f"sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor? bias, {GEOMETRY}) -> Tensor")
 Pair = reference.Pair
 
 
@@ -60,27 +58,27 @@ def _binary_conv2d(
     return backend.binary_conv2d(x, words, ones, scale, bias, thresholds, kernel, stride, padding, dilation)
 
 
-def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None, window: int) -> Tensor:
-    _check_sparse(values, columns, bias)
+def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    _check_sparse(values, columns, bias, x.shape[-1])
     if not _compiled(x):
         return reference.sparse_linear(x, values, columns, bias)
     from qtoolkit.kernels.cpu.vision import backend
 
-    return backend.sparse_linear(x, values, columns, bias, window)
+    return backend.sparse_linear(x, values, columns, bias)
 
 
 def _sparse_conv2d(
-    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None, window: int,
+    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None,
     kernel: Pair, stride: Pair, padding: Pair, dilation: Pair,
 ) -> Tensor:  # fmt: skip
     _places(x, kernel, stride, padding, dilation)
-    _check_sparse(values, columns, bias)
+    _check_sparse(values, columns, bias, kernel[0] * kernel[1] * x.shape[1])
     if not _compiled(x):
         shape = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)
         return reference.sparse_conv2d(x, values, columns, bias, *shape)  # type: ignore[arg-type]
     from qtoolkit.kernels.cpu.vision import backend
 
-    return backend.sparse_conv2d(x, values, columns, bias, window, kernel, stride, padding, dilation)
+    return backend.sparse_conv2d(x, values, columns, bias, kernel, stride, padding, dilation)
 
 
 def _check(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> None:
@@ -96,12 +94,13 @@ def _check_channels(n: int, scale: Tensor, bias: Tensor | None, thresholds: Tens
         _check(thresholds, torch.int32, (n,), "thresholds")
 
 
-def _check_sparse(values: Tensor, columns: Tensor, bias: Tensor | None) -> None:
-    if values.dim() != 3 or not 1 <= values.shape[2] <= layout.MOST_ROWS:
-        raise ValueError(f"values are {list(values.shape)}, not [groups, length, 1..{layout.MOST_ROWS}]")
-    groups, length, rows = values.shape
-    _check(values, torch.float32, (groups, length, rows), "values")
-    _check(columns, torch.int32, (groups, length), "columns")
+def _check_sparse(values: Tensor, columns: Tensor, bias: Tensor | None, k: int) -> None:
+    if values.dim() != 4 or not 1 <= values.shape[3] <= layout.MOST_ROWS or k % max(1, values.shape[0]):
+        rows = layout.MOST_ROWS
+        raise ValueError(f"values are {list(values.shape)}, not [a divisor of {k}, groups, length, 1..{rows}]")
+    windows, groups, length, rows = values.shape
+    _check(values, torch.float32, (windows, groups, length, rows), "values")
+    _check(columns, torch.int32, (windows, groups, length), "columns")
     if bias is not None:
         _check(bias, torch.float32, (groups * rows,), "biases")
 
@@ -146,12 +145,12 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "qtoolkit::sparse_linear",
-    lambda x, values, columns, bias, window: _fake_linear(x, values.shape[0] * values.shape[2]),
+    lambda x, values, columns, bias: _fake_linear(x, values.shape[1] * values.shape[3]),
     lib=LIBRARY,
 )
 torch.library.register_fake(
     "qtoolkit::sparse_conv2d",
-    lambda x, values, columns, bias, window, *shape: _fake_conv(x, values.shape[0] * values.shape[2], *shape),
+    lambda x, values, columns, bias, *shape: _fake_conv(x, values.shape[1] * values.shape[3], *shape),
     lib=LIBRARY,
 )
 
@@ -205,15 +204,14 @@ def binary_conv2d(
     return torch.ops.qtoolkit.binary_conv2d(x, words, ones, scale, bias, thresholds, kernel, stride, padding, dilation)
 
 
-def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None = None, window: int = 0) -> Tensor:
+def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply x with a sparse weight whose groups of 1 to 4 outputs share a list of columns.
 
     Args:
         x: floating point [..., k]; the kernels take float32.
-        values: float32 [groups, length, rows], see ``vision_layout.sparse_groups``, which checks the columns too.
-        columns: int32 [groups, length], each below k.
+        values: float32 [windows, groups, length, rows], see ``vision_layout.sparse_groups``, which checks columns.
+        columns: int32 [windows, groups, length], each inside its window of k.
         bias: float32 [groups * rows] or None.
-        window: what ``vision_layout.sparse_window`` says of these columns.
 
     Returns:
         [..., groups * rows] in the dtype of x. The order of a sum is that of the columns, whatever the batch or the
@@ -222,11 +220,11 @@ def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | Non
     Raises:
         ValueError: a tensor does not have the shape or dtype said here.
     """
-    return torch.ops.qtoolkit.sparse_linear(x, values, columns, bias, window)
+    return torch.ops.qtoolkit.sparse_linear(x, values, columns, bias)
 
 
 def sparse_conv2d(
-    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None, window: int,
+    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None,
     kernel: Pair, stride: Pair, padding: Pair, dilation: Pair,
 ) -> Tensor:  # fmt: skip
     """Convolve x with a sparse weight; arguments as in ``sparse_linear`` and ``binary_conv2d``, rows kernel-major.
@@ -234,4 +232,4 @@ def sparse_conv2d(
     Raises:
         ValueError: a tensor does not have the shape or dtype said there, or the images are too small.
     """
-    return torch.ops.qtoolkit.sparse_conv2d(x, values, columns, bias, window, kernel, stride, padding, dilation)
+    return torch.ops.qtoolkit.sparse_conv2d(x, values, columns, bias, kernel, stride, padding, dilation)

@@ -48,36 +48,34 @@ def binary_conv2d(
     return _made(y, failed)
 
 
-def sparse_linear(
-    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None, window: int, path: str | None = None
-) -> Tensor:
+def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None, path: str | None = None) -> Tensor:
     """Run ``vision_ops.sparse_linear``; ``path`` forces a code path."""
     own, number = _path(path)
-    groups, length, per_group = values.shape
+    windows, groups, length, per_group = values.shape
     k, n = x.shape[-1], groups * per_group
     rows = _rows(x)
     y = x.new_empty(*x.shape[:-1], n)
     values, columns, bias = (_dense(t) for t in (values, columns, bias))
     failed = own.qtv_sparse_linear(
-        number, rows.data_ptr(), rows.stride(0), len(rows), k, n, _pointer(values), _pointer(columns), length,
-        per_group, window, _pointer(bias), y.data_ptr(),
+        number, rows.data_ptr(), rows.stride(0), len(rows), k, n, _pointer(values), _pointer(columns), windows, length,
+        per_group, _pointer(bias), y.data_ptr(),
     )  # fmt: skip
     return _made(y, failed)
 
 
 def sparse_conv2d(
-    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None, window: int,
+    x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | None,
     kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, path: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Run ``vision_ops.sparse_conv2d``; ``path`` forces a code path."""
     own, number = _path(path)
-    groups, length, per_group = values.shape
+    windows, groups, length, per_group = values.shape
     x = x.contiguous()
     shape, y = _convolution(x, groups * per_group, kernel, stride, padding, dilation)
     values, columns, bias = (_dense(t) for t in (values, columns, bias))
     failed = own.qtv_sparse_conv(
-        number, x.data_ptr(), ctypes.byref(shape), _pointer(values), _pointer(columns), length, per_group, window,
-        _pointer(bias), y.data_ptr(),
+        number, x.data_ptr(), ctypes.byref(shape), _pointer(values), _pointer(columns), windows, length,
+        per_group, _pointer(bias), y.data_ptr(),
     )  # fmt: skip
     return _made(y, failed)
 

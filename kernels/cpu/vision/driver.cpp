@@ -287,20 +287,20 @@ int qtv_binary_linear(int path, const float* x, int64_t x_stride, int64_t m, int
   return 0;
 }
 
-// y [images, n, out_h, out_w] of x, as for binary layers. values: [groups, length, rows], groups * rows = n; columns:
-// [groups, length], entries of a kernel-major weight row.
+// y [images, n, out_h, out_w] of x, as for binary layers. values: [windows, groups, length, rows], groups * rows = n;
+// columns: [windows, groups, length], entries of a kernel-major weight row, inside their window of it.
 int qtv_sparse_conv(int path, const float* x, const Convolution* convolution, const float* values,
-                    const int32_t* columns, int64_t length, int rows, int64_t window, const float* bias, float* y) {
+                    const int32_t* columns, int64_t windows, int64_t length, int rows, const float* bias, float* y) {
   const SparsePath& own = *path_of(path).sparse;
   const Convolution& c = *convolution;
   const Planes p(c, c.channels);
   const std::vector<int32_t> offsets = p.offsets();
   const int64_t block = images_a_block(p, 4), lanes = own.tile_lanes(rows), groups = c.n / rows;
   const int64_t tiles = up(p.positions, lanes) / lanes, k = int64_t(offsets.size());
-  const int threads = threads_for(c.images * c.n * p.positions * length / 16);
+  const int threads = threads_for(c.images * c.n * p.positions * windows * length / 16);
   const int64_t chunk = chunk_of(groups, 1, std::min(block, c.images) * tiles, threads);
   const int64_t chunks = up(groups, chunk) / chunk;
-  const int64_t own_sums = chunk * rows * SPARSE_LANES, near = window * SPARSE_LANES;
+  const int64_t own_sums = chunk * rows * SPARSE_LANES, near = k / windows * SPARSE_LANES;
   const int64_t inputs = up(block * p.image + SPARSE_LANES, 16);
   float* laid = reinterpret_cast<float*>(scratch.take((inputs + threads * (own_sums + near)) * 4));
   if (!laid) return 1;
@@ -320,8 +320,8 @@ int qtv_sparse_conv(int path, const float* x, const Convolution* convolution, co
         const int64_t begin = task % chunks * chunk, end = std::min(groups, begin + chunk);
         float* mine = sums + thread * (own_sums + near);
         const int64_t count = std::min(lanes, p.positions - position);
-        own.multiply({laid + image * p.image + position, offsets.data(), columns, values, k, length, window, rows,
-                      begin, end, count, mine, mine + own_sums});
+        own.multiply({laid + image * p.image + position, offsets.data(), columns, values, windows, k / windows, groups,
+                      length, rows, begin, end, count, mine, mine + own_sums});
         const std::vector<Stretch> parts = stretches(p, position, count, nullptr);
         for (int64_t n = begin * rows; n < end * rows; ++n) {
           float* own_row = mine + (n - begin * rows) * SPARSE_LANES;
@@ -339,15 +339,15 @@ int qtv_sparse_conv(int path, const float* x, const Convolution* convolution, co
 
 // y [m, n] of x [m, k], rows x_stride apart: positions are tokens, so x is laid out with its inputs as planes.
 int qtv_sparse_linear(int path, const float* x, int64_t x_stride, int64_t m, int64_t k, int64_t n, const float* values,
-                      const int32_t* columns, int64_t length, int rows, int64_t window, const float* bias, float* y) {
+                      const int32_t* columns, int64_t windows, int64_t length, int rows, const float* bias, float* y) {
   const SparsePath& own = *path_of(path).sparse;
   const int64_t lanes = own.tile_lanes(rows), groups = n / rows, width = up(std::min(m, TOKENS), lanes);
   std::vector<int32_t> offsets;
   for (int64_t i = 0; i < k; ++i) offsets.push_back(int32_t(i * width));
-  const int threads = threads_for(up(m, 16) * n * length / 16);
+  const int threads = threads_for(up(m, 16) * n * windows * length / 16);
   const int64_t chunk = chunk_of(groups, up(16, rows) / rows, width / lanes, threads);
   const int64_t chunks = up(groups, chunk) / chunk;
-  const int64_t own_sums = chunk * rows * SPARSE_LANES, near = window * SPARSE_LANES;
+  const int64_t own_sums = chunk * rows * SPARSE_LANES, near = k / windows * SPARSE_LANES;
   float* laid = reinterpret_cast<float*>(scratch.take((up(k * width, 16) + threads * (own_sums + near)) * 4));
   if (!laid && m && k) return 1;
   float* sums = laid + up(k * width, 16);
@@ -370,8 +370,8 @@ int qtv_sparse_linear(int path, const float* x, int64_t x_stride, int64_t m, int
         const int64_t position = task / chunks * lanes, begin = task % chunks * chunk;
         const int64_t end = std::min(groups, begin + chunk), count = std::min(lanes, block - position);
         float* mine = sums + thread * (own_sums + near);
-        own.multiply({laid + position, offsets.data(), columns, values, k, length, window, rows, begin, end, count,
-                      mine, mine + own_sums});
+        own.multiply({laid + position, offsets.data(), columns, values, windows, k / windows, groups, length, rows,
+                      begin, end, count, mine, mine + own_sums});
         for (int64_t t = 0; t < count; ++t) {
           float* to = y + (first + position + t) * n;
           for (int64_t i = begin * rows; i < end * rows; ++i)

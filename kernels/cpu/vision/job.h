@@ -46,16 +46,16 @@ constexpr int64_t SPARSE_LANES = 128;  // at most, in one tile
 
 struct SparseTile {
   const float* lanes;       // lane l of column j is lanes[offsets[j] + l]
-  const int32_t* offsets;   // [k]
-  const int32_t* columns;   // [groups, length]
-  const float* values;      // [groups, length, rows]
-  int64_t k, length;        // columns of a row, and how many of them a group has
-  int64_t window;           // columns taken at a time, of which every group has equally many; 0: all of them
+  const int32_t* offsets;   // [windows * window]
+  const int32_t* columns;   // [windows, groups, length]
+  const float* values;      // [windows, groups, length, rows]
+  int64_t windows, window;  // stretches of columns, and columns of one
+  int64_t groups, length;
   int rows;                 // 1..SPARSE_ROWS
-  int64_t first, last;      // groups
+  int64_t first, last;      // groups to do
   int64_t lane_count;       // 1..tile_lanes(rows)
   float* sums;              // [(last - first) * rows, SPARSE_LANES]
-  float* near;              // [window, SPARSE_LANES] on a cache line
+  float* near;              // [window, SPARSE_LANES] on a cache line, where there are several windows
 };
 
 struct SparsePath {

@@ -118,10 +118,10 @@ def declare(functions: ctypes.CDLL) -> None:
     functions.qtv_binary_conv.argtypes = [small, pointer, convolution, *[pointer] * 6]
     functions.qtv_binary_linear.argtypes = [small, pointer, *[integer] * 4, *[pointer] * 5]
     functions.qtv_sparse_conv.argtypes = [
-        small, pointer, convolution, pointer, pointer, integer, small, integer, pointer, pointer,
+        small, pointer, convolution, pointer, pointer, integer, integer, small, pointer, pointer,
     ]  # fmt: skip
     functions.qtv_sparse_linear.argtypes = [
-        small, pointer, *[integer] * 4, pointer, pointer, integer, small, integer, pointer, pointer,
+        small, pointer, *[integer] * 4, pointer, pointer, integer, integer, small, pointer, pointer,
     ]  # fmt: skip
     functions.qtv_peak.argtypes, functions.qtv_peak.restype = [small, small, integer], ctypes.c_double
 

@@ -2,7 +2,8 @@
 //
 // A group of 1 to 4 outputs has one list of columns. In groups of several outputs (1xN) a loaded vector of inputs
 // serves them all. In N:M sparsity each output has its own columns, so every product is a load: the tile of inputs is
-// copied, a window of columns at a time, to where it is aligned and stays in L1, and all groups pass over it.
+// copied, a window of columns at a time, to where it is aligned and stays in L1, and all groups pass over it. Weights
+// are stored by windows, so that they stream.
 #include <algorithm>
 #include <cstring>
 #include "job.h"
@@ -29,19 +30,19 @@ inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 inline Vector spread(float value) { return value - Vector{}; }
 
-// Add entries [from, to) of every group to its sums; column j lies at lanes + place(j).
+// Add the entries of one window to the sums of every group; column j lies at lanes + place(j).
 template <int ROWS, int VECTORS, class Place>
-inline void add_entries(const SparseTile& tile, const float* lanes, int64_t from, int64_t to, Place place) {
+inline void add_window(const SparseTile& tile, int64_t window, const float* lanes, Place place) {
   for (int64_t group = tile.first; group < tile.last; ++group) {
     float* sums = tile.sums + (group - tile.first) * ROWS * SPARSE_LANES;
-    const int32_t* columns = tile.columns + group * tile.length;
-    const float* values = tile.values + group * tile.length * ROWS;
+    const int32_t* columns = tile.columns + (window * tile.groups + group) * tile.length;
+    const float* values = tile.values + (window * tile.groups + group) * tile.length * ROWS;
     Vector sum[ROWS][VECTORS];
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) sum[r][v] = from ? load(sums + r * SPARSE_LANES + v * LANES) : Vector{};
-    for (int64_t i = from; i < to; ++i) {
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = window ? load(sums + r * SPARSE_LANES + v * LANES) : Vector{};
+    for (int64_t i = 0; i < tile.length; ++i) {
       const float* inputs = lanes + place(columns[i]);
       Vector x[VECTORS];
 #pragma GCC unroll 8
@@ -62,19 +63,17 @@ inline void add_entries(const SparseTile& tile, const float* lanes, int64_t from
 
 template <int ROWS, int VECTORS>
 void multiply_tile(const SparseTile& tile) {
-  if (ROWS > 1 || !tile.window) {
+  if (tile.windows == 1) {
     const int32_t* offsets = tile.offsets;
-    return add_entries<ROWS, VECTORS>(tile, tile.lanes, 0, tile.length, [=](int32_t j) { return offsets[j]; });
+    return add_window<ROWS, VECTORS>(tile, 0, tile.lanes, [=](int32_t j) { return offsets[j]; });
   }
-  const int64_t entries = tile.length * tile.window / tile.k;  // of a group in a window
-  for (int64_t first = 0, from = 0; first < tile.k; first += tile.window, from += entries) {
-    const int64_t last = std::min(tile.k, first + tile.window);
-    for (int64_t j = first; j < last; ++j)
+  for (int64_t window = 0; window < tile.windows; ++window) {
+    const int64_t first = window * tile.window;
+    for (int64_t j = 0; j < tile.window; ++j)
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v)
-        store(tile.near + (j - first) * SPARSE_LANES + v * LANES, load(tile.lanes + tile.offsets[j] + v * LANES));
-    add_entries<ROWS, VECTORS>(tile, tile.near, from, std::min(tile.length, from + entries),
-                               [=](int32_t j) { return (j - first) * SPARSE_LANES; });
+        store(tile.near + j * SPARSE_LANES + v * LANES, load(tile.lanes + tile.offsets[first + j] + v * LANES));
+    add_window<ROWS, VECTORS>(tile, window, tile.near, [=](int32_t j) { return (j - first) * SPARSE_LANES; });
   }
 }
 
