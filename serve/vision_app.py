@@ -55,7 +55,11 @@ def build_app(name: str, loaded: Loaded) -> Starlette:
         return _known(request) or JSONResponse(
             {
                 **protocol.metadata(name, architecture, classes),
-                "parameters": {"scheme": loaded.manifest.scheme.name, **figures},
+                "parameters": {
+                    "scheme": loaded.manifest.scheme.name,
+                    "labels": list(architecture.labels),
+                    **figures,
+                },
             }
         )
 
@@ -71,7 +75,7 @@ def build_app(name: str, loaded: Loaded) -> Starlette:
             return _error(413, f"The body has more than {MOST_BYTES >> 20} MiB.")
         except ClientDisconnect:
             return Response(status_code=499)
-        return JSONResponse(protocol.answer(question, await batches.submit(question.x), name))
+        return JSONResponse(protocol.answer(question, await batches.submit(question.x), name, architecture.labels))
 
     def _known(request: Request) -> Response | None:
         wanted, version = request.path_params["model"], request.path_params.get("version", "1")

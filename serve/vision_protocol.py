@@ -20,7 +20,7 @@ from qtoolkit.errors import DataError
 from qtoolkit.vision.data import normalise, to_pixels
 from qtoolkit.vision.models import Architecture
 
-INPUT, LOGITS, CLASSES = "images", "logits", "classes"
+INPUT, LOGITS, CLASSES, LABELS = "images", "logits", "classes", "labels"
 DATATYPES = ("UINT8", "FP32", "BYTES")
 MOST_IMAGES = 256  # of one request
 
@@ -63,28 +63,34 @@ def read(body: bytes, architecture: Architecture) -> Question:
     return Question(x, identity if isinstance(identity, str) else None)
 
 
-def answer(question: Question, logits: Tensor, model: str) -> dict[str, Any]:
-    """Return the response for ``logits`` float32 [n, classes]."""
+def answer(question: Question, logits: Tensor, model: str, labels: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the response for ``logits`` float32 [n, classes]; where classes have names, they are told, too."""
     classes = logits.argmax(dim=1)
     outputs = [
         {"name": LOGITS, "datatype": "FP32", "shape": list(logits.shape), "data": logits.flatten().tolist()},
         {"name": CLASSES, "datatype": "INT64", "shape": list(classes.shape), "data": classes.tolist()},
     ]
+    if labels:
+        names = [labels[index] for index in classes.tolist()]
+        outputs.append({"name": LABELS, "datatype": "BYTES", "shape": list(classes.shape), "data": names})
     found: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": outputs}
     return found if question.id is None else {**found, "id": question.id}
 
 
 def metadata(model: str, architecture: Architecture, classes: int) -> dict[str, Any]:
     """Return the model's description: what goes in and what comes out."""
+    outputs = [
+        {"name": LOGITS, "datatype": "FP32", "shape": [-1, classes]},
+        {"name": CLASSES, "datatype": "INT64", "shape": [-1]},
+    ]
+    if architecture.labels:
+        outputs.append({"name": LABELS, "datatype": "BYTES", "shape": [-1]})
     return {
         "name": model,
         "versions": ["1"],
         "platform": "qtoolkit",
         "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, *architecture.input]}],
-        "outputs": [
-            {"name": LOGITS, "datatype": "FP32", "shape": [-1, classes]},
-            {"name": CLASSES, "datatype": "INT64", "shape": [-1]},
-        ],
+        "outputs": outputs,
     }
 
 

@@ -10,7 +10,9 @@ from qtoolkit.cli import output
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Vision model; `qtoolkit list vision` shows them.")],
+    model: Annotated[
+        str, typer.Argument(help="`qtoolkit list vision`, or a transformers classifier: folder, hub name.")
+    ],
     out: Annotated[str, typer.Option("-o", "--output", help="Folder to write.")] = "",
     recipe: Annotated[str, typer.Option(help="Preset name or YAML file.")] = "nm",
     weights: Annotated[str, typer.Option(help="Trained weights: .npz or .safetensors.")] = "",
@@ -22,6 +24,7 @@ def command(
     samples: Annotated[int, typer.Option(help="Calibration images.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="step.key=value, any recipe value.")] = None,
+    onnx: Annotated[str, typer.Option(help="Write the result as ONNX, too; alone for a folder that is done.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; replace a finished checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -48,13 +51,20 @@ def command(
         else:
             output.result(f"# {model}, digest {chosen.digest}\n{chosen.to_yaml()}".rstrip())
         return
+    if onnx and not out:
+        _export(model, onnx, as_json)
+        return
     if not out:
         raise RequestError("No output folder was given.", "Add -o DIR.")
+    from qtoolkit.vision.models import table
     from qtoolkit.vision.pipeline import compress
 
+    if model not in table():
+        output.quiet_libraries()
     result = compress(model, chosen, out, weights=weights or None, test=test or None, fresh=fresh, say=output.note)
+    exported = to_onnx(out, onnx) if onnx else {}
     if as_json:
-        output.emit(result.to_json())
+        output.emit({**result.to_json(), **exported})
         return
     found = result.figures
     accuracy = ""
@@ -67,3 +77,29 @@ def command(
         f", multiply-adds {found['multiply_adds_before'] / 1e6:.1f} M -> {found['multiply_adds_after'] / 1e6:.1f} M"
         f", {output.seconds(result.seconds)}"
     )
+    if exported:
+        output.result(_line(exported))
+
+
+def to_onnx(folder: str, file: str) -> dict[str, str | float | None]:
+    """Write a compressed folder as ONNX and return what to tell: the file, and how far onnxruntime's answers are."""
+    from qtoolkit.vision import export, runtime
+
+    output.quiet_libraries()
+    loaded = runtime.load(folder)
+    path = export.to_onnx(loaded, file)
+    return {"onnx": str(path), "onnx_difference": export.difference(loaded, path)}
+
+
+def _export(folder: str, file: str, as_json: bool) -> None:
+    exported = to_onnx(folder, file)
+    if as_json:
+        output.emit({"ok": True, **exported})
+    else:
+        output.result(_line(exported))
+
+
+def _line(exported: dict[str, str | float | None]) -> str:
+    apart = exported["onnx_difference"]
+    checked = "not checked: onnxruntime is missing" if apart is None else f"onnxruntime's logits differ by {apart:.1e}"
+    return f"{exported['onnx']}: {checked}"

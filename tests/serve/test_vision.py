@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from starlette.testclient import TestClient
+from vision_support import save
 
 from qtoolkit.serve import vision_app, vision_protocol
 from qtoolkit.vision import data, measure, models, runtime
@@ -91,6 +93,20 @@ def test_encoded_images_are_accepted(client: TestClient, folder: Path) -> None:
         files.append(base64.b64encode(file.getvalue()).decode())
     reply = client.post("/v2/models/digits/infer", json=request(x, datatype="BYTES", shape=[2], data=files))
     assert reply.json()["outputs"][1]["data"] == offline(folder, x).argmax(dim=1).tolist()
+
+
+def test_class_names_of_a_transformers_classifier_are_told(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(10))
+    model = str(save("vit", tmp_path / "model"))
+    compress(model, "nm", tmp_path / "out", changes={"calibration.data": str(tmp_path / "x.npz")})
+    with TestClient(vision_app.build_app("vit", runtime.load(tmp_path / "out"))) as client:
+        assert client.get("/v2/models/vit").json()["parameters"]["labels"][3] == "kind 3"
+        names = [row["name"] for row in client.get("/v2/models/vit").json()["outputs"]]
+        pixels = torch.from_numpy(x[:2]).permute(0, 3, 1, 2)
+        found = client.post("/v2/models/vit/infer", json=request(pixels)).json()["outputs"]
+    assert [row["name"] for row in found] == names == ["logits", "classes", "labels"]
+    assert found[2]["data"] == [f"kind {index}" for index in found[1]["data"]]
 
 
 NONSENSE = {

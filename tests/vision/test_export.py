@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from typer.testing import CliRunner
+from vision_support import save
 
-from qtoolkit import recipe
+from qtoolkit import cli, recipe
+from qtoolkit.errors import NumericError, RequestError
 from qtoolkit.pipeline import build_transforms
 from qtoolkit.vision import data, export, measure, models, runtime
 from qtoolkit.vision.context import VisionContext, stream
@@ -65,3 +70,47 @@ def test_onnxruntime_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     (found,) = session.run(None, {"images": x.numpy()})
     expected = measure.logits(loaded.network, images, loaded.architecture)
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "mobilenet", "vit", "convnext"])
+def test_the_command_writes_onnx_of_a_transformers_classifier_and_checks_it(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(10))
+    words = ["compress", str(save(kind, tmp_path / "model")), "-o", str(tmp_path / "out"), "--recipe", "filters"]
+    words += ["--set", "filters.where=coupled", "--data", str(tmp_path / "x.npz"), "--json"]
+    done = CliRunner().invoke(cli.app, [*words, "--onnx", str(tmp_path / "one.onnx")])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["onnx_difference"] < 1e-4
+    again = CliRunner().invoke(cli.app, ["compress", str(tmp_path / "out"), "--onnx", str(tmp_path / "two.onnx")])
+    assert again.exit_code == 0, again.output
+    assert "two.onnx: onnxruntime's logits differ by" in again.stdout
+    sizes = [sum(i.numel() for i in _weights(tmp_path / name)) for name in ("one.onnx", "two.onnx")]
+    assert sizes[0] == sizes[1] < sum(p.numel() for p in models.resolve(str(tmp_path / "model")).network.parameters())
+    session = onnxruntime.InferenceSession(str(tmp_path / "two.onnx"))
+    assert session.get_inputs()[0].shape == ["n", 3, 32, 32]
+
+
+def _weights(file: Path) -> list[torch.Tensor]:
+    import onnx
+
+    return [torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in onnx.load(file).graph.initializer]
+
+
+def test_an_exported_file_that_answers_otherwise_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    weights = tmp_path / "w.safetensors"
+    save_file(dict(models.resolve("digits").network.state_dict()), weights)
+    for seed in (0, 1):
+        options = {"changes": {"calibration.samples": 64}, "weights": weights}
+        compress("digits", "nm", tmp_path / f"{seed}", **options)  # type: ignore[arg-type]
+        save_file(dict(models.resolve("digits", seed=1).network.state_dict()), weights)
+    first, second = (runtime.load(tmp_path / f"{seed}") for seed in (0, 1))
+    file = export.to_onnx(first, tmp_path / "net.onnx")
+    assert export.difference(first, file) == pytest.approx(0, abs=1e-4)
+    with pytest.raises(NumericError, match="differ by"):
+        export.difference(second, file)
+    with pytest.raises(RequestError, match="no folder"):
+        export.to_onnx(first, tmp_path / "nowhere" / "net.onnx")
