@@ -48,7 +48,7 @@ class Compensate:
             for name in names:
                 layer = block.linear(name)
                 weight = layer.weight.data.clone()
-                quantized = solved.quantize(weight, context.scheme, context.scale_dtype)
+                quantized = solved.quantize(weight, block.schemes.get(name, context.scheme), context.scale_dtype)
                 served = quantized.dequantize()
                 if not served.isfinite().all():
                     raise NumericError(f"The scales of {block.name}.{name} overflow {context.scale_dtype}.")

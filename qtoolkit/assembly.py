@@ -47,7 +47,9 @@ def assemble(
         ignore = list(dict.fromkeys([*recipe.keep, *(row.name for row in unquantized)]))
         config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
         config["dtype"] = str(dtype).removeprefix("torch.")
-        config["quantization_config"] = checkpoint.quantization_config(recipe.scheme, ignore)
+        layers = tuple(_layer_records(facts, recipe.scheme.name))
+        others = {row.name: row.parsed_scheme for row in layers if row.scheme != recipe.scheme.name}
+        config["quantization_config"] = checkpoint.quantization_config(recipe.scheme, ignore, others)
         checkpoint.write_json(staging / "config.json", config)
         manifest = checkpoint.Manifest(
             source=source.name,
@@ -59,8 +61,8 @@ def assemble(
             seed=recipe.calibration.seed,
             calibration_tokens=tokens,
             versions={"qtoolkit": __version__, **{name: version(name) for name in ("torch", "transformers")}},
-            packing=(recipe.packer,),
-            layers=tuple(_layer_records(facts, recipe.scheme.name)),
+            packing=(recipe.packer, *(["int8"] if others else [])),
+            layers=layers,
             groups=tuple(_group_records(facts)),
             unquantized=unquantized,
             notes=source.notes,
@@ -102,7 +104,7 @@ def _layer_records(facts: Mapping[str, Any], scheme: str) -> list[checkpoint.Lay
     return [
         checkpoint.LayerRecord(
             name=f"{block}.{name}",
-            scheme=scheme,
+            scheme=fact.get("schemes", {}).get(name, scheme),
             shape=tuple(fact["shapes"][name]),
             error=figures["error"],
             figures={key: value for key, value in figures.items() if key != "error"},

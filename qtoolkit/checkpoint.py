@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,6 +32,11 @@ class LayerRecord(BaseModel):
     shape: tuple[int, int]
     error: float = Field(description="|(W - Q) x|^2 / |W x|^2 on the calibration inputs")
     figures: dict[str, float] = {}
+
+    @property
+    def parsed_scheme(self) -> Scheme:
+        """Return what the scheme's name says."""
+        return Scheme.named(self.scheme)
 
 
 class GroupRecord(BaseModel):
@@ -135,7 +141,9 @@ def verify(path: str | Path) -> Manifest:
     shapes = Source(folder, str(folder)).shapes()
     for layer in manifest.layers:
         n, k = layer.shape
-        expected = {"weight_packed": (n, (k + 7) // 8), "weight_scale": (n, manifest.scheme.groups(k))}
+        scheme = layer.parsed_scheme
+        codes = {"weight": (n, k)} if scheme.weight_bits == 8 else {"weight_packed": (n, (k + 7) // 8)}
+        expected = {**codes, "weight_scale": (n, scheme.groups(k))}
         for tensor, shape in expected.items():
             name = f"{layer.name}.{tensor}"
             if shapes.get(name) != shape:
@@ -144,40 +152,56 @@ def verify(path: str | Path) -> Manifest:
     return manifest
 
 
-def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """Return the standard compressed-tensors entry for config.json: nothing in it is our own."""
-    channel = scheme.group_size == CHANNEL
+def quantization_config(
+    scheme: Scheme, ignore: list[str], others: Mapping[str, Scheme] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the standard compressed-tensors entry for config.json: nothing in it is our own.
+
+    Args:
+        scheme: of every linear layer that is named nowhere else.
+        ignore: layers that stay in float.
+        others: layers with another scheme than ``scheme``. A name is matched before the class ``Linear``.
+    """
+    named: dict[Scheme, list[str]] = {}
+    for name, other in others.items():
+        named.setdefault(other, []).append(name)
+    groups = [_config_group(other, names) for other, names in named.items()] + [_config_group(scheme, ["Linear"])]
+    formats = {group["format"] for group in groups}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "format": "pack-quantized",  # transformers would infer int-quantized from the quantized inputs
-                "targets": ["Linear"],
-                "weights": {
-                    "num_bits": scheme.weight_bits,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "channel" if channel else "group",
-                    "group_size": None if channel else scheme.group_size,
-                    "dynamic": False,
-                    "actorder": None,
-                    "observer": "minmax",
-                },
-                "input_activations": {
-                    "num_bits": scheme.activation_bits,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "token",
-                    "dynamic": True,
-                    "observer": None,
-                },
-                "output_activations": None,
-            }
-        },
+        "config_groups": {f"group_{index}": group for index, group in enumerate(reversed(groups))},
         "ignore": ignore,
         "kv_cache_scheme": None,
+    }
+
+
+def _config_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    channel = scheme.group_size == CHANNEL
+    return {
+        # of int4 layers transformers would infer int-quantized, since their inputs are quantized
+        "format": "pack-quantized" if scheme.weight_bits == 4 else "int-quantized",
+        "targets": targets,
+        "weights": {
+            "num_bits": scheme.weight_bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "channel" if channel else "group",
+            "group_size": None if channel else scheme.group_size,
+            "dynamic": False,
+            "actorder": None,
+            "observer": "minmax",
+        },
+        "input_activations": {
+            "num_bits": scheme.activation_bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+            "observer": None,
+        },
+        "output_activations": None,
     }
 
 

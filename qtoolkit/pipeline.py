@@ -209,7 +209,8 @@ class Run:
                     groups.append({"name": name, "step": step, "figures": figures})
             self._round_floats(block)
         shapes = {name: list(block.quantized[name].codes.shape) for name in layers}
-        return {"layers": layers, "shapes": shapes, "groups": groups, "refused": block.refused}
+        schemes = {name: scheme.name for name, scheme in block.schemes.items()}
+        return {"layers": layers, "shapes": shapes, "groups": groups, "refused": block.refused, "schemes": schemes}
 
     def _pack(self, block: Block) -> dict[str, Tensor]:
         packed = {f"{name}.weight" for name in block.quantized}
@@ -219,7 +220,7 @@ class Run:
             if name not in packed
         }
         for name, weight in block.quantized.items():
-            for local, tensor in self.packer.pack(weight).items():
+            for local, tensor in self._packer(block, name).pack(weight).items():
                 tensors[f"{block.name}.{name}.{local}"] = tensor
         return tensors
 
@@ -228,10 +229,13 @@ class Run:
         local = {name.removeprefix(f"{block.name}."): tensor for name, tensor in tensors.items()}
         state = block.module.state_dict()
         for name, _ in block.linears():
-            parts = {p.removeprefix(f"{name}."): t for p, t in local.items() if p.startswith(f"{name}.weight_")}
-            state[f"{name}.weight"] = self.packer.unpack(parts).dequantize()
+            parts = {p.removeprefix(f"{name}."): local.pop(p) for p in list(local) if p.startswith(f"{name}.weight")}
+            state[f"{name}.weight"] = self._packer(block, name).unpack(parts).dequantize()
         state |= {name: local[name].float() for name in state if name in local}
         block.module.load_state_dict(state)
+
+    def _packer(self, block: Block, name: str) -> Packer:
+        return self.packer if name not in block.schemes else registry.packers.get("int8")
 
     def _round_floats(self, block: Block) -> None:
         """Round what stays in float to the stored dtype, so that whatever follows sees what will be served."""

@@ -65,6 +65,7 @@ packers = Registry(
     "packer",
     {
         "int4": "qtoolkit.packing.int4:PACKER",
+        "int8": "qtoolkit.packing.int8:PACKER",
         "qqq": "qtoolkit.packing.qqq:PACKER",
         "nm": "qtoolkit.packing.nm:PACKER",
         "block": "qtoolkit.packing.block:PACKER",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qtoolkit import checkpoint, registry
 from qtoolkit.errors import CheckpointError
+from qtoolkit.int8 import W8A8Linear
 from qtoolkit.kernels import ops, selection
 from qtoolkit.scheme import CHANNEL, Scheme
 from qtoolkit.source import Source, resolve
@@ -99,14 +100,18 @@ def _load_packed(source: Source, device: str, dtype: torch.dtype | None, activat
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     quantized = {layer.name for layer in manifest.layers}
-    packer = registry.packers.get(manifest.packing[0])
-    for name in quantized:
-        tensors = {
-            tensor: source.read(f"{name}.{tensor}") for tensor in ("weight_packed", "weight_scale", "weight_shape")
-        }
+    parts: dict[str, list[str]] = {name: [] for name in quantized}
+    for name in source.files:
+        layer, _, part = name.rpartition(".")
+        if layer in parts and part != "bias":
+            parts[layer].append(part)
+    for record in manifest.layers:
+        name, scheme = record.name, record.parsed_scheme
+        tensors = {part: source.read(f"{name}.{part}") for part in parts[name]}
+        packer = registry.packers.get("int8" if scheme.weight_bits == 8 else manifest.packing[0])
         bias = source.read(f"{name}.bias").to(dtype) if f"{name}.bias" in source.files else None
         weight = packer.unpack(tensors)
-        made = _packed_layer(tensors, weight, bias, manifest.scheme, dtype, device) if activations else None
+        made = _packed_layer(tensors, weight, bias, scheme, dtype, device) if activations else None
         model.set_submodule(name, made or _float_layer(weight, bias, dtype, device))
     _fill(model, source, dtype, device, skip=quantized)
     return model.eval().requires_grad_(False)
@@ -120,8 +125,10 @@ def _packed_layer(
     dtype: torch.dtype,
     device: str,
 ) -> nn.Module:
-    packed, scales = tensors["weight_packed"].to(device), weight.scales.to(device)
     bias = bias.to(device) if bias is not None else None
+    if scheme.weight_bits == 8:
+        return W8A8Linear(weight.codes.to(device), weight.scales.to(device), bias)
+    packed, scales = tensors["weight_packed"].to(device), weight.scales.to(device)
     return W4A8Linear(packed, scales, bias, weight.codes.shape[1], scheme, dtype)
 
 

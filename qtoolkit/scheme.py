@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 CHANNEL = -1  # group_size of one scale per output channel
@@ -12,7 +14,7 @@ class Scheme(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    weight_bits: int = Field(4, ge=4, le=4)
+    weight_bits: int = Field(4, ge=4, le=8, multiple_of=4)
     group_size: int = 128
     activation_bits: int = Field(8, ge=8, le=8)
 
@@ -34,6 +36,22 @@ class Scheme(BaseModel):
         group = "channel" if self.group_size == CHANNEL else f"g{self.group_size}"
         return f"W{self.weight_bits}A{self.activation_bits}-{group}"
 
+    @classmethod
+    def named(cls, name: str) -> Scheme:
+        """Return the scheme whose ``name`` this is, such as ``W4A8-g128``.
+
+        Raises:
+            ValueError: it is no scheme's name.
+        """
+        found = re.fullmatch(r"W(\d+)A(\d+)-(?:g(\d+)|channel)", name)
+        if found is None:
+            raise ValueError(f"{name!r} is not the name of a scheme")
+        return cls(weight_bits=int(found[1]), activation_bits=int(found[2]), group_size=int(found[3] or CHANNEL))
+
+    def bits(self, k: int, scale_bits: int) -> float:
+        """Return the stored bits a weight of an output channel with ``k`` inputs: its code and its share of scales."""
+        return self.weight_bits + scale_bits * self.groups(k) / k
+
     @property
     def code_range(self) -> tuple[int, int]:
         """Return the smallest and largest weight code."""
@@ -43,3 +61,6 @@ class Scheme(BaseModel):
     def groups(self, k: int) -> int:
         """Return how many scales an output channel with ``k`` inputs has."""
         return 1 if self.group_size == CHANNEL else k // self.group_size
+
+
+INT8 = Scheme(weight_bits=8, group_size=CHANNEL)  # what a layer that is too sensitive for int4 becomes

@@ -68,6 +68,7 @@ class Block:
         head_dim: channels of a head.
         quantized: filled by a compensating transform: codes and scales per target.
         refused: targets that stay in float, with the reason in words.
+        schemes: targets that become something else than the recipe's scheme.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Block:
     head_dim: int = 0
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    schemes: dict[str, Scheme] = field(default_factory=dict)
 
     def layer(self, name: str) -> nn.Module:
         """Return the submodule ``name``."""

@@ -78,12 +78,13 @@ def sizes(result: EvalResult) -> Section | None:
         ("float", float(manifest.bytes_before), size(manifest.bytes_before)),
         (manifest.scheme.name, float(manifest.bytes_after), size(manifest.bytes_after)),
     ]
-    parameters = sum(layer.shape[0] * layer.shape[1] for layer in manifest.layers)
-    groups = sum(layer.shape[0] * manifest.scheme.groups(layer.shape[1]) for layer in manifest.layers)
-    text = (
-        f"{parameters:,} weights are 4-bit integers with {groups:,} scales; embeddings, norms and what is listed as "
-        "kept stay in float.",
-    )
+    weights: dict[int, int] = {}
+    for layer in manifest.layers:
+        bits = layer.parsed_scheme.weight_bits
+        weights[bits] = weights.get(bits, 0) + layer.shape[0] * layer.shape[1]
+    groups = sum(layer.shape[0] * layer.parsed_scheme.groups(layer.shape[1]) for layer in manifest.layers)
+    counts = " and ".join(f"{count:,} weights are {bits}-bit integers" for bits, count in sorted(weights.items()))
+    text = (f"{counts} with {groups:,} scales; embeddings, norms and what is listed as kept stay in float.",)
     table = Table(
         ("", "bytes", "share"),
         tuple((name, f"{int(value):,}", f"{value / manifest.bytes_before:.0%}") for name, value, _ in rows),

@@ -43,6 +43,8 @@ class Int4Packer:
 
     def refuse(self, n: int, k: int, scheme: Scheme) -> str | None:
         """Return why a layer cannot be stored, or None; any n and k fit when the group divides k."""
+        if scheme.weight_bits != 4:
+            return f"{scheme.name} has {scheme.weight_bits}-bit weights, and this layout holds four bits"
         if scheme.group_size != CHANNEL and k % scheme.group_size:
             return f"{k} inputs are not a multiple of the group size {scheme.group_size}"
         return None

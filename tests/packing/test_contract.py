@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qtoolkit import registry
 from qtoolkit.runtime import _float_layer
-from qtoolkit.scheme import CHANNEL, Scheme
+from qtoolkit.scheme import CHANNEL, INT8, Scheme
 from qtoolkit.stages import QuantizedWeight
 from qtoolkit.vision import butterfly, layers
 from qtoolkit.vision.matrix import Geometry, from_matrix, to_matrix
@@ -33,8 +33,9 @@ def integers(kind: str, seed: int) -> Case:
     generator = torch.Generator().manual_seed(seed)
     group = CHANNEL if seed % 2 else 128
     n, k = 128, 256
-    codes = torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8)
-    scheme = Scheme(group_size=group)
+    half = 128 if kind == "int8" else 8
+    codes = torch.randint(-half, half, (n, k), generator=generator, dtype=torch.int8)
+    scheme = INT8 if kind == "int8" else Scheme(group_size=group)
     scales = torch.rand(n, scheme.groups(k), generator=generator).half().float() + 2**-6
     weight = QuantizedWeight(codes, scales.half().float())
     linear = nn.Linear(k, n, bias=False)
@@ -104,8 +105,9 @@ def example(layer: nn.Module, generator: torch.Generator) -> Tensor:
     return torch.randn(*((2, 16, 9, 7) if isinstance(layer, nn.Conv2d) else (5, 48)), generator=generator)
 
 
-CASES = {"int4": integers, "qqq": integers, "nm": masked, "block": masked, "filter": masked} | dict.fromkeys(
-    ("binary", "debut"), trained
+INTEGERS = ("int4", "int8", "qqq")
+CASES = (
+    dict.fromkeys(INTEGERS, integers) | dict.fromkeys(PATTERNS, masked) | dict.fromkeys(("binary", "debut"), trained)
 )
 
 
