@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit import checkpoint, registry
-from qtoolkit.errors import CheckpointError
+from qtoolkit.errors import CheckpointError, RequestError
 from qtoolkit.int8 import W8A8Linear
 from qtoolkit.kernels import ops, selection
-from qtoolkit.scheme import CHANNEL, Scheme
+from qtoolkit.scheme import CHANNEL, Head, Scheme
 from qtoolkit.source import Source, resolve
 from qtoolkit.stages import QuantizedWeight
 
@@ -54,7 +54,12 @@ class W4A8Linear(nn.Module):
 
 
 def load(
-    path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, activations: bool = True
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    activations: bool = True,
+    lm_head: Head | str = Head.FLOAT,
 ) -> PreTrainedModel:
     """Load a packed checkpoint, or a float model, as a transformers model that is ready to generate.
 
@@ -63,16 +68,42 @@ def load(
         device: torch device.
         dtype: of activations and float weights; the checkpoint's own when None.
         activations: False gives the float simulation of the weights: dequantized, activations stay in float.
+        lm_head: what the output layer runs as: "float" as stored, "int8", or "int4".
 
     Raises:
-        RequestError: no such folder or model.
+        RequestError: no such folder or model, or the output layer cannot run so here.
         CheckpointError: the checkpoint is damaged or of a newer schema.
         ModelError: a float model that cannot be read.
     """
+    if lm_head not in list(Head):
+        raise RequestError(f"lm_head={lm_head!r} is not known.", f"Use one of: {', '.join(word.value for word in Head)}.")
     source = resolve(path)
     if not (source.path / checkpoint.MANIFEST).is_file():
-        return _load_float(source, device, dtype)
-    return _load_packed(source, device, dtype, activations)
+        model = _load_float(source, device, dtype)
+    else:
+        model = _load_packed(source, device, dtype, activations)
+    quantize_head(model, Head(lm_head))
+    return model
+
+
+@torch.inference_mode()
+def quantize_head(model: PreTrainedModel, kind: Head) -> None:
+    """Let the output layer of ``model`` run with integer weights; tied embeddings keep theirs.
+
+    Raises:
+        RequestError: no kernel runs that layer so here.
+    """
+    from qtoolkit import head
+
+    if kind is Head.FLOAT:
+        return
+    layer: Any = model.get_output_embeddings()
+    weight = layer.weight.detach()
+    reason = head.refuse(*weight.shape, kind, weight.dtype, weight.device.type)
+    if reason is not None:
+        raise RequestError(f"The output layer cannot run in {kind.value}: {reason}.", "Leave it in float.")
+    made: Any = head.HeadLayer(head.quantize(weight, kind, weight.dtype), layer.bias)
+    model.set_output_embeddings(made)
 
 
 def _load_float(source: Source, device: str, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 CHANNEL = -1  # group_size of one scale per output channel
+
+
+class Head(str, Enum):
+    """What the weights of a language model's output layer run as; checkpoints keep them in float."""
+
+    FLOAT = "float"  # as the checkpoint has them; the default
+    INT8 = "int8"  # one scale per token of the vocabulary
+    INT4 = "int4"  # groups of 128
 
 
 class Scheme(BaseModel):

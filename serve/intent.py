@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from qtoolkit.errors import RequestError
+from qtoolkit.scheme import Head
 
 MODE = "QTOOLKIT_W4A8"  # environment variable: it must reach every worker process of an engine
+HEAD = "QTOOLKIT_LM_HEAD"  # likewise
+
+
+Word = TypeVar("Word", bound=Enum)
 
 
 class Mode(str, Enum):
@@ -34,12 +39,25 @@ def mode() -> Mode:
     Raises:
         RequestError: the variable holds an unknown word.
     """
-    value = os.environ.get(MODE, "") or Mode.DECLARED.value
+    return _choice(MODE, Mode, Mode.DECLARED)
+
+
+def head() -> Head:
+    """Return from the environment what the output layer runs as.
+
+    Raises:
+        RequestError: the variable holds an unknown word.
+    """
+    return _choice(HEAD, Head, Head.FLOAT)
+
+
+def _choice(variable: str, words: type[Word], otherwise: Word) -> Word:
+    value = os.environ.get(variable, "") or otherwise.value
     try:
-        return Mode(value.lower())
+        return words(value.lower())
     except ValueError:
-        known = ", ".join(word.value for word in Mode)
-        raise RequestError(f"{MODE}={value} is not known.", f"Use one of: {known}.") from None
+        known = ", ".join(word.value for word in words)
+        raise RequestError(f"{variable}={value} is not known.", f"Use one of: {known}.") from None
 
 
 def _is_int4(weights: Mapping[str, Any] | None) -> bool:

@@ -56,21 +56,33 @@ def refuse(layer: MPLinearLayerConfig, config: VllmConfig) -> str | None:
         return f"its weights are {layer.weight_type}; W4A8 wants symmetric int4"
     if layer.act_type not in ACTIVATIONS or layer.out_type not in (None, layer.act_type):
         return f"its activations are {layer.act_type}, its outputs {layer.out_type}"
-    return refuse_shape(problem(layer))
+    return refuse_backend(layer, wanted)
 
 
-def refuse_shape(layer: selection.Problem) -> str | None:
-    """Return in words why no backend of ours runs a layer of this shape here, or None."""
-    if layer.group_size != -1 and layer.k % layer.group_size:
-        return f"its {layer.k} inputs on this rank are not a multiple of the group size {layer.group_size}"
+def refuse_backend(layer: MPLinearLayerConfig, wanted: Mode) -> str | None:
+    """Return in words why no backend of ours runs a layer here, or why vLLM's own kernel is better, or None."""
+    own = problem(layer)
+    if own.group_size != -1 and own.k % own.group_size:
+        return f"its {own.k} inputs on this rank are not a multiple of the group size {own.group_size}"
     try:
-        backend = selection.choose(layer).backend
+        choice = selection.choose(own)
     except ValueError as error:
         return str(error)
-    asked_for = all(other.name == backend.name for other in selection.backends())
-    if backend is selection.REFERENCE and layer.device != "cpu" and not asked_for:
-        return f"only the reference runs it on {layer.device}, which is slower than vLLM's own int4 kernels"
-    return None
+    by_name = all(other.name == choice.backend.name for other in selection.backends())  # QTOOLKIT_BACKEND=reference
+    if choice.backend is not selection.REFERENCE or wanted is Mode.ALWAYS or by_name or not stock_runs(layer):
+        return None
+    why = "; ".join(f"{name}: {reason}" for name, reason in choice.refused.items())
+    return f"only the reference would run it, slower than vLLM's own int4 kernels ({why}; {MODE}=always takes it)"
+
+
+def stock_runs(layer: MPLinearLayerConfig) -> bool:
+    """Say whether vLLM has a kernel of its own for a layer."""
+    try:
+        with _stand_aside():
+            choose_mp_linear_kernel(layer)
+    except ValueError:
+        return False
+    return True
 
 
 def problem(layer: MPLinearLayerConfig) -> selection.Problem:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from qtoolkit.serve.intent import mode
+from qtoolkit.serve.intent import Mode, head, mode
 
 
 def register() -> None:
-    """Put our kernel ahead of vLLM's for W4A8 layers, bring ``quant_method: qqq`` back, and report after loading.
+    """Put our kernel ahead of vLLM's for W4A8 layers, bring ``quant_method: qqq`` back, offer an integer
+    output layer, and report after loading.
 
     Light and safe to call twice: it adds rows to vLLM's tables and touches no device.
 
     Raises:
-        RequestError: the environment asks for an unknown mode.
+        RequestError: the environment asks for something unknown.
     """
-    mode()
+    head()
     from qtoolkit.serve.process import die_with_engine
+    from qtoolkit.serve.vllm_head import register_head
     from qtoolkit.serve.vllm_kernel import place_first
     from qtoolkit.serve.vllm_qqq import register_qqq
     from qtoolkit.serve.vllm_report import report_after_loading
@@ -22,4 +24,6 @@ def register() -> None:
     die_with_engine()
     place_first()
     register_qqq()
+    if mode() is not Mode.OFF:  # then nothing but vLLM's own code runs
+        register_head()
     report_after_loading()

@@ -16,9 +16,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from qtoolkit.kernels.selection import Prepared
+from qtoolkit.scheme import Head
 from qtoolkit.serve import report
+from qtoolkit.serve.intent import HEAD
+from qtoolkit.serve.vllm_head import IntegerHeadMethod
 from qtoolkit.serve.vllm_kernel import W4A8LinearKernel, refuse
 
+KERNELS = {Head.INT8: "w8a8", Head.INT4: "w4a8"}  # of output layers
 logger = init_logger("vllm.qtoolkit")  # below "vllm", so that vLLM's own handlers print it
 
 
@@ -56,6 +60,10 @@ def describe(model: torch.nn.Module, config: VllmConfig) -> Iterator[report.Laye
 def describe_layer(name: str, module: torch.nn.Module, config: VllmConfig) -> report.Layer:
     """Return which kernel runs one layer."""
     method: Any = module.quant_method
+    if isinstance(method, IntegerHeadMethod):
+        if method.made is None:
+            return report.Layer(name, "unquantized", f"{HEAD}={method.kind.value}, but {method.reason}")
+        return report.Layer(name, f"{KERNELS[method.kind]}-{method.made.prepared.backend}")
     prepared = getattr(method, "prepared", None)  # the qqq method
     if isinstance(prepared, Prepared):
         return report.Layer(name, f"w4a8-{prepared.backend}")

@@ -61,9 +61,11 @@ def refuse_arguments(extra: tuple[str, ...]) -> None:
 
 def command(order: Order, port: int) -> list[str]:
     """Return the server's command line; the API key is not on it, because any user can read it there."""
-    eager = ["--enforce-eager"] if machine.vllm_is_for_cpu() and not machine.has_compiler() else []
+    cpu = machine.vllm_is_for_cpu()
+    eager = ["--enforce-eager"] if cpu and not machine.has_compiler() else []
+    executor = machine.executor(order.extra) if cpu else []
     own = ["--model", str(order.path), "--served-model-name", order.name, "--host", order.host, "--port", str(port)]
-    return [sys.executable, "-m", SERVER, *own, *eager, *order.extra]
+    return [sys.executable, "-m", SERVER, *own, *eager, *executor, *order.extra]
 
 
 def environment(order: Order, folder: Path) -> dict[str, str]:

@@ -8,8 +8,8 @@ import pytest
 
 from qtoolkit.checkpoint import quantization_config
 from qtoolkit.errors import RequestError
-from qtoolkit.scheme import Scheme
-from qtoolkit.serve.intent import Declared, Mode, declared, mode
+from qtoolkit.scheme import Head, Scheme
+from qtoolkit.serve.intent import Declared, Mode, declared, head, mode
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -60,3 +60,17 @@ def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOLKIT_W4A8", "yes")
     with pytest.raises(RequestError, match="QTOOLKIT_W4A8=yes"):
         mode()
+
+
+def test_the_output_layer_stays_in_float_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QTOOLKIT_LM_HEAD", raising=False)
+    assert head() is Head.FLOAT
+    monkeypatch.setenv("QTOOLKIT_LM_HEAD", "INT8")
+    assert head() is Head.INT8
+
+
+def test_an_unknown_output_layer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QTOOLKIT_LM_HEAD", "int3")
+    with pytest.raises(RequestError, match="QTOOLKIT_LM_HEAD=int3") as caught:
+        head()
+    assert "float, int8, int4" in str(caught.value.hint)

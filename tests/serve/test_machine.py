@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qtoolkit.serve import machine
 from qtoolkit.serve.launcher import Order
 from qtoolkit.serve.machine import bind_threads, cpu_defaults, ranks
 from qtoolkit.serve.vllm_server import command, environment
@@ -39,6 +40,46 @@ def test_threads_are_bound_where_vllm_would_fail(cpus: list[int], workers: int, 
 )
 def test_worker_processes_are_read_from_the_arguments(extra: Sequence[str], expected: int) -> None:
     assert ranks(extra) == expected
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.delenv(machine.BINDING, raising=False)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_on_few_cores_one_process_schedules_and_computes() -> None:
+    assert machine.executor(()) == ["--distributed-executor-backend", machine.IN_ENGINE]
+    assert machine.cpu_defaults(()) | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2"} == (
+        machine.cpu_defaults(())
+    )
+
+
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("extra", [("-tp", "2"), ("--distributed-executor-backend", "mp")])
+def test_several_ranks_and_another_executor_are_left_to_vllm(extra: Sequence[str]) -> None:
+    assert machine.executor(extra) == []
+    assert "OMP_NUM_THREADS" not in machine.cpu_defaults(extra)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_who_binds_threads_gets_vllms_own_arrangement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(machine.BINDING, "0")
+    assert machine.executor(()) == []
+
+
+def test_many_cores_get_vllms_own_arrangement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: machine.FEW_CORES)
+    assert machine.executor(()) == []
+
+
+def test_the_executor_named_is_one_of_vllms() -> None:
+    pytest.importorskip("vllm")
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.executor import UniProcExecutor
+
+    assert resolve_obj_by_qualname(machine.IN_ENGINE) is UniProcExecutor
 
 
 def test_the_cache_fits_the_machine() -> None:

@@ -16,7 +16,7 @@ from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
 from qtoolkit.checkpoint import quantization_config
-from qtoolkit.kernels import reference
+from qtoolkit.kernels import reference, selection
 from qtoolkit.packing.int4 import pack_int4
 from qtoolkit.scheme import Scheme
 from qtoolkit.serve import vllm_kernel
@@ -76,6 +76,32 @@ def test_always_takes_an_undeclared_layer(monkeypatch: pytest.MonkeyPatch) -> No
 def test_off_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOLKIT_W4A8", "off")
     assert refuse(layer(), W4A8) == "QTOOLKIT_W4A8=off"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave only the reference to run layers, as on a machine without a C++ compiler."""
+    without = selection.Backend("cpu", "cpu-panel64", lambda problem: "no C++ compiler found", selection._keep)
+    monkeypatch.setattr(selection, "backends", lambda: (without, selection.REFERENCE))
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_where_only_the_reference_runs_vllms_own_kernel_is_kept() -> None:
+    reason = str(refuse(layer(), W4A8))
+    assert "slower than vLLM's own" in reason
+    assert "no C++ compiler found" in reason
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_always_takes_the_reference_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QTOOLKIT_W4A8", "always")
+    assert refuse(layer(), W4A8) is None
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_the_reference_is_better_than_no_kernel_at_all() -> None:
+    odd = layer(full_weight_shape=(256, 40), partition_weight_shape=(256, 40))  # vLLM's wants multiples of 32
+    assert refuse(odd, W4A8) is None
 
 
 @pytest.fixture

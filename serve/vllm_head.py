@@ -1,0 +1,114 @@
+"""The vocabulary's matrix in vLLM: an output layer with integer weights on request, and no copy that nobody reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.platforms import current_platform
+
+from qtoolkit import head
+from qtoolkit.scheme import Head
+from qtoolkit.serve import intent
+
+
+def register_head() -> None:
+    """Let vLLM make our classes for its two vocabulary layers; doing it twice changes nothing."""
+    for base, own in ((ParallelLMHead, OutputLayer), (VocabParallelEmbedding, Embedding)):
+        if base.__name__ not in op_registry_oot:
+            base.register_oot(own)
+
+
+class OutputLayer(ParallelLMHead):
+    """vLLM's output layer, with the weights that QTOOLKIT_LM_HEAD asks for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        plain = isinstance(self.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
+        if plain and intent.head() is not Head.FLOAT:
+            self.quant_method = IntegerHeadMethod(intent.head())
+
+
+class Embedding(VocabParallelEmbedding):
+    """vLLM's embedding, which on CPUs also packs its matrix for products: here only if a product is asked for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Exactly that class: subclasses are other layers' business.
+        if type(self.quant_method) is UnquantizedEmbeddingMethod and current_platform.is_cpu():
+            self.quant_method = LookupMethod()
+
+
+class LookupMethod(UnquantizedEmbeddingMethod):
+    """Looks tokens up; models whose output layer is the embedding itself pack it when they first multiply."""
+
+    def __init__(self) -> None:
+        self.packed = False
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Do nothing: a packed copy is as large as the matrix."""
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x @ w.T + bias`` as vLLM does."""
+        if not self.packed:
+            super().process_weights_after_loading(layer)
+            self.packed = True
+        return super().apply(layer, x, bias)
+
+
+class IntegerHeadMethod(QuantizeMethodBase):
+    """Loads the float matrix of this rank's tokens, rounds it once, and multiplies with it in integers."""
+
+    def __init__(self, kind: Head) -> None:
+        self.kind = kind
+        self.made: head.QuantizedHead | None = None
+        self.stock = UnquantizedEmbeddingMethod()
+        self.reason = _refuse_model() or ""  # why it stays in float, if it does
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Register the float matrix that the checkpoint has, as vLLM's own method does."""
+        self.stock.create_weights(layer, *args, **kwargs)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Round the matrix; a tied one stays with the embedding, an own one is dropped."""
+        weight = layer.weight
+        n, k = weight.shape
+        self.reason = self.reason or head.refuse(n, k, self.kind, weight.dtype, weight.device.type) or ""
+        if self.reason:
+            self.stock.process_weights_after_loading(layer)
+            return
+        self.made = head.quantize(weight.data, self.kind, weight.dtype)
+        layer.weight = torch.nn.Parameter(weight.data.new_empty(0), requires_grad=False)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the logits of this rank's tokens, in the dtype of x."""
+        return self.stock.apply(layer, x, bias) if self.made is None else self.made(x, bias)
+
+    def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
+        """Refuse: embeddings have a layer of their own.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("An output layer looks no tokens up.")
+
+
+def _refuse_model() -> str | None:
+    """Return in words why this engine needs the float matrix later, or None."""
+    config = get_current_vllm_config()
+    if config.lora_config is not None:
+        return "adapters are in use, which add to the float matrix"
+    model = config.model_config
+    if model.head_dtype != model.dtype:
+        return f"logits in {model.head_dtype} are asked for"
+    return None
