@@ -65,44 +65,55 @@ class Contender:
     kind: str  # "bf16", "w8a8", "w4a8" or "ours"
     build: Build
     group_size: int = -1
+    whole: bool = True  # takes floats and gives the layer's result; else a part of the work
+    most: int | None = None  # more tokens than these say nothing new
 
 
-def ours(backend_name: str) -> Build:
+def ours(backend_name: str, chained: bool = False) -> Build:
     """Return the operator with quantization on one backend."""
 
     def build(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
-        backend = next(b for b in selection.backends() if b.name == backend_name)
+        backend = next(b for b in selection.backends() if b.name == backend_name and b.chained == chained)
         n, k = weight.shape
-        device = weight.codes.device.type
-        reason = backend.refuse(Problem(k, n, weight.group_size, DTYPE, device))
+        problem = Problem(k, n, weight.group_size, DTYPE, weight.codes.device.type, chained)
+        reason = backend.refuse(problem)
         if reason:
             raise RuntimeError(reason)
-        own, scales = backend.prepare(weight.packed(), weight.scales, Problem(k, n, weight.group_size, DTYPE, device))
+        own, scales = backend.prepare(weight.packed(), weight.scales, problem)
         return lambda x: lambda: ops.w4a8_linear(x, own, scales, None, n, weight.group_size, backend.layout)
 
     return build
 
 
-def ours_product_only(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
-    """Return the Hopper product on tokens that are quantized already."""
+def ours_by_hand(product_only: bool, chained: bool = False) -> Build:
+    """Return the Hopper product behind a quantizer of its own, or on tokens that are quantized already."""
+    return lambda weight: _ours_by_hand(weight, product_only, chained)
+
+
+def _ours_by_hand(weight: Weight, product_only: bool, chained: bool) -> Callable[[Tensor], Callable[[], object]]:
     from qtoolkit.kernels.cuda import backend, layout, plan
 
     n, k = weight.shape
     reason = backend.refuse(Problem(k, n, weight.group_size, DTYPE, weight.codes.device.type))
     if reason:
         raise RuntimeError(reason)
-    own = layout.to_fragments(weight.codes)
+    own = layout.to_fragments(weight.codes, layout.CHAINED if chained else layout.PLAIN)
     scales = layout.to_kernel_scales(weight.scales, weight.group_size)
 
     def on(x: Tensor) -> Callable[[], object]:
         out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
         with backend.place_of(x) as place:
-            codes, token_scales = backend.quantize(x, place)
-            tiling = plan.choose(x.shape[0], n, k, weight.group_size != -1, place.card, place.multiprocessors)
+            quantized = backend.quantize(x, place, chained)
+            grouped = weight.group_size != -1
+            tiling = plan.choose(x.shape[0], n, k, grouped, place.card, place.multiprocessors)
+            if tiling.fused:
+                tiling = plan.estimate(x.shape[0], n, k, grouped, place.multiprocessors, fused=False)
 
-        def call() -> None:
+        def call() -> Tensor:
             with backend.place_of(x) as here:
-                backend.multiply(codes, token_scales, own, scales, None, out, weight.group_size, tiling, here)
+                tokens = quantized if product_only else backend.quantize(x, here, chained)
+                backend.multiply(*tokens, own, scales, None, out, weight.group_size, tiling, here, chained)
+            return out
 
         return call
 
@@ -176,20 +187,31 @@ def gemlite(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
 
 OURS = Contender("ours", "ours", ours("cuda"))
 OURS_GROUPED = Contender("ours g128", "ours", ours("cuda"), 128)
+TWO_LAUNCHES = Contender("ours, two launches", "ours", ours_by_hand(product_only=False), most=16)
 YARDSTICK = Contender("torch.mm bf16", "bf16", torch_mm)
 HUMMING = Contender("humming", "w4a8", humming(product_only=False))
 CONTENDERS = (
     YARDSTICK,
     OURS,
     OURS_GROUPED,
-    Contender("ours, product", "ours", ours_product_only),
-    Contender("ours g128, product", "ours", ours_product_only, 128),
-    Contender("torch._scaled_mm fp8", "w8a8", torch_scaled_mm),
-    Contender("torch._int_mm", "w8a8", torch_int_mm),
+    TWO_LAUNCHES,
+    Contender("ours, product", "ours", ours_by_hand(product_only=True), whole=False),
+    Contender("ours g128, product", "ours", ours_by_hand(product_only=True), 128, whole=False),
+    Contender("torch._scaled_mm fp8", "w8a8", torch_scaled_mm, whole=False),
+    Contender("torch._int_mm", "w8a8", torch_int_mm, whole=False),
+    # the codes are random, so a chained layer is another layer: its results are checked, not compared
+    Contender("ours chained", "ours", ours("cuda", chained=True), whole=False),
+    Contender("ours chained, product", "ours", ours_by_hand(product_only=True, chained=True), whole=False),
     Contender("ours, triton", "ours", ours("triton")),
     HUMMING,
-    Contender("humming, product", "w4a8", humming(product_only=True)),
+    Contender("humming, product", "w4a8", humming(product_only=True), whole=False),
     Contender("humming g128", "w4a8", humming(product_only=False), 128),
     Contender("gemlite", "w4a8", gemlite),
 )
-ON_A_CPU = (YARDSTICK, Contender("ours", "ours", ours("reference")), Contender("torch._int_mm", "w8a8", torch_int_mm))
+ON_A_CPU = (
+    YARDSTICK,
+    Contender("ours", "ours", ours("reference")),
+    Contender("torch._int_mm", "w8a8", torch_int_mm, whole=False),
+)
+# What each needs that torch does not bring: contender's first word to the module that is looked for.
+PACKAGES = {"humming": "humming", "gemlite": "gemlite", "ours, triton": "triton"}

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from qtoolkit.evals.gpu_bench.contenders import DTYPE, Weight, random_weight
-from qtoolkit.kernels import ops, reference, selection
+from qtoolkit.kernels import chained, ops, reference, selection
 from qtoolkit.kernels.selection import Problem
 
 # |out - want| / |want|: half a unit in the last place of bfloat16 is 2^-9 of a value, 2e-3; on average about half of it
 BOUND = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 
 
-def want(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def want(x: Tensor, weight: Weight, bias: Tensor | None, is_chained: bool = False) -> Tensor:
     """Return the exact product in float64 of the tokens' int8 codes and the layer, with scales and bias."""
     codes, token_scales = reference.quantize_tokens(x)
     n, groups = weight.scales.shape
-    dense = (weight.codes.view(n, groups, -1).double() * weight.scales.double()[:, :, None]).flatten(1)
+    units = chained.values(weight.codes).double() / chained.STEP if is_chained else weight.codes.double()
+    dense = (units.view(n, groups, -1) * weight.scales.double()[:, :, None]).flatten(1)
     out = (codes.double() * token_scales.double()) @ dense.T
     return out if bias is None else out + bias.double()
 
@@ -45,8 +46,15 @@ def operators(names: tuple[str, ...], device: str, seed: int) -> Iterator[dict[s
             for group_size, dtype in [(-1, DTYPE), (-1, torch.float16), (128, DTYPE), (64, DTYPE)]:
                 if group_size != -1 and k % group_size:
                     continue
-                problem = Problem(k, n, group_size, dtype, device)
-                case = {"backend": backend.name, "tokens": tokens, "n": n, "k": k, "group_size": group_size}
+                problem = Problem(k, n, group_size, dtype, device, backend.chained)
+                case = {
+                    "backend": backend.name,
+                    "chained": backend.chained,
+                    "tokens": tokens,
+                    "n": n,
+                    "k": k,
+                    "group_size": group_size,
+                }
                 case |= {"dtype": str(dtype).removeprefix("torch.")}
                 if reason := backend.refuse(problem):
                     yield case | {"refused": reason}
@@ -59,27 +67,38 @@ def operators(names: tuple[str, ...], device: str, seed: int) -> Iterator[dict[s
                 for _ in range(2):
                     poison((tokens, n), dtype, device)
                     runs.append(ops.w4a8_linear(x, *own, bias, n, group_size, backend.layout).clone())
-                error = distance(runs[0], want(x, weight, bias))
+                error = distance(runs[0], want(x, weight, bias, backend.chained))
                 same = torch.equal(*runs)
                 yield case | {"error": error, "same": same, "right": error < BOUND[dtype] and same}
 
 
 def tilings(device: str, seed: int) -> Iterator[dict[str, object]]:
     """Check every tiling that the Hopper kernel may be asked for, on a size that wraps its rings, output poisoned."""
+    for grouped in (False, True):
+        for is_chained in (False, True):
+            seed += 1
+            weight = random_weight(768, 4096, 128 if grouped else -1, device, seed)
+            for tokens in (5, 8, 13, 40, 64, 90, 128, 250, 1000):
+                yield from _tilings_of(weight, tokens, is_chained)
+
+
+def _tilings_of(weight: Weight, tokens: int, is_chained: bool) -> Iterator[dict[str, object]]:
     from qtoolkit.kernels.cuda import backend, layout, plan
 
-    n, k = 768, 4096
-    for grouped in (False, True):
-        weight = random_weight(n, k, 128 if grouped else -1, device, seed := seed + 1)
-        own, scales = layout.to_fragments(weight.codes), layout.to_kernel_scales(weight.scales, weight.group_size)
-        for tokens in (5, 8, 13, 40, 64, 90, 128, 250, 1000):
-            x = torch.randn(tokens, k, device=device).to(DTYPE)
-            exact = want(x, weight, None)
-            for tiling in plan.candidates(tokens, n, k, grouped):
-                out = torch.full((tokens, n), torch.nan, dtype=DTYPE, device=device)
-                with backend.place_of(x) as place:
-                    codes, token_scales = backend.quantize(x, place)
-                    backend.multiply(codes, token_scales, own, scales, None, out, weight.group_size, tiling, place)
-                error = distance(out, exact)
-                case = {"tiling": str(tiling), "tokens": tokens, "grouped": grouped}
-                yield case | {"error": error, "right": error < BOUND[DTYPE]}
+    n, k = weight.shape
+    grouped, device = weight.group_size != -1, weight.codes.device
+    own = layout.to_fragments(weight.codes, layout.CHAINED if is_chained else layout.PLAIN)
+    scales = layout.to_kernel_scales(weight.scales, weight.group_size)
+    x = torch.randn(tokens, k, device=device).to(DTYPE)
+    exact = want(x, weight, None, is_chained)
+    for tiling in plan.candidates(tokens, n, k, grouped):
+        out = torch.full((tokens, n), torch.nan, dtype=DTYPE, device=device)
+        with backend.place_of(x) as place:
+            rest = (own, scales, None, out, weight.group_size, tiling, place, is_chained)
+            if tiling.fused:
+                backend.multiply_floats(x, *rest)
+            else:
+                backend.multiply(*backend.quantize(x, place, is_chained), *rest)
+        error = distance(out, exact)
+        case = {"tiling": str(tiling), "tokens": tokens, "grouped": grouped, "chained": is_chained}
+        yield case | {"error": error, "right": error < BOUND[DTYPE]}

@@ -55,7 +55,7 @@ def tables(times: Times, kinds: Mapping[str, str], bytes_per_second: float, oper
     texts = []
     medians = {s: {t: v["median"] for t, v in row.items()} for s, row in times.get("ours", {}).items()}
     texts.append(table("ours, quantization + product, microseconds", medians))
-    for name in ("ours", "ours g128", "ours, product", "ours, triton"):
+    for name in ("ours", "ours g128", "ours, product", "ours chained, product", "ours, two launches", "ours, triton"):
         found = ratios(times, name, "torch.mm bf16")
         if found:
             texts.append(table(f"{name}: times faster than torch.mm bf16", found))

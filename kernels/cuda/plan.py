@@ -107,4 +107,10 @@ def choose(tokens: int, n: int, k: int, grouped: bool, card: str = "", multiproc
     measured = table(card).get(tables.Point(bucket(tokens), n, k, grouped))
     if measured:
         return tiling_of(measured)
-    return min(candidates(tokens, n, k, grouped), key=lambda t: cost(t, tokens, n, k, grouped, multiprocessors))
+    return estimate(tokens, n, k, grouped, multiprocessors)
+
+
+def estimate(tokens: int, n: int, k: int, grouped: bool, multiprocessors: int = 132, fused: bool = True) -> Tiling:
+    """Return the tiling with the least estimated cost; ``fused`` False: among those for quantized tokens."""
+    found = [tiling for tiling in candidates(tokens, n, k, grouped) if fused or not tiling.fused]
+    return min(found, key=lambda t: cost(t, tokens, n, k, grouped, multiprocessors))

@@ -28,21 +28,24 @@ def test_every_tiling_agrees_with_float64() -> None:
     assert not [case for case in correctness.tilings("cuda", 2) if not case["right"]]
 
 
-def layer(n: int = 1024, k: int = 2048, group_size: int = 128) -> selection.Prepared:
+def layer(n: int = 1024, k: int = 2048, group_size: int = 128, chained: bool = False) -> selection.Prepared:
     weight = random_weight(n, k, group_size, "cuda")
-    return selection.prepare(weight.packed(), weight.scales, Problem(k, n, group_size, torch.bfloat16, "cuda"))
+    problem = Problem(k, n, group_size, torch.bfloat16, "cuda", chained)
+    return selection.prepare(weight.packed(), weight.scales, problem)
 
 
-def test_a_graph_replays_new_tokens() -> None:
-    own = layer()
-    x = torch.randn(16, 2048, device="cuda").bfloat16()
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 40])  # on Hopper: one launch, one launch, two
+def test_a_graph_replays_new_tokens(tokens: int, chained: bool) -> None:
+    own = layer(chained=chained)
+    x = torch.randn(tokens, 2048, device="cuda").bfloat16()
     ops.w4a8_linear(x, own.weight, own.scales, None, 1024, 128, own.layout)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = ops.w4a8_linear(x, own.weight, own.scales, None, 1024, 128, own.layout)
     for seed in range(3):
-        x.copy_(torch.randn(16, 2048, generator=torch.Generator().manual_seed(seed)))
+        x.copy_(torch.randn(tokens, 2048, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         assert torch.equal(out, ops.w4a8_linear(x, own.weight, own.scales, None, 1024, 128, own.layout))
 

@@ -1,0 +1,214 @@
+"""The benchmark's steps: environment, ceilings, checks, the grid, decoding in graphs, and the kernels' names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from qtoolkit.evals.gpu_bench import contenders, correctness
+from qtoolkit.evals.gpu_bench.clock import graph_series, summary
+from qtoolkit.evals.gpu_bench.contenders import DTYPE, Contender, Weight, random_weight
+from qtoolkit.evals.gpu_bench.session import Run
+
+WRONG = 0.3  # |out - want| / |want| of a contender that does not compute the layer: another grid of int4 costs 0.1
+SLOW = ("gemlite",)  # compiles and tunes for minutes: one shape only
+
+
+def sizes(shape: str) -> tuple[int, int]:
+    """Return (n, k) of "NxK"."""
+    n, k = shape.split("x")
+    return int(n), int(k)
+
+
+def environment(device: str) -> dict[str, str]:
+    """Return what a figure must be read with."""
+    found = {"torch": torch.__version__, "python": sys.version.split()[0], "date": time.strftime("%Y-%m-%d")}
+    if device == "cuda":
+        query = "name,driver_version,clocks.max.sm,power.limit,temperature.gpu"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        found["card"] = torch.cuda.get_device_name()
+        if shutil.which(command[0]):
+            found["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        from qtoolkit.kernels.cuda import compiler
+
+        found["compiler"] = compiler.version() or "none"
+    return found
+
+
+def ceilings(run: Run) -> dict[str, float]:
+    """Measure copy bandwidth (bytes read and written), and the rates of large bf16, int8 and fp8 products."""
+    size = 8192 if run.device == "cuda" else 64
+    found: dict[str, float] = {}
+
+    def copy() -> None:
+        words = min(1 << 30, torch.cuda.mem_get_info()[0] // 32) if run.device == "cuda" else 1 << 16
+        source = torch.randint(0, 99, (words,), dtype=torch.int32, device=run.device)
+        target = torch.empty_like(source)
+        copied = summary(run.clock.times(lambda: target.copy_(source), 20))["median"]
+        found["bytes_per_second"] = 2e6 * 4 * words / copied
+
+    def product(name: str) -> None:
+        contender = next(c for c in contenders.CONTENDERS if c.name == name)
+        call = contender.build(random_weight(size, size, -1, run.device))(
+            torch.randn(size, size, device=run.device).to(DTYPE)
+        )
+        found[name] = 2e6 * size**3 / summary(run.clock.times(call, 10))["median"]
+
+    run.attempt("ceiling of memory", copy)
+    for name in ("torch.mm bf16", "torch._int_mm", "torch._scaled_mm fp8"):
+        run.attempt(f"ceiling {name}", lambda n=name: product(n))
+    return found
+
+
+def check(run: Run) -> None:
+    """Check operators and tilings against float64; a wrong result is the first thing the tables say.
+
+    Seeds come from the system, so that no two runs see the same data; they are kept with each case.
+    """
+    names = ("cuda", "triton") if run.device == "cuda" else ("reference",)
+    seed = int.from_bytes(os.urandom(3), "big")
+    cases = run.attempt("checks of the operator", lambda: list(correctness.operators(names, run.device, seed))) or []
+    if run.device == "cuda":
+        cases += run.attempt("checks of the tilings", lambda: list(correctness.tilings(run.device, seed + 1000))) or []
+    wrong = [case for case in cases if case.get("right") is False]
+    refused = sum("refused" in case for case in cases)
+    run.result["checks"] = {
+        "seed": seed, "run": len(cases) - refused, "refused": refused, "wrong": wrong, "cases": cases,
+    }  # fmt: skip
+    print(f"checks: {len(cases) - refused} run, {len(wrong)} wrong, {refused} refused", flush=True)
+    for case in wrong[:20]:
+        print("WRONG", case)
+
+
+def compile_ahead(shapes: Sequence[str]) -> None:
+    """Compile every Hopper kernel that the grid may need, on all cores."""
+    from qtoolkit.kernels.cuda import compiler, layout, plan, source
+
+    kernels = set()
+    depths = [sizes(shape)[1] for shape in shapes]
+    for chained in (False, True):
+        kernels |= {source.quantize(k, False, chained) for k in depths}
+        for shape in plan.SHAPES:
+            for grouped in (False, True) if shape.tokens < 256 else (False,):
+                if not shape.fused:
+                    kernels.add(source.linear(shape, grouped, False, chained))
+                    continue
+                shares = {-(-layout.padded(k) // layout.K_BLOCK // split) for k in depths for split in plan.SPLITS}
+                kernels |= {
+                    source.linear(shape, grouped, False, chained, share)
+                    for share in shares
+                    if 0 < share <= source.MAX_SHARE
+                }
+    start = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda kernel: compiler.cubin(kernel.text()), kernels))
+    print(f"compiled {len(kernels)} kernels in {time.monotonic() - start:.1f} s", flush=True)
+
+
+def grid(run: Run, field: Sequence[Contender], shapes: Sequence[str], tokens: Sequence[int], repeats: int) -> None:
+    """Time each contender at each point, contender by contender: the yardstick and ours come first.
+
+    Each has its share of the time; what it did not reach is noted. After each the result is kept.
+    """
+    times = run.result.setdefault("times", {})
+    errors = run.result.setdefault("errors", {})
+    for position, contender in enumerate(field):
+        start, deadline = time.monotonic(), run.share(len(field) - position)
+        for shape in shapes[3:4] or shapes[:1] if contender.name in SLOW else shapes:
+            n, k = sizes(shape)
+            weight = random_weight(n, k, contender.group_size, run.device)
+            on = run.attempt(f"{contender.name} {shape}", lambda c=contender, w=weight: c.build(w))
+            if on is None:
+                break
+            for m in tokens if contender.most is None else [m for m in tokens if m <= contender.most]:
+                what = f"{contender.name} {shape} M={m}"
+                if time.monotonic() > deadline and not run.late():
+                    run.could_not.append(f"{what} and what follows: its share of {deadline - start:.0f} s was over")
+                    break
+                x = torch.randn(m, k, device=run.device).to(DTYPE)
+                took = run.attempt(what, lambda on=on, x=x: run.clock.times(on(x), repeats))
+                if took:
+                    found = summary(took) | ({"host_behind": run.clock.behind} if run.clock.behind else {})
+                    times.setdefault(contender.name, {}).setdefault(shape, {})[str(m)] = found
+            if time.monotonic() > deadline:
+                break
+            if contender.name not in errors and contender.whole:
+                errors[contender.name] = run.attempt(
+                    f"{contender.name} against float", lambda w=weight, on=on: far(on, w)
+                )
+        print(f"{contender.name}: {time.monotonic() - start:.1f} s", flush=True)
+        run.keep()
+    for name, error in errors.items():
+        if error is not None and error > WRONG:
+            run.could_not.append(
+                f"{name}: its result is not the layer's (relative distance {error:.2f}); times are void"
+            )
+
+
+def far(on: Callable[[torch.Tensor], Callable[[], Any]], weight: Weight, tokens: int = 32) -> float:
+    """Return how far a contender's result is from the layer in float: that it computes the same thing at all."""
+    x = torch.randn(tokens, weight.shape[1], device=weight.codes.device).to(DTYPE)
+    out = on(x)()
+    return round(correctness.distance(out, x.double() @ weight.dense().double().T), 4)
+
+
+def spread(run: Run, shapes: Sequence[str], tokens: Sequence[int], repeats: int) -> float | None:
+    """Time ours a second time; return the largest relative difference between the two medians."""
+    first = run.result["times"].get("ours", {})
+    again = Run(run.device, run.clock, run.until)
+    grid(again, [c for c in contenders.CONTENDERS if c.name == "ours"], shapes, tokens, repeats)
+    second = again.result["times"].get("ours", {})
+    pairs = [
+        (row[m]["median"], first[s][m]["median"]) for s, row in second.items() for m in row if m in first.get(s, {})
+    ]
+    found = [abs(b / a - 1) for a, b in pairs]
+    return round(max(found), 4) if found else None
+
+
+def series(run: Run, shapes: Sequence[str] = ("4096x4096", "8192x8192"), most: int = 32) -> dict[str, dict[str, float]]:
+    """Time decoding inside CUDA graphs: a row of layers with weights of their own, 256 MB of int4 together."""
+    found: dict[str, dict[str, float]] = {}
+    for n, k in map(sizes, shapes):
+        count = min(most, (1 << 29) // (n * k))
+        weights = [random_weight(n, k, -1, run.device, seed) for seed in range(count)]
+        for contender in (contenders.YARDSTICK, contenders.OURS, contenders.TWO_LAUNCHES, contenders.HUMMING):
+            build: Callable[[Weight], Any] = contender.build
+            rows = run.attempt(f"series {contender.name}", lambda b=build, w=weights: [b(one) for one in w])
+            for m in (1, 16, 64) if rows else ():
+                x = torch.randn(m, k, device=run.device).to(DTYPE)
+                took = run.attempt(
+                    f"series {contender.name} {n}x{k} M={m}",
+                    lambda rows=rows, x=x: graph_series([on(x) for on in rows]),
+                )
+                if took:
+                    found.setdefault(contender.name, {})[f"{n}x{k} M={m}"] = round(took, 2)
+    return found
+
+
+def kernel_names(run: Run, field: Iterable[Contender], shape: str = "8192x8192") -> dict[str, list[str]]:
+    """Return the device kernels that each contender launched at 16 and 1024 tokens."""
+    found: dict[str, list[str]] = {}
+    n, k = sizes(shape)
+
+    def names(contender: Contender) -> None:
+        on = contender.build(random_weight(n, k, contender.group_size, run.device))
+        for m in (16, 1024):
+            call = on(torch.randn(m, k, device=run.device).to(DTYPE))
+            call()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                call()
+                torch.cuda.synchronize()
+            found[f"{contender.name} M={m}"] = [event.key[:120] for event in profile.key_averages()]
+
+    for contender in field:
+        if contender.name not in SLOW and contender.name in run.result.get("times", {}):
+            run.attempt(f"kernel names of {contender.name}", lambda c=contender: names(c))
+    return found
