@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,13 @@ def minmax_scales(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
     return (groups(weight, scheme).abs().amax(dim=-1) / top).clamp_min(SMALLEST).to(dtype)
 
 
-def searched_scales(weight: Tensor, importance: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+def searched_scales(
+    weight: Tensor,
+    importance: Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    rounding: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """Return, for every group, the candidate scale with the least squared error weighted by ``importance``.
 
     Args:
@@ -30,6 +38,7 @@ def searched_scales(weight: Tensor, importance: Tensor, scheme: Scheme, dtype: t
         importance: float32 [k], how much an error of each input's weight matters (the Hessian's diagonal).
         scheme: gives the groups and the code range.
         dtype: in which the scale is stored; candidates are rounded to it before they are judged.
+        rounding: rounds weights [n, groups, size] onto another grid with steps [n, groups, 1]; None: to nearest codes.
 
     Returns:
         [n, groups] in ``dtype``.
@@ -42,7 +51,10 @@ def searched_scales(weight: Tensor, importance: Tensor, scheme: Scheme, dtype: t
     for shrink in SHRINK:
         scales = (full * shrink).clamp_min(SMALLEST).to(dtype)
         step = scales.float().unsqueeze(-1)
-        rounded = (grouped / step).round_().clamp_(*scheme.code_range).mul_(step)
+        if rounding is None:
+            rounded = (grouped / step).round_().clamp_(*scheme.code_range).mul_(step)
+        else:
+            rounded = rounding(grouped, step)
         error = rounded.sub_(grouped).square_().mul_(matter).sum(dim=-1)
         better = error < best
         best = torch.where(better, error, best)
