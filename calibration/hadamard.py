@@ -1,7 +1,7 @@
 """Hadamard matrices, generated: square matrices of +-1 with orthogonal rows, and products with them.
 
 Sizes are a power of two (Sylvester 1867) times a base that Paley's two constructions (1933) give: 12, 20, 28, 36, 52,
-60, 108, 140, 180 and many more. No table of signs is stored. 156 and 172, which no prime power gives, are reached doubled.
+60, 108, 140, 180 and many more. No table of signs is stored. 156 and 172, which no prime power gives, come doubled.
 """
 
 from __future__ import annotations

@@ -18,7 +18,15 @@ SHARD_BYTES = 4 * 10**9
 
 
 def assemble(
-    job: Job, source: Source, recipe: Recipe, dtype: torch.dtype, blocks: Mapping[str, str], rest: str, tokens: int
+    job: Job,
+    source: Source,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    blocks: Mapping[str, str],
+    rest: str,
+    tokens: int,
+    choice: checkpoint.Choice | None,
+    budget: checkpoint.BudgetRecord | None,
 ) -> None:
     """Write the checkpoint folder to the job's staging place.
 
@@ -30,6 +38,8 @@ def assemble(
         blocks: name of every block and of the part that holds it, in order.
         rest: name of the part with everything outside the blocks.
         tokens: calibration tokens used.
+        choice: how outliers are treated, if that was measured.
+        budget: what a size budget was spent on, if there was one.
     """
     staging = job.staging
     with disk_errors(job.output):
@@ -65,6 +75,8 @@ def assemble(
             layers=layers,
             groups=tuple(_group_records(facts)),
             unquantized=unquantized,
+            choice=choice,
+            budget=budget,
             notes=source.notes,
             bytes_before=source.bytes,
             bytes_after=sum(files.values()),

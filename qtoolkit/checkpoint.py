@@ -58,6 +58,37 @@ class Unquantized(BaseModel):
     reason: str
 
 
+class Choice(BaseModel):
+    """How outliers are treated and why: each way's divergence on held-out text, some blocks quantized one by one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    chosen: str
+    divergence: dict[str, float] = Field(description="KL in nats a token, summed over the blocks tried")
+    blocks: tuple[str, ...]
+    held_out_tokens: int
+
+
+class BudgetRow(BaseModel):
+    """Layers that share an input: what they became, and the divergence in nats that each kind was measured to cause."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: tuple[str, ...]
+    kind: str = Field(description="name of a scheme, or float")
+    loss: dict[str, float]
+
+
+class BudgetRecord(BaseModel):
+    """What a size budget was spent on; bits a weight count codes and scales of the quantizable layers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: float
+    used: float
+    rows: tuple[BudgetRow, ...]
+
+
 class Manifest(BaseModel):
     """What qtoolkit.json says: where the checkpoint comes from and what was done. Unknown keys are an error."""
 
@@ -78,6 +109,8 @@ class Manifest(BaseModel):
     layers: tuple[LayerRecord, ...]
     groups: tuple[GroupRecord, ...] = ()
     unquantized: tuple[Unquantized, ...] = ()
+    choice: Choice | None = None
+    budget: BudgetRecord | None = None
     notes: tuple[str, ...] = Field((), description="what was changed in the model beyond its weights")
     bytes_before: int
     bytes_after: int

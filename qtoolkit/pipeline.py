@@ -5,29 +5,32 @@ from __future__ import annotations
 import os
 import resource
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qtoolkit import __version__, architecture, assembly, checkpoint, data, recipe as recipes, registry
-from qtoolkit.calibration import capture
+from qtoolkit.calibration import budget, capture, choice
 from qtoolkit.calibration.options import read as read_options
 from qtoolkit.errors import ModelError
 from qtoolkit.job import Job
 from qtoolkit.progress import Progress, Silent
 from qtoolkit.recipe import Recipe
+from qtoolkit.scheme import Scheme
 from qtoolkit.source import Source, resolve, save
 from qtoolkit.stages import Block, Context, Packer, Rewrite, Stream, Transform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CALIBRATION, REST = "calibration", "rest"
+CALIBRATION, CHOICE, BUDGET, REST = "calibration", "choice", "budget", "rest"
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def quantize(
     job = Job.open(Path(output), run.fingerprint(), fresh=fresh)
     try:
         if not job.published:
+            run.prepare(job)
             run.work(job)
             run.assemble(job)
             job.publish()
@@ -102,15 +106,16 @@ class Run:
 
     def __init__(self, source: Source, recipe: Recipe, progress: Progress) -> None:
         self.source, self.recipe, self.progress = source, recipe, progress
-        self.transforms = build_transforms(recipe)
-        self.weights = source  # what blocks are read from: the source, or the source rewritten
+        self.weights, self.transforms = source, build_transforms(recipe)  # until ``prepare`` has decided
+        self.kinds: dict[str, str] = {}  # layers that a budget gives more than the recipe's scheme
+        self.choice: checkpoint.Choice | None = None
+        self.budget: checkpoint.BudgetRecord | None = None
         self.packer: Packer = registry.packers.get(recipe.packer)
         self.skeleton = architecture.skeleton(source)
         self.dtype = architecture.stored_dtype(source)
         self.context = Context(recipe.scheme, self.dtype, progress.say)
         self.blocks = len(self.skeleton.blocks)
         self._refuse_if_nothing_fits()
-        self._rewrite()
 
     def fingerprint(self) -> dict[str, Any]:
         """Return everything that decides the result: two runs with the same one may continue each other."""
@@ -121,18 +126,36 @@ class Run:
             "torch": torch.__version__,
         }
 
+    def prepare(self, job: Job) -> None:
+        """Decide, before the first block, what the model's own measurements decide; the job remembers it."""
+        if not job.has(CALIBRATION):
+            job.save(CALIBRATION, {"tokens": self._calibration_tokens()})
+        tokens = job.tensors(CALIBRATION)["tokens"]
+        method: str | None = self.recipe.outliers.method
+        if method == "auto":
+            if not job.has(CHOICE):
+                job.save(CHOICE, {}, self._choose(tokens).model_dump())
+            self.choice = checkpoint.Choice.model_validate(job.facts(CHOICE))
+            method = self.choice.chosen
+        self.weights, self.transforms = self._candidate(method)
+        for note in self.weights.notes:
+            self.progress.say(note)
+        if self.recipe.budget.bits is not None:
+            if not job.has(BUDGET):
+                job.save(BUDGET, {}, self._spend(tokens, self.recipe.budget.bits).model_dump())
+            self.budget = checkpoint.BudgetRecord.model_validate(job.facts(BUDGET))
+            self.kinds = {name: row.kind for row in self.budget.rows for name in row.layers}
+
     def work(self, job: Job) -> None:
         """Finish every block that is not finished yet."""
         done = next((i for i in range(self.blocks) if not job.has(_part(i))), self.blocks)
         if done == self.blocks and job.has(REST):
             return
-        if not job.has(CALIBRATION):
-            job.save(CALIBRATION, {"tokens": self._calibration_tokens()})
         tokens = job.tensors(CALIBRATION)["tokens"]
         self.progress.start(self.blocks, done)
         stream = capture.embed(self.skeleton, self.weights, tokens)
         for index in range(self.blocks):
-            block = self._block(index)
+            block = self._block(self.weights, index)
             if index < done:
                 self._restore(block, job.tensors(_part(index)))
             else:
@@ -149,16 +172,35 @@ class Run:
         """Put the finished parts together as a checkpoint folder, in the job's staging place."""
         blocks = {self._name(index): _part(index) for index in range(self.blocks)}
         tokens = job.tensors(CALIBRATION)["tokens"].numel()
-        assembly.assemble(job, self.weights, self.recipe, self.dtype, blocks, REST, tokens)
+        dtype, choice, budget = self.dtype, self.choice, self.budget
+        assembly.assemble(job, self.weights, self.recipe, dtype, blocks, REST, tokens, choice, budget)
 
-    def _rewrite(self) -> None:
-        """Let the recipe's rewrites change what blocks are read from; the transforms that are left work on blocks."""
-        for step, transform in list(self.transforms.items()):
+    def _candidate(
+        self, method: str | None, options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    ) -> tuple[Source, dict[str, Transform]]:
+        """Return what blocks are read from under ``method``, and the transforms of a block."""
+        weights, transforms = self.source, build_transforms(self.recipe, method, options)
+        for step, transform in list(transforms.items()):
             if isinstance(transform, Rewrite):
-                self.weights = transform.rewrite(self.weights, self.skeleton, self.recipe.calibration.seed)
-                del self.transforms[step]
-        for note in self.weights.notes:
-            self.progress.say(note)
+                weights = transform.rewrite(weights, self.skeleton, self.recipe.calibration.seed)
+                del transforms[step]
+        return weights, transforms
+
+    def _choose(self, tokens: Tensor) -> checkpoint.Choice:
+        candidates = {name: choice.Candidate(*self._candidate(name, choice.LIGHT)) for name in recipes.METHODS}
+        count, context = self.recipe.outliers.blocks, self.context
+        found = choice.choose(self.skeleton, self.source, candidates, self._block, tokens, count, context)
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in found.divergence.items())
+        self.progress.say(f"outliers: {found.chosen}, by divergence on held-out text ({figures} nats)")
+        return found
+
+    def _spend(self, tokens: Tensor, bits: float) -> checkpoint.BudgetRecord:
+        units = budget.measure(self.skeleton, self.weights, self.transforms, self._block, tokens, self.context)
+        record = budget.spend(units, bits)
+        counts = Counter(row.kind for row in record.rows for _ in row.layers)
+        said = ", ".join(f"{count} layers {kind}" for kind, count in counts.items())
+        self.progress.say(f"budget of {bits:g} bits a weight: {record.used:.3f} used ({said})")
+        return record
 
     def _refuse_if_nothing_fits(self) -> None:
         reasons = [
@@ -191,11 +233,16 @@ class Run:
         longest = int(getattr(self.skeleton.config, "max_position_embeddings", self.recipe.calibration.length))
         return data.calibration_tokens(self.source, self.recipe.calibration, longest, self.progress.say)
 
-    def _block(self, index: int) -> Block:
-        block = self.skeleton.block(index, self.weights)
+    def _block(self, weights: Source, index: int) -> Block:
+        block = self.skeleton.block(index, weights)
         for name in block.targets:
+            kind = self.kinds.get(f"{block.name}.{name}", self.recipe.scheme.name)
             if reason := self._reason(block.name, name, block.module):
                 block.refused[name] = reason
+            elif kind == budget.FLOAT:
+                block.refused[name] = f"the budget of {self.recipe.budget.bits:g} bits a weight keeps it"
+            elif kind != self.recipe.scheme.name:
+                block.schemes[name] = Scheme.named(kind)
         return block
 
     def _transform(self, block: Block, stream: Stream) -> dict[str, Any]:
@@ -245,16 +292,23 @@ class Run:
                 parameter.data = parameter.data.to(self.dtype).float()
 
 
-def build_transforms(recipe: Recipe) -> dict[str, Transform]:
+def build_transforms(
+    recipe: Recipe, method: str | None = None, options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> dict[str, Transform]:
     """Return the recipe's transforms in order, with validated options.
+
+    Args:
+        recipe: names the steps.
+        method: one of ``recipe.METHODS``, or None for the steps as written.
+        options: of a step, instead of the recipe's.
 
     Raises:
         RequestError: an unknown step or option.
     """
     built = {}
-    for step, values in recipe.steps.items():
+    for step, values in recipe.under(method).items():
         kind = registry.transforms.get(step)
-        built[step] = kind(read_options(kind.Options, step, values or {}))
+        built[step] = kind(read_options(kind.Options, step, {**(values or {}), **options.get(step, {})}))
     return built
 
 

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qtoolkit.errors import RequestError
 from qtoolkit.registry import suggest
@@ -30,6 +30,37 @@ class Calibration(BaseModel):
     seed: int = 0
 
 
+Method = Literal["none", "smooth", "rotate", "both"]
+METHODS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "smooth": ("smooth",),
+    "rotate": ("rotate",),
+    "both": ("rotate", "smooth"),
+}
+
+
+class Outliers(BaseModel):
+    """What is done about activation outliers: rotation, smoothing, both, neither, or what held-out text says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Method | Literal["auto"] | None = Field(None, description="auto: measured; not given: the steps as written")
+    blocks: int = Field(2, ge=1, description="blocks on which auto tries every method")
+
+
+class Budget(BaseModel):
+    """How many bits a weight may take on average: what is left over int4 goes where it helps most."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: float | None = Field(None, gt=0, description="bits a quantizable weight, codes and scales; 4.25 or '4.25bpw'")
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _read_bits(cls, value: object) -> object:
+        return value.removesuffix("bpw") if isinstance(value, str) else value
+
+
 class Recipe(BaseModel):
     """One way to compress a model: scheme, calibration, transforms in order with their options, packer."""
 
@@ -40,6 +71,8 @@ class Recipe(BaseModel):
     scheme: Scheme = Scheme()
     calibration: Calibration = Calibration()
     steps: dict[str, dict[str, Scalar]] = Field(description="transforms in order, each with its options")
+    outliers: Outliers = Outliers()
+    budget: Budget = Budget()
     packer: str = "int4"
     keep: tuple[str, ...] = Field(("lm_head",), description="modules that stay in float")
 
@@ -48,6 +81,13 @@ class Recipe(BaseModel):
         """Return 12 hex digits that change with anything that changes the result."""
         text = json.dumps(self.model_dump(mode="json", exclude={"name", "about"}), separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def under(self, method: str | None) -> dict[str, dict[str, Scalar]]:
+        """Return the steps that run when outliers are treated by ``method``; None leaves the steps as written."""
+        if method is None:
+            return self.steps
+        chosen = {step: self.steps.get(step) or {} for step in METHODS[method]}
+        return {**chosen, **{step: options for step, options in self.steps.items() if step not in METHODS["both"]}}
 
     def to_yaml(self) -> str:
         """Return the recipe as a file that ``load`` reads back."""

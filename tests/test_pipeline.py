@@ -23,7 +23,13 @@ from qtoolkit.errors import CheckpointError, DataError, ModelError, NumericError
 from qtoolkit.runtime import W4A8Linear
 from qtoolkit.scheme import CHANNEL
 
-QUICK = {"calibration.samples": 4, "calibration.length": 32, "smooth.grid": 5, "scheme.group_size": 64}
+QUICK = {
+    "calibration.samples": 4,
+    "calibration.length": 32,
+    "smooth.grid": 5,
+    "scheme.group_size": 64,
+    "outliers.method": "smooth",
+}
 
 
 def digests(folder: Path) -> dict[str, str]:

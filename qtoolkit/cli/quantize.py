@@ -20,6 +20,8 @@ def command(
     data: Annotated[str, typer.Option(help="Calibration text: file, data set name, or 'self'.")] = "",
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    outliers: Annotated[str, typer.Option(help="smooth, rotate, both, none, or 'auto': measured.")] = "",
+    budget: Annotated[str, typer.Option(help="Bits a weight, such as 4.25bpw: int8 or float where it helps.")] = "",
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="step.key=value, any recipe value.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; replace a finished checkpoint.")] = False,
@@ -34,6 +36,8 @@ def command(
         raise RequestError("--w4a8 and --recipe were both given.", "Give one of them.")
     options = {
         "scheme.group_size": _group_size(group_size),
+        "outliers.method": outliers or None,
+        "budget.bits": budget or None,
         "calibration.data": data or None,
         "calibration.samples": samples,
         "calibration.length": length,

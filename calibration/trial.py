@@ -1,0 +1,86 @@
+"""Trying settings out before a run: held-out text, streams that go on through float blocks, divergence at the end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from qtoolkit.architecture import Skeleton
+from qtoolkit.calibration import capture
+from qtoolkit.source import Source
+from qtoolkit.stages import Block, Stream
+
+FIT, HELD_OUT = 4096, 2048  # tokens that a trial is calibrated on, and those it is judged on
+VOCABULARY = 4096  # rows of the head that are multiplied at once
+K = TypeVar("K", bound=Hashable)
+
+
+def split(tokens: Tensor, fit: int = FIT, held_out: int = HELD_OUT) -> tuple[Tensor, Tensor]:
+    """Return two disjoint parts of ``tokens`` [sequences, length]: about ``fit`` tokens and ``held_out`` tokens.
+
+    Where there is little text, a quarter of it is held out; a single sequence is cut in two.
+    """
+    if len(tokens) == 1:
+        half = tokens.shape[1] // 2
+        return tokens[:, :half], tokens[:, half:]
+    length = tokens.shape[1]
+    held = max(1, min(-(-held_out // length), len(tokens) // 4))
+    return tokens[: min(len(tokens) - held, -(-fit // length))], tokens[-held:]
+
+
+def spread(blocks: int, wanted: int) -> list[int]:
+    """Return the indices of ``wanted`` blocks in the middle of as many equal parts of the depth."""
+    wanted = min(wanted, blocks)
+    return [(2 * i + 1) * blocks // (2 * wanted) for i in range(wanted)]
+
+
+def served(block: Block, stream: Stream, bits: int) -> Stream:
+    """Return the stream behind a quantized block that rounds its inputs as when served."""
+    with capture.quantized_activations(block, bits):
+        return capture.advance(block, stream)
+
+
+def advance_all(block: Block, streams: Mapping[K, Stream]) -> dict[K, Stream]:
+    """Return every stream behind ``block``."""
+    return {key: capture.advance(block, stream) for key, stream in streams.items()}
+
+
+@torch.inference_mode()
+def divergence(skeleton: Skeleton, source: Source, truth: Stream, streams: Mapping[K, Stream]) -> dict[K, float]:
+    """Return, for each stream behind the last block, the mean KL divergence of its next token from ``truth``'s in nats.
+
+    The vocabulary goes by in parts, so that memory holds neither all logits nor a float32 head:
+    ``KL = sum p (zp - zq) - lse(zp) + lse(zq)`` for logits zp and zq.
+    """
+    hidden = {key: _normed(skeleton, source, stream) for key, stream in streams.items()}
+    before = _normed(skeleton, source, truth)
+    residual = skeleton.architecture.residual
+    head = source.read(f"{residual.embedding if skeleton.tied else residual.head}.weight")
+    bottom = before.new_full(before.shape[:1], -torch.inf)
+    lse_p, lse_q = bottom, dict.fromkeys(hidden, bottom)
+    gap = {key: torch.zeros_like(bottom) for key in hidden}  # sum of p (zp - zq), by the p of the rows seen so far
+    for rows in head.split(VOCABULARY):
+        weight = rows.to(before).T
+        zp = before @ weight  # [tokens, rows]
+        seen = torch.logaddexp(lse_p, zp.logsumexp(dim=-1))
+        p = (zp - seen.unsqueeze(-1)).exp()
+        for key, states in hidden.items():
+            zq = states @ weight
+            gap[key] = gap[key] * (lse_p - seen).exp() + (p * (zp - zq)).sum(dim=-1)
+            lse_q[key] = torch.logaddexp(lse_q[key], zq.logsumexp(dim=-1))
+        lse_p = seen
+    return {key: float((gap[key] - lse_p + lse_q[key]).mean()) for key in hidden}
+
+
+def _normed(skeleton: Skeleton, source: Source, stream: Stream) -> Tensor:
+    """Return what the head reads: float32 [tokens, hidden]."""
+    states = torch.cat([batch.flatten(0, 1) for batch in stream.batches])
+    name = skeleton.architecture.residual.norm
+    empty = skeleton.model.get_submodule(name)
+    norm = copy.deepcopy(empty).to_empty(device=states.device).float()
+    norm.load_state_dict({local: source.read_finite(f"{name}.{local}") for local in empty.state_dict()})
+    return norm(states)
