@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +18,7 @@ from qtoolkit.vision.matrix import weight_of
 
 WEIGHT = ("l2", "fpgm")
 ALL = (*WEIGHT, "taylor", "batchnorm", "ezcrop")
-ZONE = 0.25  # EZCrop's alpha: the central square's half width as a part of the map's
+ZONE = 0.25  # EZCrop's alpha: the central square's half width as a part of the way from the middle to the edge
 
 
 def weight_score(weight: Tensor, criterion: str = "l2") -> Tensor:
@@ -87,13 +89,18 @@ def ezcrop(block: Block, consumer: str, stream: Stream) -> Tensor:
         if maps.dim() != 4:
             raise RequestError(f"{consumer} reads no feature maps, so ezcrop has no spectrum.", "Choose l2.")
         spectrum = torch.fft.fftshift(torch.fft.fft2(maps), dim=(-2, -1)).abs().log1p()
-        height, width = maps.shape[-2:]
-        rows, columns = (
-            slice(size // 2 - round(ZONE * size), size // 2 + round(ZONE * size) + 1) for size in (height, width)
-        )
-        everything = spectrum.sum(dim=(-2, -1)).clamp_min(1e-12)
-        total = total + (1 - spectrum[..., rows, columns].sum(dim=(-2, -1)) / everything).sum(dim=0)
+        rows, columns = (centre(size) for size in maps.shape[-2:])
+        everything = spectrum.sum(dim=(-2, -1))
+        outside = everything - spectrum[..., rows, columns].sum(dim=(-2, -1))
+        total = total + (outside / everything.clamp_min(1e-12)).sum(dim=0)  # a dead map counts as 0
         images += len(maps)
 
     layer_inputs(block, stream, {consumer: add}, raw=True)
     return total / images
+
+
+def centre(size: int) -> slice:
+    """Return the low frequencies of a shifted spectrum of ``size``: up to a quarter of the way out, rounded up."""
+    middle = size // 2  # where frequency 0 is
+    step = 0 if middle <= 1 else math.ceil(ZONE * (size - 1 - middle))
+    return slice(middle - step, middle + step + 1)

@@ -55,6 +55,7 @@ transforms = Registry(
         "gptq": "qtoolkit.calibration.compensation:Compensate",
         "sparsify": "qtoolkit.calibration.sparsify:Sparsify",
         "filters": "qtoolkit.calibration.filters:Filters",
+        "shorten": "qtoolkit.calibration.shorten:Shorten",
         "binarize": "qtoolkit.calibration.binarize:Binarize",
         "debut": "qtoolkit.calibration.debut:Debut",
         "recover": "qtoolkit.calibration.recover:Recover",
@@ -72,5 +73,13 @@ packers = Registry(
         "filter": "qtoolkit.packing.filter:PACKER",
         "binary": "qtoolkit.packing.binary:PACKER",
         "debut": "qtoolkit.packing.debut:PACKER",
+    },
+)
+selectors = Registry(  # of calibration images
+    "selector",
+    {
+        "first": "qtoolkit.calibration.selection:first",
+        "random": "qtoolkit.calibration.selection:random",
+        "kcore": "qtoolkit.calibration.selection:kcore",
     },
 )

@@ -68,9 +68,17 @@ class Architecture(BaseModel):
     keep: tuple[str, ...] = ()
     blocks: str = ""
     groups: tuple[ChannelGroup, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def short(self, seed: int = 0) -> nn.Module:
+        """Return the network with random weights and without the blocks that are left out."""
+        network = self.build(seed)
+        for name in self.dropped:
+            network.set_submodule(name, nn.Identity())
+        return network
 
     def build(self, seed: int = 0) -> nn.Module:
-        """Return the network with random weights."""
+        """Return the whole network with random weights."""
         module, _, attr = self.builder.partition(":")
         return seeded(seed, getattr(import_module(module), attr), **self.arguments)
 
@@ -227,7 +235,9 @@ def compressible(network: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
 
 def channel_groups(network: nn.Module, architecture: Architecture) -> list[ChannelGroup]:
     """Return the architecture's groups with full module names, one for every block that matches."""
-    names = [""] if not architecture.blocks else [name for name, _ in network.named_modules() if name]
+    names = [""]
+    if architecture.blocks:
+        names = [name for name, m in network.named_modules() if name and not isinstance(m, nn.Identity)]
     found = []
     for block in names:
         if not architecture.blocks or (

@@ -18,7 +18,7 @@ from qtoolkit.job import Job, disk_errors
 from qtoolkit.pipeline import build_transforms, peak_rss_bytes
 from qtoolkit.source import Source
 from qtoolkit.stages import Block
-from qtoolkit.vision import data, measure, models, runtime
+from qtoolkit.vision import data, measure, models, runtime, similarity
 from qtoolkit.vision.context import Progress, VisionContext, stream
 from qtoolkit.vision.layers import Binary, Butterfly
 from qtoolkit.vision.matrix import Geometry, to_matrix, weight_of
@@ -28,6 +28,7 @@ from qtoolkit.vision.record import VisionManifest, VisionRecipe
 TRAINING_STEPS = ("recover",)
 WEIGHTS = "model.safetensors"
 COMPARED = 8  # images on which the packed network is compared with what was packed
+ALIKE = 64  # images on which layers are compared with what they were
 SAME = 1e-4  # of the largest logit: float32 sums in another order differ by less
 PACKED_AS = {"binary": Binary, "debut": Butterfly}  # patterns whose layers are trained in packed form
 
@@ -131,6 +132,7 @@ class Run:
         self.positions = measure.positions(model.network, model.architecture)
         self.figures: dict[str, float] = {"parameters_before": float(_parameters(model.network))}
         self.figures["multiply_adds_before"] = float(self._multiply_adds(_products(model.network)))
+        self.empty = _identities(model.network)
         self.report: list[checkpoint.GroupRecord] = []
         self.layer_figures: dict[str, dict[str, float]] = {name: {} for name in self.block.targets}
 
@@ -138,10 +140,14 @@ class Run:
         """Measure the network as it is, then apply every transform."""
         if self.test is not None and self.model.trained:
             self._measure("accuracy_before", self.model.network)
-        calibration = self.training.first(self.recipe.calibration.samples)
-        images = stream(calibration, self.model.architecture)
-        seed = self.recipe.calibration.seed
-        context = VisionContext(self.recipe.scheme, self.model.architecture, self.training, seed, self.say, job)
+        settings = self.recipe.calibration
+        choose = registry.selectors.get(settings.select)
+        samples, seed, architecture = settings.samples, settings.seed, self.model.architecture
+        calibration = choose(self.model.network, self.training, architecture, samples, seed)
+        x, self.classes = next(calibration.batches(measure.batch_of(architecture, ALIKE), architecture))
+        self.compared, self.dense = x, similarity.grams(self.model.network, self.block.targets, x)
+        images = stream(calibration, architecture)
+        context = VisionContext(self.recipe.scheme, architecture, self.training, seed, self.say, job)
         for step, transform in transforms.items():
             began = time.monotonic()
             for name, figures in transform.apply(self.block, images, context).items():
@@ -156,7 +162,9 @@ class Run:
         from safetensors.torch import save_file
 
         kind = self.recipe.scheme.kind
-        architecture = self.model.architecture.model_copy(update={"groups": self.block.groups, "blocks": ""})
+        architecture = self.model.architecture.model_copy(
+            update={"groups": self.block.groups, "blocks": "", "dropped": self._dropped()}
+        )
         tensors, packed = self._pack()
         network = runtime.assemble(architecture, tensors, packed, kind)
         self._compare(network)
@@ -166,6 +174,7 @@ class Run:
         plain = sum(p.numel() for name, p in network.named_parameters() if name.rpartition(".")[0] not in packed)
         self.figures["parameters_after"] = float(sum(stored.values()) + biases + plain)
         self.figures["multiply_adds_after"] = float(self._multiply_adds({**_products(network), **stored}))
+        self._describe(network, tensors, stored)
         with disk_errors(job.output):
             job.staging.mkdir(exist_ok=True)
             for leftover in job.staging.iterdir():
@@ -248,9 +257,36 @@ class Run:
         biases = sum(layer.bias.numel() for layer in layers.values() if layer.bias is not None)
         return {name: layer.weight.numel() for name, layer in layers.items()}, biases
 
+    def _describe(self, network: nn.Module, tensors: Mapping[str, Tensor], stored: Mapping[str, int]) -> None:
+        """Add to every packed layer's figures what it cost and costs, and how alike its outputs still are."""
+        after = similarity.grams(network, stored, self.compared)
+        enough = len(self.compared) > similarity.NEIGHBOURS
+        for name, numbers in stored.items():
+            geometry, places = Geometry.of(self.block.layer(name)), self.positions[name]
+            dense = geometry.n * geometry.k
+            parts = [t for key, t in tensors.items() if key.startswith(f"{name}.weight_")]
+            figures = {
+                "parameters_before": float(dense),
+                "parameters_after": float(numbers),
+                "multiply_adds_before": float(places * dense),
+                "multiply_adds_after": float(places * numbers),
+                "bytes_before": float(4 * dense),
+                "bytes_after": float(sum(t.numel() * t.element_size() for t in parts)),
+                "cka": similarity.cka(self.dense[name], after[name]),
+            }
+            if enough:
+                figures["gbs"] = similarity.gbs(self.dense[name], after[name])
+                figures["modularity_before"] = similarity.modularity(self.dense[name], self.classes)
+                figures["modularity_after"] = similarity.modularity(after[name], self.classes)
+            self.layer_figures[name] |= figures
+
     def _multiply_adds(self, products: Mapping[str, int]) -> int:
         """Return the products of one image: places times numbers of every layer."""
-        return sum(places * products[name] for name, places in self.positions.items())
+        return sum(places * products.get(name, 0) for name, places in self.positions.items())
+
+    def _dropped(self) -> tuple[str, ...]:
+        """Return the blocks that a transform has left out."""
+        return tuple(sorted(_identities(self.block.module) - self.empty))
 
     def _measure(self, name: str, network: nn.Module) -> None:
         assert self.test is not None
@@ -295,6 +331,7 @@ class Run:
             bytes_after=size,
             files={WEIGHTS: size},
             figures=self.figures,
+            dropped=self._dropped(),
             channel_groups=self.block.groups if self.model.folder is not None else (),
         )
 
@@ -305,6 +342,10 @@ def _silent(text: str) -> None:
 
 def _parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _identities(network: nn.Module) -> set[str]:
+    return {name for name, module in network.named_modules() if isinstance(module, nn.Identity)}
 
 
 def _products(network: nn.Module) -> dict[str, int]:

@@ -18,7 +18,8 @@ class ImageCalibration(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str = Field("digits-train", description=".npz file, folder with one subfolder a class, hub data set, digits")
-    samples: int = Field(512, ge=1, description="calibration images, from the front of the data")
+    samples: int = Field(512, ge=1, description="calibration images")
+    select: str = Field("first", description="which of the data they are: first, random, kcore")
     seed: int = 0
 
 
@@ -45,4 +46,5 @@ class VisionManifest(Manifest):
     architecture: str
     calibration_tokens: int = Field(description="here: images")
     figures: dict[str, float] = Field(default_factory=dict)
+    dropped: tuple[str, ...] = Field((), description="blocks that were left out")
     channel_groups: tuple[ChannelGroup, ...] = Field((), description="traced groups, by which channels were removed")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 from typer.testing import CliRunner
 
 from qtoolkit import checkpoint, cli, recipe
@@ -16,7 +19,7 @@ from qtoolkit.vision.pipeline import compress
 from qtoolkit.vision.record import VisionManifest, VisionRecipe
 
 FLOORS = {"ovsw": 0.5, "debut": 0.4, "sfp": 0.7, "cr-sfp": 0.7}  # two epochs after a large change; chance is 0.1
-RECIPES = sorted(recipe.presets("vision"))
+RECIPES = sorted(recipe.presets("vision").keys() - {"shorten"})  # which needs residual blocks
 SHORT = {"calibration.samples": 64}
 CHANGES = {"filters": {"filters.where": "all"}, "sfp": {"recover.where": "all"}, "cr-sfp": {"recover.where": "all"}}
 
@@ -38,6 +41,55 @@ def test_every_recipe_ends_in_a_folder_that_loads_and_gives_the_measured_accurac
     assert result.figures["accuracy_after"] > FLOORS.get(name, 0.85)
     assert result.figures["multiply_adds_after"] <= result.figures["multiply_adds_before"]
     assert {layer["name"] for layer in result.layers} == {"conv2", "conv3", "conv4"}
+
+
+def test_blocks_by_which_classes_get_least_apart_are_left_out(tmp_path: Path) -> None:
+    model = models.resolve("cifar-resnet20")
+    save_file(dict(model.network.state_dict()), tmp_path / "w.safetensors")
+    x = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(40) % 10)
+    changes = {"calibration.data": str(tmp_path / "x.npz"), "shorten.count": 2}
+    result = compress(
+        "cifar-resnet20", "shorten", tmp_path / "out", weights=tmp_path / "w.safetensors", changes=changes
+    )
+    manifest = checkpoint.read_manifest(tmp_path / "out")
+    assert isinstance(manifest, VisionManifest)
+    rows = {row.name: row.figures for row in manifest.groups if row.step == "shorten"}
+    # the first blocks of stages 2 and 3 change the size, so they cannot go
+    assert sorted(rows) == ["layer1.0", "layer1.1", "layer1.2", "layer2.1", "layer2.2", "layer3.1", "layer3.2"]
+    gains = {name: row["modularity_behind"] - row["modularity_before"] for name, row in rows.items()}
+    assert set(manifest.dropped) == set(sorted(gains, key=lambda name: gains[name])[:2])
+    loaded = runtime.load(tmp_path / "out")
+    assert all(isinstance(loaded.network.get_submodule(name), nn.Identity) for name in manifest.dropped)
+    images = data.load(str(tmp_path / "x.npz"), model.architecture)
+    assert measure.logits(loaded.network, images, model.architecture).isfinite().all()
+    assert result.figures["packing_error"] < 1e-5
+    assert result.figures["multiply_adds_after"] < result.figures["multiply_adds_before"]
+
+
+def test_calibration_images_are_selected_as_the_recipe_says(digits_weights: Path, tmp_path: Path) -> None:
+    errors = {}
+    for select in ("first", "random", "kcore"):
+        changes = {**SHORT, "calibration.select": select}
+        result = compress("digits", "nm", tmp_path / select, weights=digits_weights, changes=changes)
+        errors[select] = result.layers[0]["error"]
+    assert len(set(errors.values())) == 3
+    with pytest.raises(RequestError, match="kcor"):
+        compress("digits", "nm", tmp_path / "x", weights=digits_weights, changes={"calibration.select": "kcor"})
+
+
+def test_every_layer_says_what_it_cost_and_costs_and_how_alike_it_still_is(
+    digits_weights: Path, tmp_path: Path
+) -> None:
+    result = compress("digits", "nm", tmp_path / "out", weights=digits_weights, changes=SHORT)
+    for layer in result.layers:
+        found = layer["figures"]
+        assert (found["parameters_before"], found["parameters_after"]) == (9216, 4608)
+        assert found["multiply_adds_after"] / found["multiply_adds_before"] == 0.5
+        assert found["bytes_after"] == 4608 * 4 + 4608 * 2 // 8 + 4 * 8  # values, places, shape
+        assert 0.8 < found["cka"] < 1
+        assert 0.3 < found["gbs"] <= 1
+        assert -0.5 < found["modularity_after"] < 1
 
 
 def test_the_file_is_as_large_as_theory_says_plus_its_header(digits_weights: Path, tmp_path: Path) -> None:
