@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qtoolkit.errors import NumericError, QToolkitError, RequestError
+from qtoolkit.vision.accelerated import plain
 from qtoolkit.vision.runtime import Loaded
 
 OPSET = 17
@@ -37,7 +38,7 @@ def to_onnx(loaded: Loaded, file: str | Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes of layers are constants of this network
         torch.onnx.export(
-            loaded.network,
+            plain(loaded.network),
             (torch.zeros(1, *loaded.architecture.input),),
             str(path),
             input_names=[INPUT],

@@ -83,6 +83,7 @@ class PackedBinary(nn.Module):
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
+    thresholds: Tensor | None
 
     def __init__(self, weight: BinaryWeight, like: Layer) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qtoolkit import checkpoint
 from qtoolkit.errors import CheckpointError
 from qtoolkit.source import Source
-from qtoolkit.vision import layers, models
+from qtoolkit.vision import accelerated, layers, models
 from qtoolkit.vision.matrix import Layer
 from qtoolkit.vision.models import TRANSFORMERS, Architecture
 from qtoolkit.vision.narrow import narrow
@@ -55,14 +55,14 @@ def _architecture(source: Source, manifest: VisionManifest) -> Architecture:
     if manifest.architecture == TRANSFORMERS:
         from qtoolkit.vision import classifiers
 
-        groups = {"groups": manifest.channel_groups}
-        return classifiers.read(source).model_copy(update=groups)
+        described = {"groups": manifest.channel_groups, "dropped": manifest.dropped}
+        return classifiers.read(source).model_copy(update=described)
     found = models.table().get(manifest.architecture)
     if found is None:
         raise CheckpointError(
             f"{source.name} needs the architecture {manifest.architecture!r}, which is not known here."
         )
-    return found
+    return found.model_copy(update={"dropped": manifest.dropped})
 
 
 def assemble(architecture: Architecture, tensors: Mapping[str, Tensor], packed: Iterable[str], kind: str) -> nn.Module:
@@ -73,7 +73,7 @@ def assemble(architecture: Architecture, tensors: Mapping[str, Tensor], packed: 
     Raises:
         CheckpointError: a tensor is missing or of another shape.
     """
-    network = architecture.build()
+    network = architecture.short()
     names = set(packed)
     wanted = {
         name: tensor
@@ -89,7 +89,8 @@ def assemble(architecture: Architecture, tensors: Mapping[str, Tensor], packed: 
         parts = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(f"{prefix}weight_")}
         like = network.get_submodule(name)
         try:
-            made = layers.build(kind, parts, cast(Layer, like))
+            fast = accelerated.build(kind, parts, cast(Layer, like))
+            made = layers.build(kind, parts, cast(Layer, like)) if fast is None else fast
         except KeyError as error:
             raise CheckpointError(f"The checkpoint has no tensor {name}.{error.args[0]}.") from None
         for fact in FACTS:  # some networks ask their layers, MobileNetV2 for its padding

@@ -24,10 +24,9 @@ def binary_linear(
     k, n = x.shape[-1], len(scale)
     rows = _rows(x)
     y = x.new_empty(*x.shape[:-1], n)
-    words, scale, bias, thresholds = (_dense(t) for t in (words, scale, bias, thresholds))
+    held = _dense(words, scale, bias, thresholds)
     failed = own.qtv_binary_linear(
-        number, rows.data_ptr(), rows.stride(0), len(rows), k, n, _pointer(words), _pointer(scale), _pointer(bias),
-        _pointer(thresholds), y.data_ptr(),
+        number, rows.data_ptr(), rows.stride(0), len(rows), k, n, *_pointers(held), y.data_ptr(),
     )  # fmt: skip
     return _made(y, failed)
 
@@ -40,10 +39,9 @@ def binary_conv2d(
     own, number = _path(path)
     x = x.contiguous()
     shape, y = _convolution(x, len(scale), kernel, stride, padding, dilation)
-    words, ones, scale, bias, thresholds = (_dense(t) for t in (words, ones, scale, bias, thresholds))
+    held = _dense(words, ones, scale, bias, thresholds)
     failed = own.qtv_binary_conv(
-        number, x.data_ptr(), ctypes.byref(shape), _pointer(words), _pointer(ones), _pointer(scale), _pointer(bias),
-        _pointer(thresholds), y.data_ptr(),
+        number, x.data_ptr(), ctypes.byref(shape), *_pointers(held), y.data_ptr(),
     )  # fmt: skip
     return _made(y, failed)
 
@@ -55,10 +53,11 @@ def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, bias: Tensor | Non
     k, n = x.shape[-1], groups * per_group
     rows = _rows(x)
     y = x.new_empty(*x.shape[:-1], n)
-    values, columns, bias = (_dense(t) for t in (values, columns, bias))
+    held = _dense(values, columns)
+    own_bias = _dense(bias)
     failed = own.qtv_sparse_linear(
-        number, rows.data_ptr(), rows.stride(0), len(rows), k, n, _pointer(values), _pointer(columns), windows, length,
-        per_group, _pointer(bias), y.data_ptr(),
+        number, rows.data_ptr(), rows.stride(0), len(rows), k, n, *_pointers(held), windows, length,
+        per_group, *_pointers(own_bias), y.data_ptr(),
     )  # fmt: skip
     return _made(y, failed)
 
@@ -72,10 +71,11 @@ def sparse_conv2d(
     windows, groups, length, per_group = values.shape
     x = x.contiguous()
     shape, y = _convolution(x, groups * per_group, kernel, stride, padding, dilation)
-    values, columns, bias = (_dense(t) for t in (values, columns, bias))
+    held = _dense(values, columns)
+    own_bias = _dense(bias)
     failed = own.qtv_sparse_conv(
-        number, x.data_ptr(), ctypes.byref(shape), _pointer(values), _pointer(columns), windows, length,
-        per_group, _pointer(bias), y.data_ptr(),
+        number, x.data_ptr(), ctypes.byref(shape), *_pointers(held), windows, length,
+        per_group, *_pointers(own_bias), y.data_ptr(),
     )  # fmt: skip
     return _made(y, failed)
 
@@ -99,12 +99,13 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None else tensor.contiguous()
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors contiguous; the caller holds them while the library reads them."""
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _pointers(tensors: list[Tensor | None]) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _made(y: Tensor, failed: int) -> Tensor:
