@@ -113,7 +113,7 @@ def test_a_chat_starts_with_one_bos_and_generation_stops_at_the_end_of_a_turn(
 def test_the_bundled_weights_have_learned_english(
     tiny: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, shared_data: Path
 ) -> None:
-    """156 a token was measured on this unseen text; the training text's word counts alone (a unigram model) give 1032.
+    """159 a token was measured on this unseen text; the training text's word counts alone (a unigram model) give 1032.
 
     170 leaves room for other processors' rounding, none for damaged weights or those of an earlier training step.
     """
