@@ -1,13 +1,13 @@
-"""Times servers of one model in turns on this machine: prefill, decode at several batches, many clients, memory."""
+"""Times servers of one model against each other on this machine: prefill, decode, many clients, memory."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ from typing import Any
 import psutil
 
 from qtoolkit.evals.serve_client import Client, decode_rate
-from qtoolkit.serve.intent import MODE
+from qtoolkit.serve.intent import HEAD, MODE
 
 PREFILL = (512, 1024)  # tokens of a prompt
 BATCHES = (1, 4, 16)
 PROMPT, NEW = 16, 64  # tokens before and of a decoded text
 CLIENTS, CLIENT_PROMPT, CLIENT_NEW = 32, 64, 32
-REPEATS = 3  # prompts of each length; the median counts
+OURS = "qtoolkit-w4a8"
+# Cache for 11,000 tokens of a 1.1 B model instead of gigabytes: several servers stand in memory at once.
+CACHE = "256M"
+ARGUMENTS = ("--kv-cache-memory-bytes", CACHE, "--max-model-len", "2048")
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,27 @@ class Contestant:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-class Measured(Exception):  # not an error: it ends a server whose measurements are taken
-    """The measurements of one server, thrown through the launcher so that it stops the server."""
+@dataclass(frozen=True)
+class Running:
+    """A contestant's server that answers."""
 
-    def __init__(self, row: dict[str, float]) -> None:
-        super().__init__()
-        self.row = row
+    name: str
+    client: Client
+    pid: int
 
 
-def contestants(bf16: Path | None, int8: Path | None, int4: Path | None) -> tuple[Contestant, ...]:
-    """Return ours and vLLM's own ways to serve one model's folders: bf16, W8A8 and int4 (compressed-tensors)."""
+def contestants(
+    bf16: Path | None, int8: Path | None, int4: Path | None, heads: tuple[str, ...] = ()
+) -> tuple[Contestant, ...]:
+    """Return ours and vLLM's own ways to serve one model's folders: bf16, W8A8 and int4 (compressed-tensors).
+
+    ``heads`` adds ours once more for each kind of output layer: "int8", "int4".
+    """
     found = []
     if int4:
-        found += [Contestant("qtoolkit-w4a8", int4, {MODE: "always"}), Contestant("vllm-w4a16", int4, {MODE: "off"})]
+        found.append(Contestant(OURS, int4, {MODE: "always"}))
+        found += [Contestant(f"{OURS}-head-{head}", int4, {MODE: "always", HEAD: head}) for head in heads]
+        found.append(Contestant("vllm-w4a16", int4, {MODE: "off"}))
     if int8:
         found.append(Contestant("vllm-w8a8", int8, {MODE: "off"}))
     if bf16:
@@ -55,95 +66,113 @@ def contestants(bf16: Path | None, int8: Path | None, int4: Path | None) -> tupl
 
 def run(
     entries: tuple[Contestant, ...],
-    rounds: int = 1,
+    rounds: int = 3,
     extra: tuple[str, ...] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Serve and time every contestant, in turns, ``rounds`` times.
+    """Start every contestant's server, then time them in turns: each measurement on all of them, ``rounds`` times.
+
+    All servers stay up, so what is compared lies seconds apart and a machine whose speed drifts does not choose the
+    winner; one that is not asked does nothing. The load of many clients comes once, at the end.
 
     Args:
-        entries: who takes part.
-        rounds: how often each server is started and timed; medians over the rounds are reported.
+        entries: who takes part; all servers get the same arrangement of processes and threads.
+        rounds: how often; medians are reported.
         extra: arguments for vLLM, as behind ``qtoolkit serve ... --``.
         say: called with lines of progress, the servers' own among them.
 
     Returns:
         ``rows`` [{name, prefill512_tok_s, prefill1024_tok_s, decode1_tok_s, decode4_tok_s, decode16_tok_s, ttft_ms,
-        load32_tok_s, load32_ttft_ms, peak_rss_bytes, rounds}]. ``ttft_ms`` is that of a 512-token prompt alone;
-        ``peak_rss_bytes`` sums the largest resident sizes of the server's processes.
+        load32_tok_s, load32_ttft_ms, peak_rss_bytes, rounds}], ``ratios`` {peer: {measurement: {median, min, max}}} of
+        ours over the peer in the same round, and ``kernels`` {name: {kernel: layers}}. ``ttft_ms`` is that of a
+        512-token prompt alone; ``peak_rss_bytes`` sums the largest resident sizes of the server's processes since
+        they started.
     """
-    seen: dict[str, list[dict[str, float]]] = {entry.name: [] for entry in entries}
-    for number in range(rounds):
+    with ExitStack() as up:
+        servers, kernels = [], {}
         for entry in entries:
-            say(f"round {number + 1} of {rounds}: {entry.name}")
-            seen[entry.name].append(_serve_and_measure(entry, extra, say))
+            server, kernels[entry.name] = up.enter_context(_serve(entry, extra, say))
+            servers.append(server)
+        seen = measure(servers, rounds, say)
+        peaks = {server.name: peak_memory(server.pid) for server in servers}
     rows = []
     for name, runs in seen.items():
-        middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        rows.append({"name": name, **middle, "rounds": len(runs)})
-    return {"rows": rows}
-
-
-def _serve_and_measure(entry: Contestant, extra: tuple[str, ...], say: Callable[[str], None]) -> dict[str, float]:
-    from qtoolkit.serve.launcher import Order, Ready
-    from qtoolkit.serve.vllm_server import serve_with_vllm
-
-    vocabulary = int(json.loads((entry.folder / "config.json").read_text())["vocab_size"])
-
-    def measure_and_stop(ready: Ready) -> None:
-        raise Measured(measure(Client(ready.url, ready.model, vocabulary)))
-
-    order = Order(path=entry.folder, name=entry.name, port=0, extra=extra)
-    with _environment(entry.environment):
-        try:
-            serve_with_vllm(order, measure_and_stop, say)
-        except Measured as measured:
-            return measured.row
-    raise AssertionError("serving only ends by an exception")
-
-
-def measure(client: Client) -> dict[str, float]:
-    """Time one running server that this process started; see ``run`` for the names."""
-    row: dict[str, float] = {}
-    with _peak_memory() as peak:
-        client.together(1, PROMPT, 8, seed=0)  # first requests compile and allocate
-        for length in PREFILL:
-            first = [client.together(1, length, 1, seed=length + i)[0] for i in range(REPEATS)]
-            seconds = statistics.median(a.first - a.sent for a in first)
-            row[f"prefill{length}_tok_s"] = length / seconds
-            if length == PREFILL[0]:
-                row["ttft_ms"] = seconds * 1e3
-        for batch in BATCHES:
-            row[f"decode{batch}_tok_s"] = decode_rate(client.together(batch, PROMPT, NEW, seed=batch))
-        load = client.together(CLIENTS, CLIENT_PROMPT, CLIENT_NEW, seed=CLIENTS)
-        spent = max(a.end for a in load) - min(a.sent for a in load)
-        row[f"load{CLIENTS}_tok_s"] = CLIENTS * CLIENT_NEW / spent
-        row[f"load{CLIENTS}_ttft_ms"] = statistics.median(a.first - a.sent for a in load) * 1e3
-    row["peak_rss_bytes"] = float(sum(peak.values()))
-    return row
+        middle = {key: statistics.median(values) for key, values in runs.items()}
+        rows.append({"name": name, **middle, "peak_rss_bytes": float(peaks[name]), "rounds": rounds})
+    return {"rows": rows, "ratios": ratios(seen), "kernels": kernels}
 
 
 @contextmanager
-def _peak_memory() -> Iterator[dict[int, int]]:
-    """Note, every half second, the largest resident size of each process below this one."""
-    peak: dict[int, int] = {}
-    done = threading.Event()
+def _serve(
+    entry: Contestant, extra: tuple[str, ...], say: Callable[[str], None]
+) -> Iterator[tuple[Running, dict[str, int]]]:
+    from qtoolkit.serve.launcher import Order
+    from qtoolkit.serve.vllm_server import running
 
-    def watch() -> None:
-        while not done.wait(0.5):
-            for child in psutil.Process().children(recursive=True):
-                try:
-                    peak[child.pid] = max(peak.get(child.pid, 0), child.memory_info().rss)
-                except psutil.NoSuchProcess:
-                    continue
+    vocabulary = int(json.loads((entry.folder / "config.json").read_text())["vocab_size"])
+    order = Order(path=entry.folder, name=entry.name, port=0, extra=(*ARGUMENTS, *extra))
+    with ExitStack() as up:
+        with _environment(entry.environment):
+            server = up.enter_context(running(order, say))
+        client = Client(server.ready.url, server.ready.model, vocabulary)
+        client.together(1, PROMPT, 8, seed=0)  # first requests compile and allocate
+        yield Running(entry.name, client, server.child.pid), server.ready.kernels
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
+
+def measure(
+    servers: list[Running], rounds: int, say: Callable[[str], None] = lambda line: None
+) -> dict[str, dict[str, list[float]]]:
+    """Time running servers in turns; returns name -> measurement -> one value a round, named as ``run`` says."""
+    seen: dict[str, dict[str, list[float]]] = {server.name: {} for server in servers}
+
+    def note(server: Running, key: str, value: float) -> None:
+        seen[server.name].setdefault(key, []).append(value)
+
+    for number in range(rounds):
+        say(f"round {number + 1} of {rounds}")
+        seed = 1000 * number
+        for length in PREFILL:
+            for server in servers:
+                (answer,) = server.client.together(1, length, 1, seed + length)
+                note(server, f"prefill{length}_tok_s", length / (answer.first - answer.sent))
+                if length == PREFILL[0]:
+                    note(server, "ttft_ms", (answer.first - answer.sent) * 1e3)
+        for batch in BATCHES:
+            for server in servers:
+                answers = server.client.together(batch, PROMPT, NEW, seed + batch)
+                note(server, f"decode{batch}_tok_s", decode_rate(answers))
+    for server in servers:
+        say(f"{CLIENTS} clients on {server.name}")
+        load = server.client.together(CLIENTS, CLIENT_PROMPT, CLIENT_NEW, CLIENTS)
+        spent = max(a.end for a in load) - min(a.sent for a in load)
+        note(server, f"load{CLIENTS}_tok_s", CLIENTS * CLIENT_NEW / spent)
+        note(server, f"load{CLIENTS}_ttft_ms", statistics.median(a.first - a.sent for a in load) * 1e3)
+    return seen
+
+
+def ratios(seen: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return, for every peer and rate, how many times its rate ours has: the median, least and most of the rounds."""
+    ours = seen.get(OURS, {})
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, runs in seen.items():
+        for key, values in runs.items():
+            if name != OURS and key.endswith("_tok_s") and key in ours:
+                each = [own / peer for own, peer in zip(ours[key], values, strict=True)]
+                found.setdefault(name, {})[key] = {
+                    "median": statistics.median(each), "min": min(each), "max": max(each),
+                }  # fmt: skip
+    return found
+
+
+def peak_memory(pid: int) -> int:
+    """Return the bytes that a process and all below it have had resident at most, each on its own."""
+    return sum(_peak(process) for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)])
+
+
+def _peak(process: psutil.Process) -> int:
+    status = Path(f"/proc/{process.pid}/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else int(process.memory_info().rss)
 
 
 @contextmanager
@@ -161,10 +190,20 @@ def _environment(own: Mapping[str, str]) -> Iterator[None]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Render a result as text, one line a contestant."""
+    """Render a result as text: rates, one line a contestant, then how many times each peer's rate ours has."""
     head = ["prefill512", "prefill1024", "decode1", "decode4", "decode16", f"load{CLIENTS}"]
-    lines = [f"{'name':<16}" + "".join(f"{name:>12}" for name in head) + f"{'ttft ms':>10}{'peak MB':>9}"]
+    lines = [
+        "tokens a second",
+        f"{'name':<24}" + "".join(f"{name:>12}" for name in head) + f"{'ttft ms':>10}{'peak MB':>9}",
+    ]
     for row in result["rows"]:
         rates = "".join(f"{row[f'{name}_tok_s']:>12.1f}" for name in head)
-        lines.append(f"{row['name']:<16}{rates}{row['ttft_ms']:>10.0f}{row['peak_rss_bytes'] / 1e6:>9.0f}")
-    return "\n".join(["tokens a second", *lines])
+        lines.append(f"{row['name']:<24}{rates}{row['ttft_ms']:>10.0f}{row['peak_rss_bytes'] / 1e6:>9.0f}")
+    if result["ratios"]:
+        lines.append(f"{OURS} over each, median of {result['rows'][0]['rounds']} rounds (least to most)")
+    for name, rates in result["ratios"].items():
+        cells = (rates[f"{key}_tok_s"] for key in head)
+        lines.append(
+            f"{name:<24}" + "".join(f" {c['median']:.2f} ({c['min']:.2f}-{c['max']:.2f})".rjust(18) for c in cells)
+        )
+    return "\n".join(lines)

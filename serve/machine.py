@@ -15,6 +15,7 @@ MOST_CACHE = 8  # GiB of key/value cache that one laptop user needs at most
 NODES = Path("/sys/devices/system/node")
 PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 FEW_CORES = 8  # below this, a core kept back for scheduling costs more than it gives
+CACHE_SIZE = "--kv-cache-memory-bytes"
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 EXECUTOR = "--distributed-executor-backend"
 # By its full name: under its short one, "uni", vLLM for CPUs replaces it.
@@ -43,7 +44,8 @@ def cpu_defaults(extra: Sequence[str]) -> dict[str, str]:
     parallelism on machines with one memory node.
     """
     free = psutil.virtual_memory().available // GIB
-    chosen = {"VLLM_CPU_KVCACHE_SPACE": str(max(1, min(MOST_CACHE, free // 4)))}
+    sized = any(argument.split("=")[0] == CACHE_SIZE for argument in extra)  # which the variable would overrule
+    chosen = {} if sized else {"VLLM_CPU_KVCACHE_SPACE": str(max(1, min(MOST_CACHE, free // 4)))}
     if runs_in_engine(extra):
         return chosen | {BINDING: "nobind", "OMP_NUM_THREADS": str(cores())}
     nodes = len(list(NODES.glob("node[0-9]*")))

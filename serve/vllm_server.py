@@ -8,6 +8,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +29,29 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no prox
 
 def serve_with_vllm(order: Order, announce: Announce, say: Say) -> None:
     """Serve ``order`` until the server ends or an exception (a signal) asks for the end; see ``launcher.serve``."""
+    with running(order, say) as server:
+        announce(server.ready)
+        server.child.wait()
+        raise ServeError(f"vLLM ended by itself: {server.log.failure()}", "Its messages above say more.")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers: what there is to tell of it, its process, its messages."""
+
+    ready: Ready
+    child: subprocess.Popen[str]
+    log: EngineLog
+
+
+@contextmanager
+def running(order: Order, say: Say) -> Iterator[Server]:
+    """Start a server, yield it when it answers, and stop it at the end with all it started.
+
+    Raises:
+        RequestError: an argument is wrong, or the port is in use.
+        ServeError: it did not start.
+    """
     refuse_arguments(order.extra)
     port = choose_port(order.host, order.port)
     root = url(order.host, port)
@@ -39,9 +65,7 @@ def serve_with_vllm(order: Order, announce: Announce, say: Say) -> None:
             layers = report.read(Path(folder))
             if not layers:
                 say("vLLM did not load the qtoolkit plugin (VLLM_PLUGINS?): its own kernels run")
-            announce(Ready(f"{root}/v1", order.name, report.kernels(layers)))
-            child.wait()
-            raise ServeError(f"vLLM ended by itself: {log.failure()}", "Its messages above say more.")
+            yield Server(Ready(f"{root}/v1", order.name, report.kernels(layers)), child, log)
         finally:
             process.stop(child)
 

@@ -17,18 +17,28 @@ def kernels(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "",
     names: Annotated[str, typer.Option(help="Contestants, separated by commas; all that run here by default.")] = "",
     seconds: Annotated[float, typer.Option(help="Time for one shape and number of tokens, all contestants.")] = 2.0,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="zentorch=PYTHON or llamacpp=PYTHON:FOLDER, in a Python of its own.")
+    ] = None,
+    folder: Annotated[str, typer.Option("--output", "-o", help="Folder for kernels.json, .md and roofline.svg.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time linear-layer kernels beside this machine's measured bandwidth and integer peak."""
-    from qtoolkit.evals import kernel_bench
+    from pathlib import Path
 
-    result = kernel_bench.run(
-        tuple(_shape(word) for word in _words(shapes)) or kernel_bench.SHAPES,
-        tuple(_number(word, "--tokens") for word in _words(tokens)) or kernel_bench.TOKENS,
-        tuple(_words(names)) or None,
-        seconds,
-        output.note,
-    )
+    from qtoolkit.evals import kernel_bench, kernel_remote, roofline
+
+    with kernel_remote.workers(peer or []) as workers:
+        result = kernel_bench.run(
+            tuple(_shape(word) for word in _words(shapes)) or kernel_bench.SHAPES,
+            tuple(_number(word, "--tokens") for word in _words(tokens)) or kernel_bench.TOKENS,
+            tuple(_words(names)) or None,
+            seconds,
+            output.note,
+            workers,
+        )
+    if folder:
+        output.note(f"wrote {roofline.write(result, Path(folder))}")
     if as_json:
         output.emit({"ok": True, **result})
     else:
@@ -40,7 +50,8 @@ def serve(
     bf16: Annotated[str, typer.Option(help="Folder of the float model.")] = "",
     int8: Annotated[str, typer.Option(help="Folder of its W8A8 checkpoint (compressed-tensors).")] = "",
     int4: Annotated[str, typer.Option(help="Folder of its int4 checkpoint: served as W4A8 and as W4A16.")] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="How often each server is started and timed.")] = 1,
+    heads: Annotated[str, typer.Option(help="Output layers ours also runs with: int8,int4.")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="How often every server is timed; medians count.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time vLLM servers of one model: prefill, decode at batch 1, 4 and 16, first token, 32 clients, memory."""
@@ -56,7 +67,9 @@ def serve(
     given = [Path(folder) if folder else None for folder in folders.values()]
     if not any(given):
         raise RequestError("There is nothing to time.", "Give --bf16, --int8 or --int4 with a model folder.")
-    result = serve_bench.run(serve_bench.contestants(*given), rounds, say=output.note)
+    if unknown := sorted(set(_words(heads)) - {"int8", "int4"}):
+        raise RequestError(f"--heads {unknown[0]} is no output layer.", "Use int8, int4 or both: --heads int8,int4")
+    result = serve_bench.run(serve_bench.contestants(*given, tuple(_words(heads))), rounds, say=output.note)
     if as_json:
         output.emit({"ok": True, **result})
     else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from qtoolkit.evals.serve_client import Arrival, Client, decode_rate
 
 NAMES = {
     "prefill512_tok_s", "prefill1024_tok_s", "decode1_tok_s", "decode4_tok_s", "decode16_tok_s", "ttft_ms",
-    "load32_tok_s", "load32_ttft_ms", "peak_rss_bytes",
+    "load32_tok_s", "load32_ttft_ms",
 }  # fmt: skip
 
 
@@ -54,15 +56,36 @@ def server() -> Iterator[str]:
 
 
 def test_measurements_have_the_documented_names_and_order(server: str) -> None:
-    row = serve_bench.measure(Client(server, "known", 100))
-    assert set(row) == NAMES
-    assert row["ttft_ms"] >= 1000 * Streams.wait
-    assert row["prefill512_tok_s"] <= 512 / Streams.wait
-    assert row["prefill1024_tok_s"] <= 1024 / Streams.wait
-    lengths = {len(asked["prompt"]) for asked in Streams.seen}
-    assert {512, 1024} <= lengths
+    running = [serve_bench.Running(name, Client(server, "known", 100), os.getpid()) for name in ("a", "b")]
+    seen = serve_bench.measure(running, rounds=2)
+    for runs in seen.values():
+        assert set(runs) == NAMES
+        assert {key: len(values) for key, values in runs.items() if not key.startswith("load")} == dict.fromkeys(
+            (key for key in NAMES if not key.startswith("load")), 2
+        )
+        assert min(runs["ttft_ms"]) >= 1000 * Streams.wait
+        assert max(runs["prefill512_tok_s"]) <= 512 / Streams.wait
     assert all(3 <= token < 100 for asked in Streams.seen for token in asked["prompt"])
     assert all(asked["ignore_eos"] and asked["stream"] for asked in Streams.seen)
+
+
+def test_every_round_has_prompts_of_its_own(server: str) -> None:
+    serve_bench.measure([serve_bench.Running("a", Client(server, "known", 30000), os.getpid())], rounds=2)
+    prompts = [tuple(asked["prompt"]) for asked in Streams.seen]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_contestants_take_turns_within_a_measurement(server: str) -> None:
+    asked: list[str] = []
+
+    class Noted(Client):
+        def together(self, count: int, prompt: int, tokens: int, seed: int) -> list[Arrival]:
+            asked.append(f"{self.vocabulary} {count} {prompt} {seed}")
+            return super().together(count, prompt, tokens, seed)
+
+    clients = [Noted(server, "known", vocabulary) for vocabulary in (100, 101)]
+    serve_bench.measure([serve_bench.Running(str(c.vocabulary), c, os.getpid()) for c in clients], rounds=1)
+    assert asked[0::2] == [line.replace("101 ", "100 ") for line in asked[1::2]]
 
 
 def test_prompts_differ_so_that_no_prefix_cache_answers(server: str) -> None:
@@ -80,20 +103,37 @@ def test_decode_rate_counts_the_tokens_after_each_first() -> None:
     assert decode_rate(arrivals) == 20 / 5
 
 
-def test_rounds_take_turns_and_medians_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    values = iter([1.0, 10.0, 3.0, 30.0, 2.0, 20.0])
-
-    def fake(entry: serve_bench.Contestant, extra: tuple[str, ...], say: Any) -> dict[str, float]:
-        order.append(entry.name)
-        return {"decode1_tok_s": next(values)}
-
-    monkeypatch.setattr(serve_bench, "_serve_and_measure", fake)
-    entries = tuple(serve_bench.Contestant(name, Path()) for name in ("a", "b"))
-    assert serve_bench.run(entries, rounds=3) == {
-        "rows": [{"name": "a", "decode1_tok_s": 2.0, "rounds": 3}, {"name": "b", "decode1_tok_s": 20.0, "rounds": 3}]
+def test_ratios_are_of_the_same_round() -> None:
+    seen = {
+        serve_bench.OURS: {"decode1_tok_s": [30.0, 60.0, 31.0], "ttft_ms": [1.0, 1.0, 1.0]},
+        "vllm-bf16": {"decode1_tok_s": [10.0, 20.0, 10.0], "ttft_ms": [1.0, 1.0, 1.0]},
     }
-    assert order == ["a", "b"] * 3
+    assert serve_bench.ratios(seen) == {"vllm-bf16": {"decode1_tok_s": {"median": 3.0, "min": 3.0, "max": 3.1}}}
+    assert serve_bench.ratios({"vllm-bf16": seen["vllm-bf16"]}) == {}
+
+
+def test_the_peak_is_the_largest_size_not_the_present_one() -> None:
+    script = "import time; x = bytearray(200 << 20); del x; print(flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    peak = serve_bench.peak_memory(child.pid)
+    child.kill()
+    child.wait()
+    if Path("/proc/self/status").exists():
+        assert 200 << 20 < peak < 300 << 20
+
+
+def test_a_table_shows_rates_and_ratios() -> None:
+    keys = [name for name in sorted(NAMES) if name.endswith("_tok_s")]
+    row = {**dict.fromkeys(keys, 12.5), "ttft_ms": 80.0, "peak_rss_bytes": 3e9, "rounds": 3}
+    result = {
+        "rows": [{"name": serve_bench.OURS, **row}, {"name": "vllm-bf16", **row}],
+        "ratios": {"vllm-bf16": {key: {"median": 3.0, "min": 2.9, "max": 3.2} for key in keys}},
+    }
+    shown = serve_bench.table(result)
+    assert "3000" in shown
+    assert "3.00 (2.90-3.20)" in shown
 
 
 def test_ours_and_stock_serve_the_same_folder_by_environment() -> None:
@@ -101,6 +141,11 @@ def test_ours_and_stock_serve_the_same_folder_by_environment() -> None:
     assert entries["qtoolkit-w4a8"].folder == entries["vllm-w4a16"].folder == Path("c")
     assert entries["qtoolkit-w4a8"].environment == {"QTOOLKIT_W4A8": "always"}
     assert set(entries) == {"qtoolkit-w4a8", "vllm-w4a16", "vllm-w8a8", "vllm-bf16"}
+
+
+def test_ours_also_runs_with_other_output_layers() -> None:
+    entries = {entry.name: entry for entry in serve_bench.contestants(None, None, Path("c"), ("int8",))}
+    assert entries["qtoolkit-w4a8-head-int8"].environment == {"QTOOLKIT_W4A8": "always", "QTOOLKIT_LM_HEAD": "int8"}
 
 
 def test_a_servers_environment_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:

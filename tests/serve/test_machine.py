@@ -86,6 +86,10 @@ def test_the_cache_fits_the_machine() -> None:
     assert 1 <= int(cpu_defaults(())["VLLM_CPU_KVCACHE_SPACE"]) <= 8
 
 
+def test_a_cache_size_given_to_vllm_is_not_overruled() -> None:
+    assert "VLLM_CPU_KVCACHE_SPACE" not in cpu_defaults(("--kv-cache-memory-bytes", "256M"))
+
+
 def test_what_the_user_set_goes_before_our_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
     made = environment(Order(Path("model"), "model"), Path("reports"))
