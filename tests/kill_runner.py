@@ -1,4 +1,6 @@
-"""Runs `quantize` in a forked child for every line of stdin, killed after that many seconds; imports are paid once.
+"""Runs `quantize` in a forked child for every line of stdin; imports are paid once.
+
+The child is killed after that many seconds, or as soon as there is a file of that name.
 
 Prints the child's exit status (negative: the signal) and its duration. Before the fork nothing is computed, so that no
 thread of an earlier computation is missing in the child.
@@ -31,7 +33,7 @@ for line in sys.stdin:
         done, code = os.waitpid(child, os.WNOHANG)
         if done:
             status = os.waitstatus_to_exitcode(code)
-        elif time.monotonic() - began > float(line):
+        elif os.path.exists(line.strip()) if "/" in line else time.monotonic() - began > float(line):
             os.kill(child, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         else:

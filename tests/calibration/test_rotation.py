@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qtoolkit
-from qtoolkit import architecture
+from qtoolkit import architecture, checkpoint
 from qtoolkit.calibration import capture
 from qtoolkit.calibration.rotation import Rotate, Rotated, RotateOptions, Rotation
 from qtoolkit.source import resolve
 
 KINDS = [(kind, tied) for kind in ("llama", "mistral", "qwen2", "qwen3") for tied in (False, True)]
-QUICK = {"calibration.samples": 4, "calibration.length": 32, "scheme.group_size": 64}
+QUICK = {
+    "calibration.samples": 4,
+    "calibration.length": 32,
+    "scheme.group_size": 64,
+    "outliers.method": "rotate",
+}
 
 
 def exact(folder: Path) -> Path:
@@ -142,10 +150,10 @@ def test_the_seed_decides_the_rotation(tmp_path: Path) -> None:
 
 def test_a_rotated_checkpoint_loads_everywhere_and_stays_near_the_float_model(tmp_path: Path) -> None:
     folder = save_random(tmp_path / "model", "qwen2", tie_word_embeddings=True)
-    recipe = qtoolkit.recipe.load("w4a8", QUICK).model_copy(update={"steps": {"rotate": {}, "gptq": {}}})
     said = Said()
-    qtoolkit.quantize(folder, recipe, tmp_path / "out", progress=said)
+    qtoolkit.quantize(folder, "w4a8", tmp_path / "out", changes=QUICK, progress=said)
     assert any("untied" in line for line in said.lines)
+    assert any("untied" in note for note in checkpoint.verify(tmp_path / "out").notes)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     tokens = torch.randint(2, 258, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -156,6 +164,30 @@ def test_a_rotated_checkpoint_loads_everywhere_and_stays_near_the_float_model(tm
     scale = float(original.float().std())
     assert float((stock - served).abs().float().mean()) < 0.05 * scale  # one rounds in bf16 where the other does not
     assert 0 < float((served - original).abs().float().mean()) < 0.5 * scale
+
+
+def test_a_killed_run_with_rotation_and_budget_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", "qwen2", tie_word_embeddings=True, num_hidden_layers=3)
+    changes = {**QUICK, "budget.bits": 5.5}
+    qtoolkit.quantize(folder, "w4a8", tmp_path / "whole", changes=changes)
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    script = Path(__file__).parents[1] / "kill_runner.py"
+    words = [sys.executable, str(script), str(folder), str(tmp_path / "out"), json.dumps(changes)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as runner:
+        assert runner.stdin is not None
+        assert runner.stdout is not None
+        seen = set()
+        for part in ("budget", "block-00000", "block-00001", "rest"):  # killed when this is written, or later
+            print(f"{tmp_path / 'out.partial' / part}.safetensors", file=runner.stdin, flush=True)
+            status = int(runner.stdout.readline().split()[0])
+            seen.add(status)
+            if status == 0:
+                break
+        assert -signal.SIGKILL in seen
+        if not (tmp_path / "out").exists():
+            print(600, file=runner.stdin, flush=True)
+            assert runner.stdout.readline().split()[0] == "0"
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == whole
 
 
 def test_trained_models_keep_their_logits(shared_data: Path) -> None:

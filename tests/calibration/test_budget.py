@@ -1,0 +1,139 @@
+"""The size budget: the allocation against every possible one, and checkpoints that keep to it and load everywhere."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests_support import save_random
+from transformers import AutoModelForCausalLM
+
+import qtoolkit
+from qtoolkit import checkpoint
+from qtoolkit.calibration.budget import Unit, allocate, between, spend
+from qtoolkit.errors import RequestError
+from qtoolkit.int8 import W8A8Linear
+from qtoolkit.runtime import W4A8Linear
+
+QUICK = {
+    "calibration.samples": 4,
+    "calibration.length": 32,
+    "scheme.group_size": 64,
+    "outliers.method": "none",
+}
+BITS = {"W4A8-g64": 4.25, "W8A8-channel": 8.125, "float": 16.0}
+
+
+def units(count: int, seed: int) -> list[Unit]:
+    draw = random.Random(seed)
+    found = []
+    for index in range(count):
+        weights, loss = draw.choice([256, 512, 768]), draw.random()
+        losses = dict(zip(BITS, (loss, loss * draw.uniform(0.005, 0.2), 0.0), strict=True))
+        bits = {kind: weights * value for kind, value in BITS.items()}
+        found.append(Unit((f"layer.{index}",), weights, bits, losses))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("budget", [4.5, 6.0, 10.0])
+def test_the_allocation_is_near_the_best_of_all(seed: int, budget: float) -> None:
+    some = units(6, seed)
+    total = sum(unit.weights for unit in some)
+    kinds = allocate(some, budget)
+
+    def loss(kinds: tuple[str, ...] | list[str]) -> float:
+        return sum(unit.loss[kind] for unit, kind in zip(some, kinds, strict=True))
+
+    def bits(kinds: tuple[str, ...] | list[str]) -> float:
+        return sum(unit.bits[kind] for unit, kind in zip(some, kinds, strict=True)) / total
+
+    best = min(loss(way) for way in itertools.product(BITS, repeat=6) if bits(way) <= budget)
+    assert bits(kinds) <= budget
+    # a step that does not fit is all that a greedy choice can miss: never more than one unit's loss
+    assert loss(kinds) <= best + max(unit.loss["W4A8-g64"] for unit in some)
+    assert loss(kinds) <= 1.5 * best + 0.2
+
+
+def test_more_bits_never_lose_more_and_all_bits_lose_nothing() -> None:
+    some = units(12, 3)
+    losses = [sum(row.loss[row.kind] for row in spend(some, budget).rows) for budget in (4.25, 4.5, 5, 6, 8, 12, 16)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == 0
+
+
+def test_a_budget_below_int4_is_refused_with_what_int4_takes() -> None:
+    with pytest.raises(RequestError, match=r"4 bits a weight is too small: W4A8-g64 alone takes 4\.250"):
+        allocate(units(3, 0), 4.0)
+
+
+def test_what_was_not_measured_lies_between_its_neighbours() -> None:
+    known = {1: 1.0, 5: 16.0}
+    assert between(known, 3) == pytest.approx(4.0)
+    assert between(known, 0) == 1.0
+    assert between(known, 9) == 16.0
+
+
+@pytest.mark.parametrize("bits", [5.0, 8.0, 12.0])
+def test_a_checkpoint_keeps_to_its_budget_and_loads_everywhere(bits: float, tmp_path: Path) -> None:
+    model = save_random(tmp_path / "model", "qwen2", num_hidden_layers=3)
+    result = qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes={**QUICK, "budget.bits": f"{bits}bpw"})
+    manifest = checkpoint.verify(tmp_path / "out")
+    record = manifest.budget
+    assert record is not None
+    kinds = {name: row.kind for row in record.rows for name in row.layers}
+    assert {name for name, kind in kinds.items() if kind == "float"} == {row["name"] for row in result.unquantized}
+    assert {layer.name: layer.scheme for layer in manifest.layers}.items() <= kinds.items()
+    assert len(set(kinds.values())) > 1
+
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    size = sum(
+        8 * stored[f"{name}.{part}"].nbytes
+        for name in kinds
+        for part in ("weight_packed", "weight", "weight_scale")
+        if f"{name}.{part}" in stored
+    )
+    weights = 3 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 256)
+    assert size / weights == pytest.approx(record.used, abs=1e-9)
+    assert bits - 1.5 < record.used <= bits
+
+    own, stock = qtoolkit.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    counts = [sum(isinstance(m, kind) for m in own.modules()) for kind in (W4A8Linear, W8A8Linear)]
+    assert counts == [list(kinds.values()).count(kind) for kind in ("W4A8-g64", "W8A8-channel")]
+    tokens = torch.randint(2, 258, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        served, theirs = own(tokens).logits, stock(tokens).logits
+        floating = AutoModelForCausalLM.from_pretrained(model)(tokens).logits
+    scale = float(floating.float().std())
+    assert float((theirs - served).abs().float().mean()) < 0.05 * scale  # one rounds in bf16 where the other does not
+    assert float((served - floating).abs().float().mean()) < 0.5 * scale
+
+
+def test_layers_that_engines_fuse_become_the_same_thing(tmp_path: Path) -> None:
+    model = save_random(tmp_path / "model", num_hidden_layers=3)
+    qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes={**QUICK, "budget.bits": 6.5})
+    record = checkpoint.verify(tmp_path / "out").budget
+    assert record is not None
+    kinds = {name: row.kind for row in record.rows for name in row.layers}
+    for layer in range(3):
+        for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({kinds[f"model.layers.{layer}.{name}"] for name in fused}) == 1
+
+
+def test_the_config_names_the_int8_layers_and_nothing_of_our_own(tmp_path: Path) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    model = save_random(tmp_path / "model", num_hidden_layers=3)
+    qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes={**QUICK, "budget.bits": 6.5})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    groups = QuantizationConfig.model_validate(config).config_groups
+    assert config["format"] == "mixed-precision"
+    (named,) = [group for group in groups.values() if group.weights.num_bits == 8]
+    record = checkpoint.verify(tmp_path / "out").budget
+    assert record is not None
+    assert set(named.targets) == {name for row in record.rows for name in row.layers if row.kind == "W8A8-channel"}
