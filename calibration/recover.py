@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qtoolkit.calibration import criteria, filters, projections
+from qtoolkit.calibration import criteria, filters, logs, projections
 from qtoolkit.calibration.options import Options
 from qtoolkit.calibration.regularizers import REGULARIZERS, Plain
 from qtoolkit.calibration.schedules import still_dense
@@ -68,7 +68,7 @@ class Recover:
         self.options = options
 
     def apply(self, block: Block, stream: Stream, context: VisionContext) -> dict[str, dict[str, float]]:
-        """Train in place, resuming at the last whole epoch; return loss and accuracy of every epoch.
+        """Train in place, resuming at the last whole epoch; return loss, learning rate and zeros of every epoch.
 
         Raises:
             NumericError: the loss is NaN or Inf.
@@ -183,11 +183,17 @@ class Training:
             if options.masks == "epoch" and (epoch + 1) / options.epochs <= options.settle:
                 self.refresh((epoch + 1) / options.epochs)
                 self._project()
-            report[f"epoch-{epoch + 1}"] = {"loss": total / seen}
+            report[f"epoch-{epoch + 1}"] = {
+                "loss": total / seen,
+                "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+                "zeros": self._zeros(),
+            }
             context.say(
                 f"epoch {epoch + 1}/{options.epochs}: loss {total / seen:.4f}, {time.monotonic() - began:.0f} s"
             )
             self._save(report)
+            if context.job is not None:
+                logs.write(context.job.folder, report)
         return report
 
     @torch.no_grad()
@@ -209,6 +215,12 @@ class Training:
     def _project(self) -> None:
         for name, weight in self.weights.items():
             weight.mul_(self.masks[name])
+
+    def _zeros(self) -> float:
+        """Return which part of the weights that get the pattern is zero or masked."""
+        total = sum(weight.numel() for weight in self.weights.values())
+        zero = sum(float((weight * self.masks.get(name, 1.0) == 0).sum()) for name, weight in self.weights.items())
+        return zero / total if total else 0.0
 
     def _set_rate(self, progress: float) -> None:
         warm = min(progress / 0.05, 1.0) if progress < 0.05 else 1.0

@@ -120,7 +120,7 @@ class Job:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-        if self.published or (held and not any(self.folder.glob("block-*.safetensors"))):
+        if self.published or (held and not any(self.folder.glob("*.safetensors"))):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, part: str) -> Path:

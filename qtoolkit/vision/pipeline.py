@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from qtoolkit.vision.record import VisionManifest, VisionRecipe
 
 TRAINING_STEPS = ("recover",)
 WEIGHTS = "model.safetensors"
+LOGS = ("training.csv", "tensorboard")  # what the trainer writes while it runs
 COMPARED = 8  # images on which the packed network is compared with what was packed
 ALIKE = 64  # images on which layers are compared with what they were
 SAME = 1e-4  # of the largest logit: float32 sums in another order differ by less
@@ -176,9 +178,13 @@ class Run:
         self.figures["multiply_adds_after"] = float(self._multiply_adds({**_products(network), **stored}))
         self._describe(network, tensors, stored)
         with disk_errors(job.output):
-            job.staging.mkdir(exist_ok=True)
-            for leftover in job.staging.iterdir():
-                leftover.unlink()
+            shutil.rmtree(job.staging, ignore_errors=True)
+            job.staging.mkdir()
+            for log in LOGS:
+                if (job.folder / log).is_dir():
+                    shutil.copytree(job.folder / log, job.staging / log)
+                elif (job.folder / log).is_file():
+                    shutil.copyfile(job.folder / log, job.staging / log)
             save_file({k: t.contiguous() for k, t in tensors.items()}, job.staging / WEIGHTS, {"format": "pt"})
             config = {"model_type": self.model.name, "architecture": self.model.architecture.model_dump(mode="json")}
             if self.model.folder is not None:

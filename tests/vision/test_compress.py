@@ -13,6 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from qtoolkit import checkpoint, cli, recipe
+from qtoolkit.calibration import logs
 from qtoolkit.errors import CheckpointError, RequestError
 from qtoolkit.vision import data, measure, models, runtime
 from qtoolkit.vision.pipeline import compress
@@ -65,6 +66,55 @@ def test_blocks_by_which_classes_get_least_apart_are_left_out(tmp_path: Path) ->
     assert measure.logits(loaded.network, images, model.architecture).isfinite().all()
     assert result.figures["packing_error"] < 1e-5
     assert result.figures["multiply_adds_after"] < result.figures["multiply_adds_before"]
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes_and_logs(digits_weights: Path, tmp_path: Path) -> None:
+    changes = {**SHORT, "recover.epochs": 3, "recover.where": "all"}
+
+    def stop(text: str) -> None:
+        if text.startswith("epoch 3"):
+            raise Stopped  # before the third epoch is saved
+
+    compress("digits", "sfp", tmp_path / "whole", weights=digits_weights, changes=changes)
+    with pytest.raises(Stopped):
+        compress("digits", "sfp", tmp_path / "cut", weights=digits_weights, changes=changes, say=stop)
+    lines = (tmp_path / "cut.partial" / "training.csv").read_text("utf-8").splitlines()
+    assert lines[0] == "epoch,loss,learning_rate,zeros"
+    assert [line.split(",")[0] for line in lines[1:]] == ["1", "2"]
+    said: list[str] = []
+    compress("digits", "sfp", tmp_path / "cut", weights=digits_weights, changes=changes, say=said.append)
+    assert "going on after epoch 2 of 3" in said
+    for name in ("model.safetensors", "training.csv"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    rows = [line.split(",") for line in (tmp_path / "cut" / "training.csv").read_text("utf-8").splitlines()[1:]]
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    assert float(rows[2][2]) < float(rows[0][2])  # the rate falls
+    assert float(rows[2][3]) == pytest.approx(9 / 32)  # int(0.3 * 32) filters of every layer are zero
+    assert not (tmp_path / "cut.partial").exists()
+
+
+def test_tensorboard_gets_the_same_figures(digits_weights: Path, tmp_path: Path) -> None:
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    changes = {**SHORT, "recover.epochs": 2, "recover.where": "all"}
+    compress("digits", "sfp", tmp_path / "out", weights=digits_weights, changes=changes)
+    events = loader.EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("training/loss")]
+    lines = (tmp_path / "out" / "training.csv").read_text("utf-8").splitlines()[1:]
+    assert found == [(int(row[0]), pytest.approx(float(row[1]))) for row in (line.split(",") for line in lines)]
+
+
+def test_without_tensorboard_there_is_the_csv_file_alone(
+    digits_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "find_spec", lambda name: None)
+    changes = {**SHORT, "recover.epochs": 1, "recover.where": "all"}
+    compress("digits", "sfp", tmp_path / "out", weights=digits_weights, changes=changes)
+    assert (tmp_path / "out" / "training.csv").is_file()
+    assert not (tmp_path / "out" / "tensorboard").exists()
 
 
 def test_calibration_images_are_selected_as_the_recipe_says(digits_weights: Path, tmp_path: Path) -> None:
