@@ -66,12 +66,3 @@ def round_in_order(weight: Tensor, factor: Tensor, step: Tensor, order: Tensor) 
 
     sweep(work, factor, decide)
     return integers.T.to(torch.int8).contiguous()
-
-
-def is_chained(weights: Tensor) -> bool:
-    """Return whether int8 weights [n, k] lie on the chained grid: every low nibble is the high one before it."""
-    if weights.dtype != torch.int8 or weights.shape[1] % WORD:
-        return False
-    words = weights.view(weights.shape[0], -1, WORD)
-    below, above = words & 15, (words >> 4) & 15
-    return not bool(below[..., 0].any()) and torch.equal(below[..., 1:], above[..., :-1])

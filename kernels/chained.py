@@ -29,9 +29,15 @@ def values(codes: Tensor) -> Tensor:
     return (words.to(torch.int16) * STEP + below).to(torch.int8).flatten(1)
 
 
-def codes_of(weights: Tensor) -> Tensor:
-    """Invert ``values``: the code is the high nibble."""
-    return weights >> 4
+def codes_of(weights: Tensor) -> Tensor | None:
+    """Invert ``values``: return the int4 codes [n, k] of int8 weights [n, k], or None if these are no chained ones.
+
+    Such weights are stored as plain int8, which anything can run; they tell what they are by themselves.
+    """
+    if weights.dtype != torch.int8 or weights.shape[1] % WORD:
+        return None
+    codes = weights >> 4
+    return codes if torch.equal(values(codes), weights) else None
 
 
 def w4a8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:

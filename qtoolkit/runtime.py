@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from qtoolkit import checkpoint, registry
 from qtoolkit.errors import CheckpointError, RequestError
 from qtoolkit.int8 import W8A8Linear
-from qtoolkit.kernels import ops, selection
+from qtoolkit.kernels import chained, ops, selection
+from qtoolkit.packing.int4 import pack_int4
 from qtoolkit.scheme import CHANNEL, Head, Scheme
 from qtoolkit.source import Source, resolve
 from qtoolkit.stages import QuantizedWeight
@@ -32,11 +33,18 @@ class W4A8Linear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, packed: Tensor, scales: Tensor, bias: Tensor | None, k: int, scheme: Scheme, dtype: torch.dtype
+        self,
+        packed: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        k: int,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        chained: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.group_size = k, packed.shape[0], scheme.group_size
-        problem = selection.Problem(k, self.out_features, scheme.group_size, dtype, packed.device.type)
+        problem = selection.Problem(k, self.out_features, scheme.group_size, dtype, packed.device.type, chained)
         prepared = selection.prepare(packed, scales, problem)
         self.layout, self.backend = prepared.layout, prepared.backend
         self.register_buffer("weight", prepared.weight)
@@ -76,7 +84,9 @@ def load(
         ModelError: a float model that cannot be read.
     """
     if lm_head not in list(Head):
-        raise RequestError(f"lm_head={lm_head!r} is not known.", f"Use one of: {', '.join(word.value for word in Head)}.")
+        raise RequestError(
+            f"lm_head={lm_head!r} is not known.", f"Use one of: {', '.join(word.value for word in Head)}."
+        )
     source = resolve(path)
     if not (source.path / checkpoint.MANIFEST).is_file():
         model = _load_float(source, device, dtype)
@@ -158,9 +168,23 @@ def _packed_layer(
 ) -> nn.Module:
     bias = bias.to(device) if bias is not None else None
     if scheme.weight_bits == 8:
-        return W8A8Linear(weight.codes.to(device), weight.scales.to(device), bias)
+        integers, scales = weight.codes.to(device), weight.scales.to(device)
+        return _chained_layer(integers, scales, bias, dtype) or W8A8Linear(integers, scales, bias)
     packed, scales = tensors["weight_packed"].to(device), weight.scales.to(device)
     return W4A8Linear(packed, scales, bias, weight.codes.shape[1], scheme, dtype)
+
+
+def _chained_layer(integers: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module | None:
+    """Return what runs int8 weights of the chained grid from four bits, or None: other weights, or no kernel here."""
+    n, k = integers.shape
+    problem = selection.Problem(k, n, CHANNEL, dtype, integers.device.type, chained=True)
+    if selection.choose(problem).backend.name == "reference":
+        return None
+    codes = chained.codes_of(integers)
+    if codes is None:
+        return None
+    steps = scales.float() * chained.STEP
+    return W4A8Linear(pack_int4(codes), steps, bias, k, Scheme(group_size=CHANNEL), dtype, chained=True)
 
 
 def _float_layer(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, device: str) -> nn.Module:
