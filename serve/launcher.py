@@ -27,6 +27,7 @@ class Order:
     port: int = 8000
     api_key: str = ""
     extra: tuple[str, ...] = ()
+    device: str = "auto"  # see qtoolkit.device; vLLM serves on what its build is for
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ def serve_with_transformers(order: Order, announce: Announce, say: Say) -> None:
         ) from None
     from transformers import AutoTokenizer
 
-    from qtoolkit import runtime
+    from qtoolkit import device, runtime
 
     say(f"loading {order.name} for transformers")
-    model = runtime.load(order.path)
+    model = runtime.load(order.path, device=str(device.choose(order.device)))
     app = build_app(order.name, model, AutoTokenizer.from_pretrained(order.path))
     if order.api_key:
         app.add_middleware(RequireKey, key=order.api_key)

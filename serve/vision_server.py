@@ -15,6 +15,8 @@ def serve_vision(order: Order, announce: Announce, say: Say) -> None:
     """Serve ``order`` until a signal asks for the end; see ``launcher.serve``."""
     if order.extra:
         raise RequestError(f"{order.extra[0]} is an option of vLLM, but this is an image classifier.", "Drop it.")
+    if order.device not in ("auto", "cpu"):
+        raise RequestError(f"Image classifiers are served on the CPU, not on {order.device}.", "Drop --device.")
     port = choose_port(order.host, order.port)
     try:
         import uvicorn

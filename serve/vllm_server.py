@@ -53,6 +53,7 @@ def running(order: Order, say: Say) -> Iterator[Server]:
         ServeError: it did not start.
     """
     refuse_arguments(order.extra)
+    refuse_device(order.device)
     port = choose_port(order.host, order.port)
     root = url(order.host, port)
     say(f"starting vLLM for {order.name} on {root}")
@@ -81,6 +82,19 @@ def refuse_arguments(extra: tuple[str, ...]) -> None:
             name = argument.split("=")[0]
             hint = "The model is the command's argument." if name == "--model" else f"Give {name} before the `--`."
             raise RequestError(f"{name} cannot be passed on to vLLM: qtoolkit sets it.", hint)
+
+
+def refuse_device(device: str) -> None:
+    """Refuse a device that this build of vLLM is not for.
+
+    Raises:
+        RequestError: it is for the other one.
+    """
+    own = "cpu" if machine.vllm_is_for_cpu() else "cuda"
+    if device not in ("auto", own):
+        raise RequestError(
+            f"The installed vLLM serves on {own}, not on {device}.", "Drop --device, or install the other."
+        )
 
 
 def command(order: Order, port: int) -> list[str]:

@@ -19,6 +19,7 @@ def command(
     api_key: Annotated[str, typer.Option(envvar="VLLM_API_KEY", help="Key that clients must send.")] = "",
     name: Annotated[str, typer.Option("--served-model-name", help="Name for clients; the folder's by default.")] = "",
     engine: Annotated[str, typer.Option(help="vllm or transformers; vllm where it is installed.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda; 'auto' takes the GPU where there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when ready.")] = False,
 ) -> None:
     """Serve a checkpoint until Ctrl-C: vLLM with our W4A8 kernels, or transformers where vLLM is missing."""
@@ -32,7 +33,7 @@ def command(
     source.shapes()  # refuses pickles, truncated and missing files now; the engine would in a minute
     vision = (path / MANIFEST).is_file() and verify(path).kind == "vision"
     chosen = launcher.VISION if vision else launcher.choose_engine(engine)
-    order = launcher.Order(path, name or path.name, host, port, api_key, tuple(engine_args or ()))
+    order = launcher.Order(path, name or path.name, host, port, api_key, tuple(engine_args or ()), device)
     running = False
 
     def announce(ready: launcher.Ready) -> None:
