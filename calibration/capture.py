@@ -72,7 +72,7 @@ def advance(block: Block, stream: Stream) -> Stream:
                 "The weights or the calibration data are damaged.",
             )
         batches.append(out)
-    return Stream(batches, stream.kwargs)
+    return Stream(batches, stream.kwargs, stream.floats)
 
 
 @torch.inference_mode()

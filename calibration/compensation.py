@@ -1,7 +1,8 @@
 """Hessian compensation (GPTQ): round one input's weights at a time and let the inputs still to come make up for it.
 
-Source: GPTQ (Frantar et al. 2022, algorithm 1), in activation order with static groups, so that the packed layout
-needs no permutation. The grid's scales are fixed before the first column is rounded, in the dtype they are stored in.
+Sources: GPTQ (Frantar et al. 2022, algorithm 1), in activation order with static groups, so that the packed layout
+needs no permutation; the weight it aims at is that of ``target``. The grid's scales are fixed before the first column
+is rounded, in the dtype they are stored in, and refitted afterwards together with the codes (``refine``).
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtoolkit.calibration import grid
-from qtoolkit.calibration.hessian import Hessian, collect, shared_inputs
+from qtoolkit.calibration import grid, losses, twin
+from qtoolkit.calibration.hessian import Hessian, shared_inputs
+from qtoolkit.calibration.moments import Seen
 from qtoolkit.calibration.options import Options
+from qtoolkit.calibration.refine import refined
 from qtoolkit.calibration.sweep import sweep
+from qtoolkit.calibration.target import Choice, aims
 from qtoolkit.errors import NumericError
 from qtoolkit.scheme import CHANNEL, Scheme
 from qtoolkit.stages import Block, Context, QuantizedWeight, Stream
@@ -28,6 +32,9 @@ class CompensateOptions(Options):
     scale_search: bool = Field(True, description="search each scale by Hessian-weighted error; false: absmax / 7")
     damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a part of its mean")
     activation_order: bool = Field(True, description="round the inputs with the largest Hessian diagonal first")
+    sequential: bool = Field(True, description="a layer sees its block's earlier layers quantized; false: in float")
+    aim: bool = Field(True, description="aim at the float network's outputs, as far as held-out tokens support it")
+    refine: int = Field(2, ge=0, description="rounds of new scales and new codes after compensation")
 
 
 class Compensate:
@@ -37,25 +44,48 @@ class Compensate:
 
     def __init__(self, options: CompensateOptions) -> None:
         self.options = options
+        self.reads_floats = options.aim and options.compensate
 
     @torch.inference_mode()
     def apply(self, block: Block, stream: Stream, context: Context) -> dict[str, dict[str, float]]:
-        """Quantize the targets of ``block``; return the relative squared output error and the damping of each."""
-        hessians = collect(block, stream, context.scheme.activation_bits)
+        """Quantize the targets of ``block``; return errors, damping and the way to the aim of each.
+
+        ``error`` is |(A - Q) x|^2 / |A x|^2 over the calibration inputs x as served, for the weight A aimed at and the
+        stored Q; the other errors are those of ``losses.parts``.
+        """
+        originals = {name: layer.weight.data for name, layer in block.linears()}
         report = {}
         for first, names in shared_inputs(block).items():
-            solved = Solved(hessians.pop(first), self.options)
-            for name in names:
-                layer = block.linear(name)
-                weight = layer.weight.data.clone()
-                quantized = solved.quantize(weight, block.schemes.get(name, context.scheme), context.scale_dtype)
+            layer = block.linear(first)
+            with twin.weights(block, {} if self.options.sequential else originals):
+                bits = context.scheme.activation_bits
+                batches = twin.inputs(block, first, stream, originals, bits, both=self.reads_floats)
+                seen = Seen(layer.in_features, batches, layer.weight.device)
+            aimed = self._aims(seen, [originals[name] for name in names])
+            solved = Solved(seen.fit.hessian, self.options)
+            for name, (aim, choice) in zip(names, aimed, strict=True):
+                quantized = solved.quantize(aim, block.schemes.get(name, context.scheme), context.scale_dtype)
                 served = quantized.dequantize()
                 if not served.isfinite().all():
                     raise NumericError(f"The scales of {block.name}.{name} overflow {context.scale_dtype}.")
-                report[name] = {"error": solved.relative_error(weight, served), "damping": solved.damping}
+                report[name] = {
+                    "error": solved.relative_error(aim, served),
+                    "damping": solved.damping,
+                    "dead_inputs": float(solved.dead.sum()),
+                    "aim_damping": choice.damping,
+                    "aim_strength": choice.strength,
+                }
+                if seen.sample is not None:
+                    report[name] |= losses.parts(seen.sample, originals[name], aim, served)
                 block.quantized[name] = quantized
-                layer.weight.data = served
+                block.linear(name).weight.data = served
         return report
+
+    def _aims(self, seen: Seen, weights: list[Tensor]) -> list[tuple[Tensor, Choice]]:
+        if self.reads_floats:
+            return aims(seen, weights)
+        seen.all()
+        return [(weight, Choice()) for weight in weights]
 
 
 class Solved:
@@ -65,7 +95,8 @@ class Solved:
         self.options = options
         self.matrix = hessian.matrix
         diagonal = self.matrix.diagonal()
-        self.dead = diagonal == 0  # inputs that were always zero: nothing is known, so nothing is compensated there
+        self.hessian = hessian
+        self.dead = hessian.dead  # nothing is known of these inputs, so nothing is compensated there
         self.order = torch.argsort(diagonal, descending=True, stable=True) if options.activation_order else None
         self.damping = options.damping
         self.factor = self._factor() if options.compensate else None
@@ -76,18 +107,17 @@ class Solved:
         Raises:
             NumericError: it is singular even with a large damping.
         """
-        matrix = self.matrix + torch.diag(self.dead.float())
-        if self.order is not None:
-            matrix = matrix[self.order][:, self.order]
-        mean = float(matrix.diagonal().mean())
         for _ in range(RETRIES):
-            lower, failed = torch.linalg.cholesky_ex(matrix + torch.eye(len(matrix)) * (self.damping * mean))
+            matrix = self.hessian.damped(self.damping)
+            if self.order is not None:
+                matrix = matrix[self.order][:, self.order]
+            lower, failed = torch.linalg.cholesky_ex(matrix)
             if not failed:
                 upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
                 if not failed:
                     return upper
             self.damping *= 10
-        raise NumericError(f"A Hessian of {len(matrix)} inputs is singular even with damping {self.damping:g}.")
+        raise NumericError(f"A Hessian of {len(self.matrix)} inputs is singular even with damping {self.damping:g}.")
 
     def quantize(self, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
         """Return codes and scales for weight float32 [n, k]; scales are in ``dtype``."""
@@ -99,7 +129,10 @@ class Solved:
             scales = grid.minmax_scales(weight, scheme, dtype)
         if self.factor is None:
             return QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
-        return QuantizedWeight(round_in_order(weight, self.factor, scales, scheme, self.order), scales)
+        quantized = QuantizedWeight(round_in_order(weight, self.factor, scales, scheme, self.order), scales)
+        if not self.options.refine:
+            return quantized
+        return refined(weight, self.hessian.damped(self.damping), quantized, scheme, self.options.refine)
 
     def relative_error(self, weight: Tensor, served: Tensor) -> float:
         """Return |(W - Q) x|^2 / |W x|^2 over the calibration inputs x, from the Hessian."""
@@ -123,11 +156,11 @@ def round_in_order(weight: Tensor, factor: Tensor, scales: Tensor, scheme: Schem
         int8 codes [n, k], in the weight's own column order.
     """
     n, k = weight.shape
-    order = torch.arange(k) if order is None else order
+    order = torch.arange(k, device=weight.device) if order is None else order
     size = k if scheme.group_size == CHANNEL else scheme.group_size
     work = weight[:, order].T.contiguous()  # [k, n]: a column of the weight is a contiguous row here
     steps = scales.float().T[order // size]  # [k, n]
-    codes = torch.empty(k, n, dtype=torch.int8)
+    codes = torch.empty(k, n, dtype=torch.int8, device=weight.device)
     low, high = scheme.code_range
 
     def decide(column: int, rest: Tensor) -> Tensor:
@@ -136,6 +169,6 @@ def round_in_order(weight: Tensor, factor: Tensor, scales: Tensor, scheme: Schem
         return code * steps[column]
 
     sweep(work, factor, decide)
-    result = torch.empty(n, k, dtype=torch.int8)
+    result = torch.empty(n, k, dtype=torch.int8, device=weight.device)
     result[:, order] = codes.T
     return result

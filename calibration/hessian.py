@@ -17,9 +17,9 @@ TOKENS = 131072  # inputs a convolution's Hessian is made of: over 200 for each 
 class Hessian:
     """Running ``H = 2 / tokens * sum x x^T`` of one layer's inputs, float32 [k, k], and their mean [k]."""
 
-    def __init__(self, k: int) -> None:
-        self.matrix = torch.zeros(k, k)
-        self.mean = torch.zeros(k)
+    def __init__(self, k: int, device: torch.device | None = None) -> None:
+        self.matrix = torch.zeros(k, k, device=device)
+        self.mean = torch.zeros(k, device=device)
         self.tokens = 0
 
     def update(self, x: Tensor) -> None:
@@ -28,6 +28,25 @@ class Hessian:
         self.matrix.mul_(self.tokens / seen).addmm_(x.T, x, alpha=2.0 / seen)
         self.mean.mul_(self.tokens / seen).add_(x.sum(dim=0), alpha=1.0 / seen)
         self.tokens = seen
+
+    def merge(self, other: Hessian) -> None:
+        """Add the inputs that ``other`` has seen."""
+        seen = self.tokens + other.tokens
+        if other.tokens:
+            self.matrix.mul_(self.tokens / seen).add_(other.matrix, alpha=other.tokens / seen)
+            self.mean.mul_(self.tokens / seen).add_(other.mean, alpha=other.tokens / seen)
+            self.tokens = seen
+
+    @property
+    def dead(self) -> Tensor:
+        """Return which inputs were always zero: bool [k]. Nothing is known of them."""
+        return self.matrix.diagonal() == 0
+
+    def damped(self, damping: float) -> Tensor:
+        """Return the matrix plus ``damping`` times its mean diagonal; an input that was always zero counts as one."""
+        matrix = self.matrix + torch.diag(self.dead.to(self.matrix.dtype))
+        matrix.diagonal().add_(damping * float(matrix.diagonal().mean()))
+        return matrix
 
 
 def shared_inputs(block: Block) -> dict[str, list[str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 COLUMNS = 128  # columns changed before the rest of the matrix is updated in one product
@@ -26,7 +25,7 @@ def sweep(work: Tensor, factor: Tensor, decide: Callable[[int, Tensor], Tensor],
     k, n = work.shape
     for start in range(0, k, columns):
         stop = min(start + columns, k)
-        part, errors = work[start:stop], torch.empty(stop - start, n)
+        part, errors = work[start:stop], work.new_empty(stop - start, n)
         inside = factor[start:stop, start:stop]
         for i in range(stop - start):
             new = decide(start + i, part[i:])

@@ -32,7 +32,7 @@ class Residual(BaseModel):
         head: module of the language model that turns it into logits.
         norms: in a block, the norms that read it; the consumers of a group that one of them produces see it through
             them. Only norms that keep an orthogonal turn (root mean square, gain, no bias) may stand here.
-        writers: in a block, the linear layers whose outputs are added to it.
+        writers: in a block, the linear layers whose outputs are added to it, each in the place of the norm it goes with.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -124,11 +124,13 @@ class Skeleton:
         module.load_state_dict(state, strict=True)
         module.to(torch.float32).eval().requires_grad_(False)
         heads, kv_heads = self.config.num_attention_heads, getattr(self.config, "num_key_value_heads", None)
+        residual = self.architecture.residual
         return Block(
             name=name,
             module=module,
             targets=self.architecture.targets,
             groups=self.architecture.groups,
+            residual=dict(zip(residual.writers, residual.norms, strict=True)),
             kv_repeats=heads // (kv_heads or heads),
             head_dim=self.head_dim,
         )

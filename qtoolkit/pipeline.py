@@ -154,8 +154,13 @@ class Run:
         tokens = job.tensors(CALIBRATION)["tokens"]
         self.progress.start(self.blocks, done)
         stream = capture.embed(self.skeleton, self.weights, tokens)
+        compared = any(getattr(transform, "reads_floats", False) for transform in self.transforms.values())
+        floats = Stream(stream.batches, stream.kwargs)
         for index in range(self.blocks):
             block = self._block(self.weights, index)
+            if compared:  # both streams go through the block: the float one before anything is changed in it
+                stream.floats = floats.batches
+                floats = capture.advance(block, floats)
             if index < done:
                 self._restore(block, job.tensors(_part(index)))
             else:

@@ -69,6 +69,7 @@ class Block:
         quantized: filled by a compensating transform: codes and scales per target.
         refused: targets that stay in float, with the reason in words.
         schemes: targets that become something else than the recipe's scheme.
+        residual: targets whose output is added to the hidden stream, with the norm that read it before.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Block:
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
+    residual: dict[str, str] = field(default_factory=dict)
 
     def layer(self, name: str) -> nn.Module:
         """Return the submodule ``name``."""
@@ -98,10 +100,14 @@ class Block:
 
 @dataclass
 class Stream:
-    """Hidden states on their way through the blocks: batches of [sequences, tokens, hidden] and the call's keywords."""
+    """Hidden states on their way through the blocks: batches of [sequences, tokens, hidden] and the call's keywords.
+
+    ``floats`` are the same hidden states in the float network; where it is empty, the batches themselves are those.
+    """
 
     batches: list[Tensor]
     kwargs: list[dict[str, Any]]
+    floats: list[Tensor] = field(default_factory=list)
 
     def calls(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yield each batch with its keywords."""

@@ -1,0 +1,83 @@
+"""The two runs of a block: what each layer gets in the quantized network and what it should have got."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests_support import save_random
+
+from qtoolkit import architecture
+from qtoolkit.calibration import capture, twin
+from qtoolkit.calibration.compensation import Compensate, CompensateOptions
+from qtoolkit.scheme import Scheme
+from qtoolkit.source import resolve
+from qtoolkit.stages import Block, Context, Stream
+
+CONTEXT = Context(Scheme(group_size=64), torch.bfloat16, print)
+
+
+@pytest.fixture
+def block_and_stream(tmp_path_factory: pytest.TempPathFactory) -> tuple[Block, Stream]:
+    """The first block of a random model, and a stream that has drifted from the float one."""
+    source = resolve(save_random(tmp_path_factory.mktemp("model") / "llama"))
+    skeleton = architecture.skeleton(source)
+    tokens = torch.randint(2, 258, (6, 24), generator=torch.Generator().manual_seed(1))
+    stream = capture.embed(skeleton, source, tokens)
+    stream.floats = [batch * 1.05 for batch in stream.batches]
+    return skeleton.block(0, source), stream
+
+
+def test_the_drift_is_what_the_hidden_stream_lacks(block_and_stream: tuple[Block, Stream]) -> None:
+    block, stream = block_and_stream
+    originals = {name: layer.weight.data.clone() for name, layer in block.linears()}
+    (found,) = twin.inputs(block, "self_attn.o_proj", stream, originals, 8)
+    assert found.drift is not None
+    torch.testing.assert_close(found.drift, 0.05 * stream.batches[0].flatten(0, 1), rtol=1e-3, atol=1e-6)
+    (query,) = twin.inputs(block, "self_attn.q_proj", stream, originals, 8)
+    assert query.drift is None  # it adds to nothing
+
+
+def test_each_run_uses_its_own_weights_and_only_one_rounds(block_and_stream: tuple[Block, Stream]) -> None:
+    block, stream = block_and_stream
+    originals = {name: layer.weight.data.clone() for name, layer in block.linears()}
+    changed = block.linear("mlp.up_proj")
+    changed.weight.data = torch.zeros_like(changed.weight)
+    (found,) = twin.inputs(block, "mlp.down_proj", stream, originals, 8)
+    assert not found.seen.any()  # gate times an up projection of zeros
+    expected: list[torch.Tensor] = []
+    with twin.weights(block, originals):
+        floats = Stream(stream.floats, stream.kwargs)
+        capture.layer_inputs(block, floats, {"mlp.down_proj": expected.append})
+    torch.testing.assert_close(found.wanted, expected[0])
+    assert not changed.weight.any()  # and the block is left as it was
+
+
+def test_after_compensation_the_block_is_nearer_to_the_float_one(block_and_stream: tuple[Block, Stream]) -> None:
+    """The aim pays where it can: outputs against the float block's, on the tokens of calibration."""
+    block, stream = block_and_stream
+    originals = {name: layer.weight.data for name, layer in block.linears()}
+    float_out = capture.advance(block, Stream(stream.floats, stream.kwargs)).batches[0]
+    lost = {}
+    for aim in (False, True):
+        for name, weight in originals.items():
+            block.linear(name).weight.data = weight
+        report = Compensate(CompensateOptions(aim=aim)).apply(block, stream, CONTEXT)
+        with capture.quantized_activations(block, 8):
+            out = capture.advance(block, stream).batches[0]
+        lost[aim] = float((out - float_out).square().sum())
+    assert lost[True] < 0.8 * lost[False]
+    assert max(figures["aim_strength"] for figures in report.values()) > 0
+    both = report["mlp.down_proj"]
+    assert both["both_error"] == pytest.approx(both["weight_error"] + both["activation_error"], rel=0.2)
+
+
+def test_the_same_stream_gives_the_same_codes(block_and_stream: tuple[Block, Stream]) -> None:
+    block, stream = block_and_stream
+    originals = {name: layer.weight.data for name, layer in block.linears()}
+    codes = []
+    for _ in range(2):
+        for name, weight in originals.items():
+            block.linear(name).weight.data = weight
+        Compensate(CompensateOptions()).apply(block, stream, CONTEXT)
+        codes.append({name: weight.codes for name, weight in block.quantized.items()})
+    assert all(torch.equal(codes[0][name], codes[1][name]) for name in originals)
