@@ -39,6 +39,7 @@ def quantize(job: Job, meter: Meter) -> Quantized:
             seed=42 + job.seed,
             device_map="cpu",
             amp=False,
+            enable_torch_compile=False,  # compiling takes longer than these steps on a CPU
         )
         model, _ = rounder.quantize()
     found = {name.replace(".orig_layer.", "."): tensor for name, tensor in tensors(model).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from tempfile import TemporaryDirectory
 
@@ -14,6 +15,7 @@ REQUIRES = ("gptqmodel==7.7.0",)  # needs torch 2.14.1 or newer
 
 def quantize(job: Job, meter: Meter) -> Quantized:
     """Quantize with its defaults, and read the weights back from its dequantizer."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default on two cores, one, is refused by itself
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from transformers import AutoModelForCausalLM
 

@@ -7,17 +7,18 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from quality_peers.contract import Job, Meter, Quantized, tensors
+from qtoolkit.source import Source
+from quality_peers.contract import Job, Meter, Quantized, linears, tensors
 
 REQUIRES: tuple[str, ...] = ()  # runs in this package's own environment
 
 
 def quantize(job: Job, meter: Meter) -> Quantized:
     """Quantize with the recipe ``options["recipe"]``."""
+    import transformers.models.auto.modeling_auto  # noqa: F401  # imported here, for nobody's imports are timed
+
     import qtoolkit
     from qtoolkit import data, recipe as recipes
-    from qtoolkit.checkpoint import read_manifest
-    from qtoolkit.source import Source
 
     tokens = job.calibration()
     data.calibration_tokens = lambda *_: tokens  # instead of text of its own
@@ -31,20 +32,15 @@ def quantize(job: Job, meter: Meter) -> Quantized:
         out = Path(folder) / "quantized"
         with meter:
             qtoolkit.quantize(job.model, recipes.load(job.options["recipe"], changes), out)
-        names = {layer.name: layer.shape for layer in read_manifest(out).layers}
         model = qtoolkit.load(out, dtype=torch.float32, activations=False)
-        source = Source(out, "quantized")
-        stored = sum(
-            8 * source.read(f"{name}.{part}").nbytes for name in names for part in ("weight_packed", "weight_scale")
-        )
-        kept = sum(  # what a recipe left in float counts with its 16 bits
-            16 * module.weight.numel()
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and name != "lm_head" and name not in names
-        )
-        weights = sum(
-            module.weight.numel()
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and name != "lm_head"
-        )
-        return Quantized(tensors(model), qtoolkit.__version__, (stored + kept) / weights)
+        return Quantized(tensors(model), qtoolkit.__version__, stored_bits(Source(out, "quantized"), model))
+
+
+def stored_bits(source: Source, model: torch.nn.Module) -> float:
+    """Return the bits a weight of the linear layers as the checkpoint stores them: codes, scales, what stays float."""
+    stored = weights = 0
+    for name, layer in linears(model).items():
+        parts = [tensor for tensor in source.files if tensor.startswith(f"{name}.weight") and "shape" not in tensor]
+        stored += sum(8 * source.read(tensor).nbytes for tensor in parts)
+        weights += layer.weight.numel()
+    return stored / weights

@@ -54,7 +54,9 @@ def quantize(job: Job, meter: Meter) -> Quantized:
         model = gptq(model.eval(), gptq_arguments(job, mse=rotate), args)
         if job.group_size != CHANNEL:
             for name, layer in linears(model).items():
-                layer.weight.copy_(served(layer.weight, *found[name]))
+                scale, _, _, extra = found[name]
+                if extra is not None:  # a layer of one group has no second level
+                    layer.weight.copy_(served(layer.weight, scale, extra))
     sizes = [(layer.out_features, layer.in_features) for layer in linears(model).values()]
     return Quantized(tensors(model), COMMIT, bits(sizes, job.group_size))
 
@@ -85,9 +87,7 @@ def hadamard(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     return y.reshape(x.shape) * scale
 
 
-def served(
-    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, groups: torch.Tensor, extra: torch.Tensor
-) -> torch.Tensor:
+def served(weight: torch.Tensor, scale: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
     """Return the weight its group kernel multiplies with: codes times scale, rounded again to one int8 grid a row.
 
     ``w8 = rint(code * fp16(scale / extra))``, times ``extra``; weight is [n, k], scale [n, groups], extra [n, 1].

@@ -160,7 +160,7 @@ def test_the_official_second_level_rounds_to_one_int8_grid_a_row() -> None:
     scale = torch.rand(3, 2, generator=generator) + 0.1
     weight = codes * scale.repeat_interleave(4, dim=1)
     extra = weight.abs().amax(1, keepdim=True) / 127
-    found = part("qqq").served(weight, scale, scale, scale, extra)
+    found = part("qqq").served(weight, scale, extra)
     for n in range(3):
         for k in range(8):
             second = (scale[n, k // 4] / extra[n, 0]).half().float()
@@ -205,7 +205,8 @@ def test_a_run_prints_the_table_and_goes_on_from_what_is_there(random_llama: Pat
     words = [
         "--models", str(random_llama), "--calibrate", str(text), "--texts", str(text), "--window", "64",
         "--windows", "1", "--samples", "2", "--length", "32", "--seeds", "0", "--groups", "128",
-        "--cache", str(tmp_path / "cache"), "--venvs", str(tmp_path / "none"), "--peers", "rtn,torchao", "--json", str(tmp_path / "out.json"),
+        "--cache", str(tmp_path / "cache"), "--venvs", str(tmp_path / "none"),
+        "--peers", "rtn,torchao", "--json", str(tmp_path / "out.json"),
     ]  # fmt: skip
     first = bench(*words)
     assert first.returncode == 0, first.stderr
