@@ -14,18 +14,20 @@ MOST_LEFT = {
     "avx512": {4: 0.65, 3: 0.55, 2: 0.55, 1: 0.4},
     "avx2": {4: 0.35, 3: 0.25, 2: 0.25, 1: 0.25},
 }
+LONG, MOST_LEFT_LONG = 1024, 0.55  # N:M on AVX512: from this many inputs on an output, more may be left
 FEWEST_CHANNELS = 16  # binary words hold 32 channels of a place; with fewer, most of each is padding
 BINARY_PATHS = ("avx512", "avx2")
 
 
 @dataclass(frozen=True)
 class VisionProblem:
-    """One layer as a kernel sees it: its kind, input channels (or inputs), outputs that share columns, what is left."""
+    """One layer as a kernel sees it: kind, input channels, outputs that share columns, weights left, places of it."""
 
     kind: str  # "binary", "nm" or "block"
     channels: int
     rows: int = 1
     left: float = 1.0  # stored values over the weights of the dense layer
+    taps: int = 1  # places of the kernel
 
 
 def refuse(problem: VisionProblem) -> str | None:
@@ -46,6 +48,8 @@ def slower(problem: VisionProblem, path: str) -> str | None:
             return f"{problem.channels} input channels fill too little of a word of 32"
         return None
     most = MOST_LEFT.get(path, {}).get(problem.rows, 0.0)
+    if path == "avx512" and problem.rows == 1 and problem.channels * problem.taps >= LONG:
+        most = MOST_LEFT_LONG
     if problem.left > most:
         return (
             f"{problem.left:.0%} of the weights are left; the {path} path is faster than dense torch up to {most:.0%}"

@@ -57,6 +57,7 @@ transforms = Registry(
         "filters": "qtoolkit.calibration.filters:Filters",
         "shorten": "qtoolkit.calibration.shorten:Shorten",
         "binarize": "qtoolkit.calibration.binarize:Binarize",
+        "fold": "qtoolkit.calibration.fold:Fold",
         "debut": "qtoolkit.calibration.debut:Debut",
         "recover": "qtoolkit.calibration.recover:Recover",
         "batchnorm": "qtoolkit.calibration.batchnorm:BatchNorm",

@@ -45,6 +45,21 @@ def kernels(
         output.result(kernel_bench.table(result))
 
 
+@app.command("vision-kernels")
+def vision_kernels(
+    seconds: Annotated[float, typer.Option(help="Time for one layer, all contestants.")] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time binary and sparse vision layers beside float32, int8, and the machine's measured limits."""
+    from qtoolkit.evals import vision_kernel_bench
+
+    result = vision_kernel_bench.run(seconds=seconds, progress=output.note)
+    if as_json:
+        output.emit({"ok": True, **result})
+    else:
+        output.result(vision_kernel_bench.table(result))
+
+
 @app.command("serve")
 def serve(
     bf16: Annotated[str, typer.Option(help="Folder of the float model.")] = "",

@@ -30,6 +30,12 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON
         output.result(
             f"cpu kernels: {cpu['path']} of {', '.join(cpu['paths'])}; {cpu['threads']} threads; {cpu['library']}"
         )
+    vision = facts["vision_kernels"]
+    if vision["reason"]:
+        output.result(f"vision kernels: none, compressed layers run as dense torch: {vision['reason']}")
+    else:
+        counting = "population counts" if vision["counts_bits"] else "no population counts"
+        output.result(f"vision kernels: {vision['path']} of {', '.join(vision['paths'])}, {counting}")
     for row in facts["kernels"]:
         output.result(f"{row['device']}, {row['scheme']}: {row['backend']}")
         for name, reason in row["refused"].items():
@@ -43,6 +49,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from qtoolkit.kernels.cpu import library
+    from qtoolkit.kernels.cpu.vision import library as vision
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
@@ -52,6 +59,7 @@ def examine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": devices,
         "cpu_kernels": library.describe(),
+        "vision_kernels": vision.describe(),
         "kernels": [_chosen(device, group) for device in devices for group in (128, -1)],
     }
 

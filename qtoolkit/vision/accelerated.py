@@ -154,7 +154,8 @@ def build(kind: str, tensors: Mapping[str, Tensor], like: Layer) -> nn.Module | 
     values, columns = columns_of(weight)
     rows = next(count for count in range(layout.MOST_ROWS, 0, -1) if values.shape[2] % count == 0)
     left = values.numel() / like.weight.numel()
-    if vision_selection.refuse(VisionProblem(kind, Geometry.of(like).inputs, rows, left)):
+    geometry = Geometry.of(like)
+    if vision_selection.refuse(VisionProblem(kind, geometry.inputs, rows, left, geometry.k // geometry.inputs)):
         return None
     return AcceleratedSparse(values, columns, like)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +48,19 @@ class Binary(nn.Module):
     """Signs of the input times signs of the weight times a scale per output; trained as in OvSW (Xiang et al. 2024).
 
     The latent weight is standardised for its scale, the gradient passes its sign unchanged, and in training the
-    input is divided by its sample's deviation, which is positive and therefore changes no sign.
+    input is divided by its sample's deviation, which is positive and therefore changes no sign. Once a norm and a sign
+    are folded in (``calibration/fold.py``), ``thresholds`` and ``turned``, the outputs whose signs all change, replace
+    scale and bias, and the layer's output is a sign.
     """
+
+    thresholds: Tensor | None
+    turned: Tensor | None
 
     def __init__(self, like: Layer) -> None:
         super().__init__()
         self.geometry = Geometry.of(like)
+        self.register_buffer("thresholds", None)
+        self.register_buffer("turned", None)
         self.weight = nn.Parameter(like.weight.detach().clone())
         self.bias = nn.Parameter(like.bias.detach().clone()) if like.bias is not None else None
 
@@ -65,10 +72,15 @@ class Binary(nn.Module):
 
     def packed(self) -> BinaryWeight:
         """Return what is stored."""
-        return BinaryWeight(signs(to_matrix(self.weight.detach())).to(torch.int8), self.scales())
+        matrix = signs(to_matrix(self.weight.detach()))
+        if self.turned is not None:
+            matrix[self.turned] *= -1
+        return BinaryWeight(matrix.to(torch.int8), self.scales(), self.thresholds)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for x."""
+        if self.thresholds is not None:
+            return PackedBinary(self.packed(), cast(Layer, self))(x)
         if self.training:
             x = x / (x.flatten(1).var(dim=1) + VARIANCE_FLOOR).sqrt().view(-1, *[1] * (x.dim() - 1))
         hard = self.weight + (signs(self.weight) - self.weight).detach()
@@ -91,10 +103,14 @@ class PackedBinary(nn.Module):
         self.register_buffer("weight", from_matrix(weight.signs.float(), tuple(like.weight.shape)))
         self.register_buffer("scale", weight.scales)
         self.register_buffer("bias", like.bias.detach() if like.bias is not None else None)
+        self.register_buffer("thresholds", weight.thresholds)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output for x; padding adds nothing to a sum."""
-        return scaled(self.geometry.product(signs(x), self.weight), self.scale, self.bias, linear=self.geometry.linear)
+        """Return the layer's output for x, its sign where thresholds are folded in; padding adds nothing to a sum."""
+        sums = self.geometry.product(signs(x), self.weight)
+        if self.thresholds is not None:
+            return signs(sums - self.thresholds.view((1, -1, 1, 1) if sums.dim() == 4 else (-1,)))
+        return scaled(sums, self.scale, self.bias, linear=self.geometry.linear)
 
 
 class Butterfly(nn.Module):

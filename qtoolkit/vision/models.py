@@ -69,6 +69,7 @@ class Architecture(BaseModel):
     blocks: str = ""
     groups: tuple[ChannelGroup, ...] = ()
     dropped: tuple[str, ...] = ()
+    folds: dict[str, str] = {}  # a layer and the norm whose sign alone is read: both become a threshold if binary
 
     def short(self, seed: int = 0) -> nn.Module:
         """Return the network with random weights and without the blocks that are left out."""

@@ -75,6 +75,9 @@ def assemble(architecture: Architecture, tensors: Mapping[str, Tensor], packed: 
     """
     network = architecture.short()
     names = set(packed)
+    for name, norm in architecture.folds.items():  # of these nothing but thresholds is stored
+        if f"{name}.weight_thresholds" in tensors:
+            network.set_submodule(norm, nn.Identity())
     wanted = {
         name: tensor
         for name, tensor in network.state_dict().items()

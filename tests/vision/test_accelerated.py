@@ -122,6 +122,8 @@ def test_the_rule_names_its_reason() -> None:
     assert "90% of the weights" in str(slower(VisionProblem("block", 64, 4, 0.9), "avx512"))
     assert slower(VisionProblem("nm", 64, 1, 0.25), "avx512") is None
     assert "50%" in str(slower(VisionProblem("nm", 64, 1, 0.5), "avx2"))
+    assert "50%" in str(slower(VisionProblem("nm", 64, 1, 0.5, taps=9), "avx512"))
+    assert slower(VisionProblem("nm", 128, 1, 0.5, taps=9), "avx512") is None
     assert slower(VisionProblem("nm", 64, 1, 0.01), "portable") is not None
 
 
