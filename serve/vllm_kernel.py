@@ -23,6 +23,7 @@ from vllm.scalar_type import scalar_types
 from qtoolkit.kernels import ops, selection
 from qtoolkit.packing.int4 import pack_int4
 from qtoolkit.serve.intent import MODE, Declared, Mode, declared, mode
+from qtoolkit.serve.vllm_gate import GateAndUp, offer
 
 PLATFORMS = (PlatformEnum.CPU, PlatformEnum.CUDA)
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
@@ -147,14 +148,19 @@ class W4A8LinearKernel(MPLinearKernel):
         for leftover in ("weight", self.w_zp_name):  # int-quantized files have "weight", GPTQ files have zero points
             if leftover and getattr(layer, leftover, None) is not None:
                 setattr(layer, leftover, None)
+        offer(layer, self.prepared.layout)
 
-    def apply_weights(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply_weights(
+        self, layer: torch.nn.Module, x: Tensor | vllm_gate.GateAndUp, bias: Tensor | None = None
+    ) -> Tensor:
         """Return ``x @ w.T + bias``, the activations quantized per token on the way; one opaque operator."""
         if self.prepared is None:
             assert self.stock is not None
             return self.stock.apply_weights(layer, x, bias)
         weight, scales, _ = self._get_weight_params(layer)
         n = self.config.partition_weight_shape[1]
+        if isinstance(x, GateAndUp):
+            return ops.w4a8_gated_linear(x.x, weight, scales, bias, n, self.config.group_size, self.prepared.layout)
         return ops.w4a8_linear(x, weight, scales, bias, n, self.config.group_size, self.prepared.layout)
 
 

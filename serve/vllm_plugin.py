@@ -16,6 +16,7 @@ def register() -> None:
     """
     head()
     from qtoolkit.serve.process import die_with_engine
+    from qtoolkit.serve.vllm_gate import register_gate
     from qtoolkit.serve.vllm_head import register_head
     from qtoolkit.serve.vllm_kernel import place_first
     from qtoolkit.serve.vllm_qqq import register_qqq
@@ -26,4 +27,5 @@ def register() -> None:
     register_qqq()
     if mode() is not Mode.OFF:  # then nothing but vLLM's own code runs
         register_head()
+        register_gate()
     report_after_loading()

@@ -14,6 +14,7 @@ PANEL = 64  # output channels a panel
 STEP = 4  # inputs a step
 LARGE_PAGE = 1 << 21
 OPERATOR = "w4a8_linear_cpu"  # what ops.w4a8_linear calls for this layout: without Python in between, where torch can
+GATED = "w4a8_gated_linear_cpu"  # the same for activations that come as gate and up
 MOST_SUMMED = 131072  # inputs that share a scale: 16 * 8 * 127 * inputs must fit int32
 
 
@@ -54,7 +55,7 @@ def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, T
     if scales.shape != (n, groups):
         raise ValueError(f"scales are {list(scales.shape)}, not {[n, groups]}")
     functions = library.load().functions
-    library.register_operator(OPERATOR)
+    library.register_operators(OPERATOR, GATED)
     weight = _aligned(panels * steps * STEP * PANEL // 2).view(panels, steps, STEP * PANEL // 2)
     functions.qtk_advise(weight.data_ptr(), weight.numel())
     packed = packed.contiguous()
@@ -81,12 +82,18 @@ def run(
     n: int,
     group_size: int,
     path: str | None = None,
+    gated: bool = False,
 ) -> Tensor:
-    """Run the product; see ``ops.w4a8_linear``. ``path`` forces a code path (tests and benchmarks)."""
+    """Run the product; see ``ops.w4a8_linear``. ``path`` forces a code path (tests and benchmarks).
+
+    ``gated``: x is [gate, up], [..., 2 k], and ``reference.silu_and_mul`` of it the activation.
+    """
     own = library.load()
     shape = x.shape
-    k = shape[-1]
-    rows = x if len(shape) == 2 else x.reshape(-1, k)
+    k = shape[-1] // 2 if gated else shape[-1]
+    if gated and shape[-1] % 2:
+        raise ValueError(f"gate and up must have the same size; together they have {shape[-1]}")
+    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     dtype, scale_dtype = library.DTYPES.get(x.dtype), library.DTYPES.get(scales.dtype)
@@ -106,7 +113,7 @@ def run(
         bias = bias.contiguous()
     if own.functions.qtk_linear(
         own.path_id if path is None else own.paths[path],
-        rows.data_ptr(), rows.stride(0), dtype, rows.shape[0], k, n, group_size,
+        rows.data_ptr(), rows.stride(0), dtype, int(gated), rows.shape[0], k, n, group_size,
         weight.data_ptr(), scales.data_ptr(), scale_dtype,
         None if bias is None else bias.data_ptr(), 0 if bias is None else library.DTYPES[bias.dtype], y.data_ptr(),
     ):  # fmt: skip
@@ -118,10 +125,18 @@ def _fake(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int
     return x.new_empty(*x.shape[:-1], n)
 
 
-ops.LIBRARY.define(
-    f"{OPERATOR}(Tensor x, Tensor weight, Tensor scales, Tensor? bias, SymInt n, int group_size) -> Tensor"
+def _run_gated(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int) -> Tensor:
+    return run(x, weight, scales, bias, n, group_size, gated=True)
+
+
+for name, function in ((OPERATOR, run), (GATED, _run_gated)):
+    ops.LIBRARY.define(
+        f"{name}(Tensor x, Tensor weight, Tensor scales, Tensor? bias, SymInt n, int group_size) -> Tensor"
+    )
+    # The library's own, registered for CPU, stands before it.
+    ops.LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qtoolkit::{name}", _fake, lib=ops.LIBRARY)
+ops.register_layout(
+    LAYOUT, run, torch.ops.qtoolkit.w4a8_linear_cpu.default, torch.ops.qtoolkit.w4a8_gated_linear_cpu.default
 )
-ops.LIBRARY.impl(OPERATOR, run, "CompositeExplicitAutograd")  # the library's own, registered for CPU, stands before it
-torch.library.register_fake(f"qtoolkit::{OPERATOR}", _fake, lib=ops.LIBRARY)
-ops.register_layout(LAYOUT, run, torch.ops.qtoolkit.w4a8_linear_cpu.default)
 BACKENDS = (Backend("cpu", LAYOUT, refuse, prepare),)

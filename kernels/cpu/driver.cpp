@@ -151,13 +151,13 @@ void qtk_pack(const int32_t* packed, int64_t words, int64_t n, int64_t k, uint8_
   parallel(max_threads(), body);
 }
 
-// y = linear(x), see ops.w4a8_linear; dtypes are those of job.h. Returns 0, or 1 when memory is short.
-int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int64_t m, int64_t k, int64_t n,
+// y = linear(x), or of silu(gate) * up when `gated`, see ops; dtypes are those of job.h. 0, or 1 when memory is short.
+int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int gated, int64_t m, int64_t k, int64_t n,
                int64_t group_size, const void* weight, const void* scales, int scale_dtype, const void* bias,
                int bias_dtype, void* y) {
   if (m == 0) return 0;
   Job job{};
-  job.x_stride = x_stride, job.dtype = Dtype(dtype), job.k = k, job.n = n;
+  job.gated = gated, job.x_stride = x_stride, job.dtype = Dtype(dtype), job.k = k, job.n = n;
   job.steps = round_up(k, 4) / 4;
   job.group_steps = group_size < 0 ? std::max<int64_t>(job.steps, 1) : group_size / 4;
   job.groups = group_size < 0 ? 1 : round_up(job.steps, job.group_steps) / job.group_steps;

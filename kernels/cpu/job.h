@@ -23,6 +23,7 @@ enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 struct Job {
   const char* x;        // activations [m, k], rows x_stride elements apart
   int64_t x_stride;
+  bool gated;           // rows of x are [gate, up], 2 k long; the activation is silu(gate) * up
   Dtype dtype;          // of x and y
   int64_t m, k, n;
   int64_t steps;        // ceil(k / 4)

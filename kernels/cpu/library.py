@@ -77,11 +77,12 @@ def load() -> Library:
 
 
 @lru_cache(maxsize=1)
-def register_operator(name: str) -> bool:
-    """Let the library implement the operator ``qtoolkit::name`` for CPU tensors; False when this torch cannot."""
+def register_operators(name: str, gated_name: str) -> bool:
+    """Let the library implement two operators of ``qtoolkit`` for CPU tensors; False when this torch cannot."""
     own = load()
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    return own.functions.qtk_register(str(torch_library).encode(), b"qtoolkit", name.encode(), own.path_id) == 0
+    names = (name.encode(), gated_name.encode())
+    return own.functions.qtk_register(str(torch_library).encode(), b"qtoolkit", *names, own.path_id) == 0
 
 
 def declare(functions: ctypes.CDLL) -> None:
@@ -92,10 +93,10 @@ def declare(functions: ctypes.CDLL) -> None:
     functions.qtk_advise.argtypes, functions.qtk_advise.restype = [pointer, integer], None
     functions.qtk_pack.argtypes, functions.qtk_pack.restype = [pointer, integer, integer, integer, pointer], None
     functions.qtk_linear.argtypes = [
-        small, pointer, integer, small, integer, integer, integer, integer,
+        small, pointer, integer, small, small, integer, integer, integer, integer,
         pointer, pointer, small, pointer, small, pointer,
     ]  # fmt: skip
-    functions.qtk_register.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, small]
+    functions.qtk_register.argtypes = [*[ctypes.c_char_p] * 4, small]
     functions.qtk_read.argtypes, functions.qtk_read.restype = [pointer, integer], ctypes.c_double
     functions.qtk_dot_peak.argtypes, functions.qtk_dot_peak.restype = [small, integer], ctypes.c_double
 

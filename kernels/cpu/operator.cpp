@@ -12,8 +12,8 @@
 #include <string>
 #include "job.h"
 
-extern "C" int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int64_t m, int64_t k, int64_t n,
-                          int64_t group_size, const void* weight, const void* scales, int scale_dtype,
+extern "C" int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int gated, int64_t m, int64_t k,
+                          int64_t n, int64_t group_size, const void* weight, const void* scales, int scale_dtype,
                           const void* bias, int bias_dtype, void* y);
 
 namespace {
@@ -100,10 +100,11 @@ Handle copy(const Tensor& x) {
 }
 
 Handle run(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& bias, int64_t n,
-           int64_t group_size) {
+           int64_t group_size, bool gated) {
   if (x.dim < 1 || x.dim > MOST_DIMS || x.dtype < 0) throw std::invalid_argument("x must be floating point [..., k]");
-  const int64_t k = x.sizes[x.dim - 1], panels = (n + PANEL - 1) / PANEL, steps = (k + 3) / 4;
+  const int64_t width = x.sizes[x.dim - 1], k = gated ? width / 2 : width, panels = (n + PANEL - 1) / PANEL, steps = (k + 3) / 4;
   const int64_t groups = group_size == -1 ? 1 : group_size < 4 || group_size % 4 ? -1 : (k + group_size - 1) / group_size;
+  if (gated && width % 2) throw std::invalid_argument("gate and up must have the same size");
   if (!weight.is(panels, steps, STEP_BYTES) || !scales.is(panels, groups, PANEL) ||
       (scales.dtype != FLOAT32 && scales.dtype != BFLOAT16))
     throw std::invalid_argument("weight and scales are not those of " + std::to_string(k) + " inputs, " +
@@ -112,18 +113,18 @@ Handle run(const Tensor& x, const Tensor& weight, const Tensor& scales, const Te
     throw std::invalid_argument("bias must be floating point [" + std::to_string(n) + "]");
   if (bias.handle && !bias.contiguous()) {
     Tensor dense(copy(bias));
-    return run(x, weight, scales, dense, n, group_size);
+    return run(x, weight, scales, dense, n, group_size, gated);
   }
-  const bool rows = x.contiguous() || (x.dim == 2 && (x.strides[1] == 1 || k == 1));
+  const bool rows = x.contiguous() || (x.dim == 2 && (x.strides[1] == 1 || width == 1));
   if (!rows) {
     Tensor dense(copy(x));
-    return run(dense, weight, scales, bias, n, group_size);
+    return run(dense, weight, scales, bias, n, group_size, gated);
   }
   int64_t m = 1;
   for (int64_t i = 0; i < x.dim - 1; ++i) m *= x.sizes[i];
   Tensor y(make(x, n));
-  const int64_t stride = x.contiguous() ? k : x.strides[0];
-  if (qtk_linear(chosen_path, x.data, stride, x.dtype, m, k, n, group_size, weight.data, scales.data, scales.dtype,
+  const int64_t stride = x.contiguous() ? width : x.strides[0];
+  if (qtk_linear(chosen_path, x.data, stride, x.dtype, gated, m, k, n, group_size, weight.data, scales.data, scales.dtype,
                  bias.data, bias.dtype, y.data))
     throw std::bad_alloc();
   Handle made = y.handle;
@@ -131,6 +132,7 @@ Handle run(const Tensor& x, const Tensor& weight, const Tensor& scales, const Te
   return made;
 }
 
+template <bool gated>
 void kernel(Slot* stack, uint64_t, uint64_t) {
   auto handle = [](Slot slot) { return reinterpret_cast<Handle>(slot); };
   Handle bias = nullptr;
@@ -140,7 +142,7 @@ void kernel(Slot* stack, uint64_t, uint64_t) {
     else delete inner;
   }
   Tensor x(handle(stack[0])), weight(handle(stack[1])), scales(handle(stack[2])), own_bias(bias);
-  stack[0] = reinterpret_cast<Slot>(run(x, weight, scales, own_bias, int64_t(stack[4]), int64_t(stack[5])));
+  stack[0] = reinterpret_cast<Slot>(run(x, weight, scales, own_bias, int64_t(stack[4]), int64_t(stack[5]), gated));
 }
 
 template <class Function>
@@ -151,10 +153,11 @@ bool find(void* library, const char* name, Function& into) {
 
 }  // namespace
 
-// Register the operator `ns::name` for CPU tensors, run on code path `path`; torch_library is libtorch_cpu's file.
+// Register the operator `ns::name` for CPU tensors, and `ns::gated_name` for the one that takes gate and up, both run on
+// code path `path`; torch_library is libtorch_cpu's file.
 // Returns 0, or 1 when this torch lacks a function: nothing is registered then.
 extern "C" __attribute__((visibility("default"))) int qtk_register(const char* torch_library, const char* ns,
-                                                                   const char* name, int path) {
+                                                                   const char* name, const char* gated_name, int path) {
   void* library = dlopen(torch_library, RTLD_LAZY | RTLD_NOLOAD);
   if (!library) return 1;
   int32_t (*number)();
@@ -175,5 +178,6 @@ extern "C" __attribute__((visibility("default"))) int qtk_register(const char* t
   chosen_path = path;
   Handle own;  // never freed: the registration lives as long as the process
   constexpr uint64_t VERSION = uint64_t(2) << 56 | uint64_t(10) << 48;
-  return torch.init_impl(ns, "CPU", __FILE__, 0, &own) || torch.impl(own, name, kernel, VERSION);
+  return torch.init_impl(ns, "CPU", __FILE__, 0, &own) || torch.impl(own, name, kernel<false>, VERSION) ||
+         torch.impl(own, gated_name, kernel<true>, VERSION);
 }

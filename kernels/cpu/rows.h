@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -79,11 +80,38 @@ struct Float16 {
   static Storage store(float v) { return float_to_half(v); }
 };
 
+// e**x as reference.exponential computes it, operation for operation: 2**n times a polynomial (Cephes' expf) of the rest.
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // n in the low bits of the mantissa
+  const float f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * f + 1.3981999507e-3f, p = p * f + 8.3334519073e-3f, p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f, p = p * f + 5.0000001201e-1f;
+  return ((p * (f * f) + f) + 1.0f) * from_bits((to_bits(shifted) + 127) << 23);
+}
+
+// out = silu(gate) * up in fp32, rounded once to the activations' dtype.
+template <class T>
+void gate_row(const typename T::Storage* gate, const typename T::Storage* up, int64_t k,
+              typename T::Storage* __restrict out) {
+  for (int64_t i = 0; i < k; ++i) {
+    const float g = T::load(gate[i]);
+    out[i] = T::store(g / (1.0f + exponential(-g)) * T::load(up[i]));
+  }
+}
+
 // scale = absmax / 127, code = rint(x * (127 / absmax)), both in fp32. |x| compares like its bits without the sign.
 template <class T>
 void quantize_row(const Job& job, int64_t row) {
   using Storage = typename T::Storage;
   const Storage* x = reinterpret_cast<const Storage*>(job.x) + row * job.x_stride;
+  if (job.gated) {
+    thread_local std::vector<Storage> activation;
+    if (int64_t(activation.size()) < job.k) activation.resize(size_t(job.k));
+    gate_row<T>(x, x + job.k, job.k, activation.data());
+    x = activation.data();
+  }
   int8_t* __restrict codes = job.codes + row * job.code_stride;  // bytes alias anything: without this, no vectors
   int32_t* __restrict starts = job.starts + row * job.groups * 2;
   const int64_t k = job.k, padded = job.steps * 4, group = job.group_steps * 4;

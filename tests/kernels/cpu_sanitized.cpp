@@ -15,7 +15,7 @@ extern "C" {
 const char* qtk_path_name(int path);
 int qtk_path_supported(int path);
 void qtk_pack(const int32_t* packed, int64_t words, int64_t n, int64_t k, uint8_t* out);
-int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int64_t m, int64_t k, int64_t n,
+int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int gated, int64_t m, int64_t k, int64_t n,
                int64_t group_size, const void* weight, const void* scales, int scale_dtype, const void* bias,
                int bias_dtype, void* y);
 }
@@ -49,10 +49,12 @@ int main() {
     const int64_t sizes[] = {-1, 32, 64, 128}, group_size = sizes[upto(3)];
     const int dtype = int(upto(2)), scale_dtype = int(upto(1)), bytes = dtype ? 2 : 4, scale_bytes = scale_dtype ? 2 : 4;
     const int64_t groups = group_size < 0 ? 1 : (k + group_size - 1) / group_size;
-    const int64_t panels = (n + 63) / 64, steps = (k + 3) / 4, words = (k + 7) / 8, stride = k + upto(3);
+    const int64_t panels = (n + 63) / 64, steps = (k + 3) / 4, words = (k + 7) / 8;
+    const int gated = int(upto(1));
+    const int64_t width = gated ? 2 * k : k, stride = width + upto(3);
     Guarded packed(size_t(n * words * 4)), weight(size_t(panels * steps * 128));
     Guarded scales(size_t(panels * groups * 64 * scale_bytes)), bias(size_t(n * bytes));
-    Guarded x(size_t((m ? (m - 1) * stride + k : 0) * bytes));
+    Guarded x(size_t((m ? (m - 1) * stride + width : 0) * bytes));
     for (int64_t i = 0; i < n * words * 4; ++i) packed.data[i] = char(random());
     auto fill = [&](Guarded& to, int64_t count, int type) {
       for (int64_t i = 0; i < count; ++i) {
@@ -66,13 +68,13 @@ int main() {
     };
     fill(scales, panels * groups * 64, scale_dtype);
     fill(bias, n, dtype);
-    fill(x, m ? (m - 1) * stride + k : 0, dtype);
+    fill(x, m ? (m - 1) * stride + width : 0, dtype);
     qtk_pack(reinterpret_cast<int32_t*>(packed.data), words, n, k, reinterpret_cast<uint8_t*>(weight.data));
     std::vector<std::vector<char>> results;
     for (int path = 0; qtk_path_name(path); ++path) {
       if (!qtk_path_supported(path)) continue;
       Guarded y(size_t(m * n * bytes));
-      if (qtk_linear(path, x.data, stride, dtype, m, k, n, group_size, weight.data, scales.data, scale_dtype,
+      if (qtk_linear(path, x.data, stride, dtype, gated, m, k, n, group_size, weight.data, scales.data, scale_dtype,
                      round % 2 ? bias.data : nullptr, dtype, y.data))
         return 1;
       results.emplace_back(y.data, y.data + m * n * bytes);

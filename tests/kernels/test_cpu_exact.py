@@ -200,3 +200,41 @@ def test_the_operator_runs_it_and_torch_compile_keeps_it_whole() -> None:
     assert_same_bits(twice(x), want)
     compiled = torch.compile(twice, backend="aot_eager", fullgraph=True, dynamic=True)
     assert_same_bits(compiled(x), want)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=30, deadline=None)
+@given(
+    m=st.integers(0, 40),
+    k=st.integers(1, 600),
+    dtype=st.sampled_from(DTYPES),
+    size=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
+    seed=st.integers(0, 2**31),
+)
+def test_gate_and_up_equal_the_reference(path: str, m: int, k: int, dtype: torch.dtype, size: float, seed: int) -> None:
+    packed, scales = layer(70, k, -1, seed)
+    x = (torch.randn(m, 2 * k, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
+    if m > 3:
+        x[0], x[1, 0], x[2, -1] = 0, torch.nan, torch.inf
+    weight, own_scales = backend.prepare(packed, scales, selection.Problem(k, 70, -1, dtype, "cpu"))
+    want = expected(reference.silu_and_mul(x), packed, scales, None, -1)
+    assert_same_bits(backend.run(x, weight, own_scales, None, 70, -1, path=path, gated=True), want)
+
+
+def test_the_gated_operator_is_the_gated_product(threads: int) -> None:
+    packed, scales = layer(200, 256, 128, 0)
+    weight, own_scales = backend.prepare(packed, scales, selection.Problem(256, 200, 128, torch.bfloat16, "cpu"))
+    x, bias = torch.randn(2, 5, 512).bfloat16(), torch.randn(200).bfloat16()
+    operator = torch.ops.qtoolkit.w4a8_gated_linear_cpu
+    want = expected(reference.silu_and_mul(x), packed, scales, bias, 128)
+    assert_same_bits(operator(x, weight, own_scales, bias, 200, 128), want)
+    assert_same_bits(operator(x.transpose(0, 1), weight, own_scales, bias, 200, 128), want.transpose(0, 1).contiguous())
+    with pytest.raises(Exception, match="same size"):
+        operator(x[..., 1:], weight, own_scales, bias, 200, 128)
+
+
+def test_silu_and_mul_is_silu_times_up() -> None:
+    x = torch.randn(100, 512) * 10
+    gate, up = x.double().chunk(2, -1)
+    want = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(reference.silu_and_mul(x).double(), want, rtol=1e-6, atol=1e-30)  # a few fp32 roundings
