@@ -80,7 +80,16 @@ def check(result: EvalResult, bounds: Bounds) -> None:
     Raises:
         GateError: one or more figures are above their bound; all of them are named with both numbers.
     """
-    found = metrics(result)
+    compare(metrics(result), bounds)
+
+
+def compare(found: Bounds, bounds: Bounds) -> None:
+    """Compare measured figures with their bounds.
+
+    Raises:
+        RequestError: a bound on something that was not measured.
+        GateError: one or more figures are above their bound.
+    """
     check_names(bounds, set(found))
     above = [
         f"{name} is {found[name]:.6g}, above {bound:g}" for name, bound in bounds.items() if not found[name] <= bound

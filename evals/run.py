@@ -127,8 +127,8 @@ def evaluate(
         backend="endpoint" if server else backend,
         seconds=time.monotonic() - started,
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        versions=_versions(),
-        machine=Machine(processor=_processor(), cores=os.cpu_count() or 1, device=_device_name(device)),
+        versions=versions(),
+        machine=Machine(processor=processor(), cores=os.cpu_count() or 1, device=_device_name(device)),
         manifest=mine.manifest,
     )
 
@@ -220,7 +220,8 @@ def _diverge(reference: Opened, mine: Opened, windows: Windows, say: Say) -> Div
     return found.model_copy(update={"floor": floor, "floor_dtype": str(dtype).removeprefix("torch.")})
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what computes figures."""
     found = {"qtoolkit": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -230,7 +231,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         names = [

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from qtoolkit.errors import DataError, RequestError
 from qtoolkit.evals.extras import need
-from qtoolkit.evals.report import language_model, render
+from qtoolkit.evals.report import image_classifier, language_model, render
 from qtoolkit.evals.report.page import Page
 from qtoolkit.evals.results import EvalResult
+from qtoolkit.evals.vision import VisionResult
 
 NAMES = ("report.json", "report.md", "report.html")
 
@@ -31,9 +32,13 @@ def prepare(folder: str | Path) -> Path:
     return path
 
 
-def write(result: EvalResult, folder: Path) -> list[Path]:
+def write(result: EvalResult | VisionResult, folder: Path) -> list[Path]:
     """Write an evaluation's report and return its files: JSON, Markdown, HTML."""
-    return write_page(language_model.page(result), result.model_dump_json(indent=1), folder)
+    return write_page(_page(result), result.model_dump_json(indent=1), folder)
+
+
+def _page(result: EvalResult | VisionResult) -> Page:
+    return language_model.page(result) if isinstance(result, EvalResult) else image_classifier.page(result)
 
 
 def write_page(page: Page, data: str, folder: Path) -> list[Path]:
@@ -56,9 +61,9 @@ def write_page(page: Page, data: str, folder: Path) -> list[Path]:
     return written
 
 
-def lines(result: EvalResult) -> list[str]:
+def lines(result: EvalResult | VisionResult) -> list[str]:
     """Return what a terminal shows: the sentence and the tables that are always open."""
-    page = language_model.page(result)
+    page = _page(result)
     shown = [f"{page.title} ({page.badge}): {page.lead}"]
     for section in page.sections:
         tables = [table for table in section.tables if not table.folded and not table.prose]

@@ -174,6 +174,52 @@ def ranking(rows: Sequence[tuple[str, float, str]]) -> str:
         return _svg(figure)
 
 
+def twins(rows: Sequence[tuple[str, float, float, str]]) -> str:
+    """Draw (name, float model's value, packed model's value, label) as two bars a row, float above packed."""
+    with _style():
+        figure, axes = _canvas(0.3 + 0.42 * len(rows))
+        for row, (_, before, after, label) in enumerate(rows):
+            axes.barh(row - 0.18, before, height=0.32, color=FLOAT, linewidth=0)
+            axes.barh(row + 0.18, after, height=0.32, color=PACKED, linewidth=0)
+            _beside(axes, max(before, after), row, label)
+        axes.set_yticks(range(len(rows)), [name for name, _, _, _ in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(0, (max(max(before, after) for _, before, after, _ in rows) or 1.0) * 1.28)
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        return _svg(figure)
+
+
+def curve(values: Sequence[float], xlabel: str) -> str:
+    """Draw values as one line over 1, 2, 3 ..."""
+    from matplotlib.ticker import MaxNLocator
+
+    with _style():
+        figure, axes = _canvas(2.3)
+        axes.plot(range(1, len(values) + 1), values, "o-", color=PACKED, markersize=4.5, linewidth=1.4)
+        axes.grid(axis="y")
+        axes.set_xlabel(xlabel)
+        axes.tick_params(axis="y", colors=MUTED)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        return _svg(figure)
+
+
+def parts(rows: Sequence[tuple[str, float, float, float]]) -> str:
+    """Draw (name, weights, activations, inherited) as shares: the first two as one bar, the last as a ring."""
+    with _style():
+        figure, axes = _canvas(0.5 + 0.42 * len(rows))
+        for row, (_, weights, activations, inherited) in enumerate(rows):
+            axes.barh(row, weights, height=0.62, color=PACKED, linewidth=0)
+            axes.barh(row, activations, left=weights, height=0.62, color=PACKED, alpha=0.4, linewidth=0)
+            axes.plot([inherited], [row], "o", color=INK, markersize=7, markerfacecolor="none")
+        axes.set_yticks(range(len(rows)), [name for name, _, _, _ in rows])
+        axes.set_ylim(len(rows) - 0.45, -0.55)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value * 100:.3g} %")
+        axes.grid(axis="x")
+        return _svg(figure)
+
+
 def _whisker(axes: Axes, point: Point, y: float, colour: str) -> None:
     if point.error:
         axes.plot([point.value - point.error, point.value + point.error], [y, y], color=colour, linewidth=2, alpha=0.6)

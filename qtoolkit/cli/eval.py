@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qtoolkit.cli import output
-from qtoolkit.errors import GateError
+from qtoolkit.errors import GateError, RequestError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from qtoolkit.evals.results import EvalResult
+    from qtoolkit.evals.vision import VisionResult
 
 
 def command(
@@ -29,10 +31,18 @@ def command(
     endpoint: Annotated[str, typer.Option(help="Address of a server that serves the target.")] = "",
     backend: Annotated[str, typer.Option(help="What runs the tasks: hf or vllm.")] = "hf",
     latency: Annotated[bool, typer.Option("--latency", help="Time a small generation, too.")] = False,
+    test: Annotated[str, typer.Option(help="Of an image classifier: test images, as for `compress`.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda; the GPU where there is one.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure perplexity, divergence from the float model, and lm-eval tasks."""
+    """Measure what was lost: perplexity, divergence and lm-eval tasks; of an image classifier accuracy and cost."""
+    if _vision(target):
+        if ppl or tasks or task_dir or limit or window or endpoint:
+            raise RequestError(f"{target} is an image classifier: it has no text or tasks.", "Give --test DATA.")
+        _classifier(target, test, reference, out, fail_above or [], as_json)
+        return
+    if test:
+        raise RequestError("--test is for image classifiers.", "Give --ppl TEXT or --tasks.")
     from qtoolkit.evals import gates, report
     from qtoolkit.evals.run import evaluate
     from qtoolkit.evals.texts import label
@@ -57,9 +67,34 @@ def command(
         device=device or None,
         say=lambda text: output.note(f"{time.monotonic() - started:6.1f} s  {text}"),
     )
+    _tell(result, folder, lambda: gates.check(result, bounds), as_json)
+
+
+def _vision(target: str) -> bool:
+    from qtoolkit.checkpoint import MANIFEST, read_manifest
+
+    return (Path(target) / MANIFEST).is_file() and read_manifest(target).kind == "vision"
+
+
+def _classifier(target: str, test: str, reference: str, out: str, fail_above: list[str], as_json: bool) -> None:
+    from qtoolkit.evals import gates, report, vision
+
+    bounds = gates.parse(fail_above)
+    gates.check_names(bounds, vision.METRICS)
+    folder = report.prepare(out) if out else None
+    if reference:
+        output.quiet_libraries()
+    result = vision.evaluate(target, test=test or None, reference=reference or None, say=output.note)
+    _tell(result, folder, lambda: gates.compare(vision.metrics(result), bounds), as_json)
+
+
+def _tell(result: EvalResult | VisionResult, folder: Path | None, gate: Callable[[], None], as_json: bool) -> None:
+    """Write the report, print the result, and fail where a figure is worse than its bound."""
+    from qtoolkit.evals import report
+
     written = report.write(result, folder) if folder else []
     try:
-        gates.check(result, bounds)
+        gate()
         failed = None
     except GateError as error:
         failed = error
@@ -76,7 +111,7 @@ def command(
         raise failed
 
 
-def _emit(result: EvalResult, written: list[Path], failed: GateError | None) -> None:
+def _emit(result: EvalResult | VisionResult, written: list[Path], failed: GateError | None) -> None:
     data = {**result.model_dump(mode="json"), "report": [str(path) for path in written]}
     if failed:
         data |= {"ok": False, "error": failed.message, "hint": failed.hint, "exit_code": failed.exit_code}
