@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qtoolkit.checkpoint import Manifest
-from qtoolkit.evals.report import facts, scores
+from qtoolkit.evals.report import decisions, facts, losses, scores
 from qtoolkit.evals.report.page import Card, Page
 from qtoolkit.evals.report.words import percent, plus_minus, short, short_name, signed_percent, size, title
 from qtoolkit.evals.results import EvalResult
@@ -14,6 +14,8 @@ PARTS = (
     scores.tasks,
     scores.served,
     facts.layers,
+    losses.section,
+    decisions.section,
     facts.sizes,
     facts.latency,
     facts.measured,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from qtoolkit.cli import output
 
 if TYPE_CHECKING:
-    from qtoolkit.checkpoint import Manifest
+    from qtoolkit.checkpoint import LayerRecord, Manifest
 
 
 def command(
@@ -43,10 +44,30 @@ def _lines(path: str, manifest: Manifest, every_layer: bool) -> list[str]:
     if errors:
         middle = errors[len(errors) // 2]
         lines.append(f"  error      median {middle[0]:.2%}, worst {errors[-1][0]:.2%} ({errors[-1][1]})")
+    if split := [row.figures for row in manifest.layers if "weight_error" in row.figures]:
+        means = (sum(row[f"{part}_error"] for row in split) / len(split) for part in ("weight", "activation", "both"))
+        lines.append("  from       weights {:.3%}, activations {:.3%}, both {:.3%} (mean over layers)".format(*means))
+    if choice := manifest.choice:
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in choice.divergence.items())
+        lines.append(f"  outliers   {choice.chosen} (divergence: {figures} nats)")
+    if budget := manifest.budget:
+        kinds = Counter(row.kind for row in budget.rows for _ in row.layers)
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        lines.append(f"  budget     {budget.used:.3f} of {budget.bits:g} bits a weight ({counts})")
+    lines += [f"  note       {note}" for note in manifest.notes]
     lines += [f"  kept       {row.name}: {row.reason}" for row in manifest.unquantized]
     if every_layer:
         lines += [
             f"  {row.name:<44} {row.scheme:<14} {row.shape[0]:>6} x {row.shape[1]:<6} error {row.error:.3%}"
+            + _parts(row)
             for row in manifest.layers
         ]
     return lines
+
+
+def _parts(layer: LayerRecord) -> str:
+    """Return where the layer's error comes from, where that was measured."""
+    found = layer.figures
+    if "weight_error" not in found:
+        return ""
+    return f" (weights {found['weight_error']:.3%}, activations {found['activation_error']:.3%})"
