@@ -220,22 +220,6 @@ def parts(rows: Sequence[tuple[str, float, float, float]]) -> str:
         return _svg(figure)
 
 
-def parts(rows: Sequence[tuple[str, float, float, float]]) -> str:
-    """Draw (name, weights, activations, inherited) as shares: the first two as one bar, the last as a ring."""
-    with _style():
-        figure, axes = _canvas(0.5 + 0.42 * len(rows))
-        for row, (_, weights, activations, inherited) in enumerate(rows):
-            axes.barh(row, weights, height=0.62, color=PACKED, linewidth=0)
-            axes.barh(row, activations, left=weights, height=0.62, color=PACKED, alpha=0.4, linewidth=0)
-            axes.plot([inherited], [row], "o", color=INK, markersize=7, markerfacecolor="none")
-        axes.set_yticks(range(len(rows)), [name for name, _, _, _ in rows])
-        axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value * 100:.3g} %")
-        axes.grid(axis="x")
-        return _svg(figure)
-
-
 def _whisker(axes: Axes, point: Point, y: float, colour: str) -> None:
     if point.error:
         axes.plot([point.value - point.error, point.value + point.error], [y, y], color=colour, linewidth=2, alpha=0.6)
