@@ -135,14 +135,18 @@ __device__ __forceinline__ float bias_at(const Problem& p, int n) {
     return p.bias != nullptr && n < p.n ? widen(p.bias[n], FP16) : 0.0f;
 }
 
+// Fill the ring with the first tile's weights, which do not wait for the tokens.
+__device__ __forceinline__ void prefetch(const Problem& p, unsigned base, int first, int last, Tile start) {
+    for (int i = 0; i < last - first && i < STAGES; ++i) load_weights(p, base, i, start, first + i);
+}
+
+// Load what `prefetch` has left, stage after stage, for all tiles.
 __device__ __forceinline__ void produce(const Problem& p, unsigned base, int first, int last, int tiles, int row_tiles,
                                         int token_tiles, int tile, int stride) {
     Ring ring;
     const int ahead = last - first < STAGES ? last - first : STAGES;
     const Tile start = tile_at(tile, row_tiles, token_tiles);
-    for (int i = 0; i < ahead; ++i) load_weights(p, base, i, start, first + i);  // weights do not wait for the tokens
     if (!SHARE) wait_for_previous_grid();
-    else if (p.split > 1) cluster_sync();  // the maxima's, see quantize_share
     for (int i = 0; i < ahead; ++i, ring.advance())
         if (!SHARE) load_tokens(p, base, i, start, first + i);
     int k_block = first + ahead;
@@ -186,7 +190,7 @@ __device__ __forceinline__ void quantize_share(const Problem& p, unsigned base, 
         if (lane == 0) store_shared_word(base + MAXIMA_AT + 4 * (warp + 8 * t), top[t]);
     }
     if (p.split > 1) {
-        cluster_sync();
+        cluster_sync();  // all ranks have written theirs
 #pragma unroll
         for (int t = 0; t < MINE; ++t)
             top[t] = max_over_warp(lane < p.split ? load_peer_word(base + MAXIMA_AT + 4 * (warp + 8 * t), lane) : 0);
@@ -376,11 +380,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) w4a8_linear(co
     __syncthreads();
 
     if (warp >= CONSUMERS / 32) {
+        const bool producer = warp == CONSUMERS / 32 && lane == 0;
         if (LARGE) registers_give_back<40>();
-        if (warp == CONSUMERS / 32 && lane == 0)
-            produce(p, base, first, last, tiles, row_tiles, token_tiles, tile, stride);
-        else if (SHARE && p.split > 1) cluster_sync();
-        if (p.split > 1) {  // all threads of a cluster meet twice, see finish_together
+        if (producer) prefetch(p, base, first, last, tile_at(tile, row_tiles, token_tiles));
+        if (SHARE && p.split > 1) cluster_sync();  // the maxima's: all threads of a cluster meet, see quantize_share
+        if (producer) produce(p, base, first, last, tiles, row_tiles, token_tiles, tile, stride);
+        if (p.split > 1) {  // and twice in finish_together
             cluster_sync();
             cluster_sync();
         }

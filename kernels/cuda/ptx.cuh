@@ -79,6 +79,7 @@ __device__ __forceinline__ unsigned transpose_8x8(unsigned value) {
 // ---- blocks, clusters, grids -----------------------------------------------------------------------------------------
 
 template <int barrier, int threads> __device__ __forceinline__ void sync_some() {
+    __syncwarp();  // bar.sync is of whole warps
     asm volatile("bar.sync %0, %1;" :: "n"(barrier), "n"(threads) : "memory");
 }
 
@@ -96,8 +97,9 @@ __device__ __forceinline__ unsigned cluster_rank() {
     return v;
 }
 
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+__device__ __forceinline__ void cluster_sync() {  // hardware counts warps here: a warp comes whole
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ unsigned load_peer_word(unsigned address, unsigned rank) {  // same address, other block

@@ -206,6 +206,7 @@ template <int> static void registers_take() {}
 template <int> static void registers_give_back() {}
 static unsigned cluster_rank() { return current->block; }
 static void cluster_sync() {
+    exchange(0);  // a warp comes whole, or it waits for ever
     const long goal = ++current->cluster_meetings * (long)fibers.size();
     ++cluster_arrived;
     wait_until([goal] { return cluster_arrived >= goal; });
