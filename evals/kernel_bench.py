@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qtoolkit.evals.kernel_peers import Layer, Peer, peers
+from qtoolkit.evals.kernel_peers import Contestant, Timer, peers
+from qtoolkit.evals.kernel_remote import Worker
 from qtoolkit.kernels.cpu import library
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # (k, n)
@@ -57,6 +58,7 @@ def run(
     names: tuple[str, ...] | None = None,
     seconds: float = 2.0,
     progress: Callable[[str], None] | None = None,
+    workers: Sequence[Worker] = (),
 ) -> dict[str, Any]:
     """Time every contestant on every shape and number of tokens.
 
@@ -66,6 +68,7 @@ def run(
         names: contestants to keep; all that run here when None.
         seconds: time for one (shape, tokens), all contestants together; each runs five times at least.
         progress: called with a line at each (shape, tokens).
+        workers: processes with contestants that need a Python of their own.
 
     Returns:
         ``limits`` {bandwidth_gbs, int8_gops} (medians over the run, None without a compiled library), ``rows``
@@ -73,19 +76,19 @@ def run(
         time that the probes taken between the same runs allow, over the median time: the longer of weight bytes
         over bandwidth and, for int8 contestants, operations over the int8 peak.
     """
-    contestants = peers(names)
+    contestants = peers(names, workers)
     probe = limits()
     rows: list[dict[str, Any]] = []
     seen: list[tuple[float, float]] = []
     with torch.inference_mode():
         for k, n in shapes:
             torch.manual_seed(k * 31 + n)
-            layers = {peer.name: _copies(peer, k, n) for peer in contestants}
+            timers = {peer.name: peer.timer(k, n, _copies(peer, k, n)) for peer in contestants}
             for m in tokens:
                 if progress:
                     progress(f"{k} x {n}, {m} tokens")
                 x = torch.randn(m, k, dtype=torch.bfloat16)
-                times, probes = _in_turns(layers, x, probe, seconds)
+                times, probes = _in_turns(timers, x, probe, seconds)
                 seen += probes
                 rows += [_row(peer, k, n, m, times[peer.name], probes) for peer in contestants]
     middle = [statistics.median(values) / 1e9 for values in zip(*seen, strict=True)] if seen else [None, None]
@@ -96,38 +99,29 @@ def run(
     }
 
 
-def _copies(peer: Peer, k: int, n: int) -> list[Layer]:
-    count = max(3, math.ceil(ROTATED / (k * n * peer.weight_bits / 8)))
-    return [peer.make(k, n) for _ in range(count)]
+def _copies(peer: Contestant, k: int, n: int) -> int:
+    return max(3, math.ceil(ROTATED / (k * n * peer.weight_bits / 8)))
 
 
 def _in_turns(
-    layers: dict[str, list[Layer]], x: Tensor, probe: Limits | None, seconds: float
+    timers: dict[str, Timer], x: Tensor, probe: Limits | None, seconds: float
 ) -> tuple[dict[str, list[float]], list[tuple[float, float]]]:
-    times: dict[str, list[float]] = {name: [] for name in layers}
+    times: dict[str, list[float]] = {name: [] for name in timers}
     probes: list[tuple[float, float]] = []
-    turns = {name: _turn(copies) for name, copies in layers.items()}
-    for turn in turns.values():
-        next(turn)(x)  # first calls build caches
+    for timer in timers.values():
+        timer(x)  # first calls build caches
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, times.values())) < 5:
         if probe:
             probes.append((probe.bandwidth(), probe.operations()))
-        for name, turn in turns.items():
-            next(turn)(x)  # not timed: whatever the contestant before left in caches and threads
-            layer = next(turn)
-            start = time.perf_counter()
-            layer(x)
-            times[name].append(time.perf_counter() - start)
+        for name, timer in timers.items():
+            times[name].append(timer(x))
     return times, probes
 
 
-def _turn(copies: list[Layer]) -> Iterator[Layer]:
-    while True:
-        yield from copies
-
-
-def _row(peer: Peer, k: int, n: int, m: int, times: list[float], probes: list[tuple[float, float]]) -> dict[str, Any]:
+def _row(
+    peer: Contestant, k: int, n: int, m: int, times: list[float], probes: list[tuple[float, float]]
+) -> dict[str, Any]:
     middle, weight_bytes, operations = statistics.median(times), k * n * peer.weight_bits / 8, 2.0 * k * n * m
     allowed = None
     if probes:

@@ -3,25 +3,85 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from qtoolkit.errors import RequestError
+from qtoolkit.evals.kernel_remote import Worker
 from qtoolkit.kernels import ops, selection
 
 Layer = Callable[[Tensor], Tensor]  # bfloat16 [m, k] -> bfloat16 [m, n]
+Timer = Callable[[Tensor], float]  # multiplies bfloat16 [m, k] by the next layer's weights; returns seconds
+
+
+class Contestant(Protocol):
+    """A kind of layer that can be timed, with about ``weight_bits`` a weight value.
+
+    ``integer``: activations are int8, so the int8 peak is its limit.
+    """
+
+    @property
+    def name(self) -> str:
+        """Return what tables call it."""
+        ...
+
+    @property
+    def weight_bits(self) -> float:
+        """Return the bits a weight value takes, scales included."""
+        ...
+
+    @property
+    def integer(self) -> bool:
+        """Tell whether it multiplies int8 activations."""
+        ...
+
+    def timer(self, k: int, n: int, copies: int) -> Timer:
+        """Make ``copies`` layers; each call of the timer takes the next, so that weights come from memory."""
+        ...
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One contestant: ``make(k, n)`` builds a layer from fresh random weights of about ``weight_bits`` a value."""
+    """A contestant in this process: ``make(k, n)`` builds a layer from fresh random weights."""
 
     name: str
     weight_bits: float
     make: Callable[[int, int], Layer]
-    integer: bool  # multiplies int8 activations, so the int8 peak is its limit
+    integer: bool
+
+    def timer(self, k: int, n: int, copies: int) -> Timer:
+        """Return a timer whose every timed call follows one that is not timed."""
+        turn = cycle([self.make(k, n) for _ in range(copies)])
+
+        def run(x: Tensor) -> float:
+            next(turn)(x)  # not timed: whatever the contestant before left in caches and threads
+            layer = next(turn)
+            begun = time.perf_counter()
+            layer(x)
+            return time.perf_counter() - begun
+
+        return run
+
+
+@dataclass(frozen=True)
+class RemotePeer:
+    """A contestant in a worker process, which does the same on random tokens of its own."""
+
+    name: str
+    weight_bits: float
+    integer: bool
+    worker: Worker
+
+    def timer(self, k: int, n: int, copies: int) -> Timer:
+        """Return a timer that asks the worker."""
+        self.worker.ask(make=self.name, k=k, n=n, copies=copies)
+        return lambda x: float(self.worker.ask(run=self.name, m=x.shape[0])["seconds"])
 
 
 def random_int4(k: int, n: int) -> Tensor:
@@ -56,8 +116,8 @@ def torch_int4pack(k: int, n: int) -> Layer:
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 128, scales_and_zeros)
 
 
-def peers(names: tuple[str, ...] | None = None) -> tuple[Peer, ...]:
-    """Return the contestants that can run on this machine, ours first; ``names`` keeps only those."""
+def local_peers() -> tuple[Peer, ...]:
+    """Return the contestants that run in this process, ours first."""
     found = [
         Peer("qtoolkit-g128", 4 + 16 / 128, ours(128), True),
         Peer("qtoolkit-channel", 4, ours(-1), True),
@@ -68,8 +128,21 @@ def peers(names: tuple[str, ...] | None = None) -> tuple[Peer, ...]:
         from qtoolkit.evals import vllm_kernel_peers
 
         found += [Peer(*peer) for peer in vllm_kernel_peers.table()]
+    return tuple(found)
+
+
+def peers(names: tuple[str, ...] | None = None, workers: Sequence[Worker] = ()) -> tuple[Contestant, ...]:
+    """Return the contestants here and in ``workers``; ``names`` keeps only those.
+
+    Raises:
+        RequestError: a name that nobody has.
+    """
+    found: list[Contestant] = [*local_peers()]
+    for worker in workers:
+        found += [RemotePeer(name, kind["bits"], kind["integer"], worker) for name, kind in worker.kinds.items()]
     if names is None:
         return tuple(found)
     if unknown := sorted(set(names) - {peer.name for peer in found}):
-        raise ValueError(f"no such peer here: {', '.join(unknown)}; known: {', '.join(peer.name for peer in found)}")
+        known = ", ".join(peer.name for peer in found)
+        raise RequestError(f"There is no contestant {', '.join(unknown)} here.", f"Known: {known}.")
     return tuple(peer for peer in found if peer.name in names)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from qtoolkit.evals import kernel_bench, kernel_peers
+from qtoolkit.errors import RequestError
+from qtoolkit.evals import kernel_bench, kernel_peers, kernel_remote, roofline
 from qtoolkit.kernels import reference
 from qtoolkit.kernels.cpu import library
 
@@ -29,11 +33,12 @@ def test_rows_and_limits_have_the_documented_names() -> None:
 
 
 def test_an_unknown_contestant_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"no such peer here: nobody; known: .*torch-bf16"):
+    with pytest.raises(RequestError, match="no contestant nobody here") as raised:
         kernel_peers.peers(("nobody",))
+    assert "torch-bf16" in raised.value.hint
 
 
-@pytest.mark.parametrize("peer", kernel_peers.peers(), ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", kernel_peers.local_peers(), ids=lambda peer: peer.name)
 def test_every_contestant_multiplies(peer: kernel_peers.Peer) -> None:
     torch.manual_seed(0)
     layer = peer.make(256, 128)
@@ -54,3 +59,45 @@ def test_ours_is_the_product_that_is_served() -> None:
     scales = (torch.rand(128, 2) * 0.01).bfloat16()
     codes = reference.unpack_int4(kernel_peers.random_int4(256, 128), 256)
     assert torch.equal(got, reference.w4a8_linear(x, codes, scales, None, 128))
+
+
+WORKER = """
+import time
+from loop import Kind, serve
+
+print("a library that prints")
+serve({"sleeper": Kind(4.5, True, lambda k, n: lambda m: time.sleep(m / 1000))})
+"""
+
+
+def test_a_worker_is_timed_in_turns_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "sleeper.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(kernel_remote.FOLDER)!r})\n{WORKER}")
+    monkeypatch.setitem(kernel_remote.WORKERS, "sleeper", str(script))
+    with kernel_remote.workers([f"sleeper={sys.executable}"]) as workers:
+        result = kernel_bench.run(((256, 128),), (2, 20), ("torch-bf16", "sleeper"), 0.01, workers=workers)
+        process = workers[0].process
+    assert process.wait(10) == 0  # its standard input has ended
+    times = {row["m"]: row["min_us"] for row in result["rows"] if row["name"] == "sleeper"}
+    assert times[2] >= 2000  # it slept that long itself; nothing is said about how much longer a busy machine takes
+    assert times[20] >= 20_000
+    found = roofline.write(result, tmp_path / "out")
+    assert found.read_text().startswith("<?xml")
+    assert "sleeper" in (tmp_path / "out" / "kernels.md").read_text()
+
+
+@pytest.mark.parametrize("word", ["nobody=/bin/sh", "zentorch=/no/such/python", "zentorch"])
+def test_a_peer_that_cannot_start_is_refused(word: str) -> None:
+    with pytest.raises(RequestError, match="names no worker"), kernel_remote.workers([word]):
+        pass
+
+
+def test_a_worker_that_dies_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text("raise SystemExit(3)")
+    monkeypatch.setitem(kernel_remote.WORKERS, "dies", str(script))
+    with (
+        pytest.raises(RequestError, match="ended with status 3"),
+        kernel_remote.workers([f"dies={sys.executable}"]),
+    ):
+        pass
