@@ -20,7 +20,10 @@ from qtoolkit.checkpoint import Choice
 from qtoolkit.source import Source
 from qtoolkit.stages import Block, Context, Stream, Transform
 
-LIGHT = {"smooth": {"grid": 24, "tokens": 1024}}  # options in a trial: the search is most of what smoothing costs
+LIGHT = {  # options in a trial: what costs most of a step's time and is the same for every candidate
+    "smooth": {"grid": 24, "tokens": 1024},
+    "gptq": {"aim": False, "refine": 0},
+}
 MARGIN = 1.02  # a simpler way wins when it diverges by no more than this times the least
 
 
