@@ -113,6 +113,7 @@ def _in_turns(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, times.values())) < 5:
         if probe:
+            probe.operations()  # not used: wakes the threads
             probes.append((probe.bandwidth(), probe.operations()))
         for name, timer in timers.items():
             times[name].append(timer(x))
