@@ -6,13 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qtoolkit.loading import load as load
     from qtoolkit.pipeline import quantize as quantize
-    from qtoolkit.runtime import load as load
+    from qtoolkit.vision.pipeline import compress as compress
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "quantize"]
+__all__ = ["__version__", "compress", "load", "quantize"]
 
-_LAZY = {"quantize": "qtoolkit.pipeline", "load": "qtoolkit.runtime"}  # importing qtoolkit must not import torch
+_LAZY = {  # importing qtoolkit must not import torch
+    "compress": "qtoolkit.vision.pipeline",
+    "load": "qtoolkit.loading",
+    "quantize": "qtoolkit.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

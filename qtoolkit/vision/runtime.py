@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from qtoolkit import checkpoint
 from qtoolkit.errors import CheckpointError
 from qtoolkit.source import Source
 from qtoolkit.vision import accelerated, layers, models
+from qtoolkit.vision.data import normalise, to_pixels
 from qtoolkit.vision.matrix import Layer
 from qtoolkit.vision.models import TRANSFORMERS, Architecture
 from qtoolkit.vision.narrow import narrow
@@ -29,6 +30,20 @@ class Loaded:
     network: nn.Module
     architecture: Architecture
     manifest: VisionManifest
+
+    @torch.inference_mode()
+    def classify(self, *images: Any, top: int = 5) -> list[list[tuple[str, float]]]:
+        """Return, for every image file or PIL image, the likeliest labels with their probabilities.
+
+        Raises:
+            DataError: something is not an image.
+        """
+        x = torch.stack([to_pixels(image, self.architecture) for image in images])
+        found = self.network(normalise(x, self.architecture)).softmax(dim=1)
+        best = found.topk(min(top, found.shape[1]), dim=1)
+        names = self.architecture.labels or tuple(map(str, range(found.shape[1])))
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [[(names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
 
 
 @torch.inference_mode()
