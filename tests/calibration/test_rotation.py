@@ -141,6 +141,17 @@ def test_an_outlier_channel_is_spread_over_all(tmp_path: Path) -> None:
     assert float(turned.abs().amax() / turned.square().mean().sqrt()) < 5
 
 
+def test_tensors_are_made_where_the_weights_are(tmp_path: Path) -> None:
+    """Whatever forgets its device would be made on the default one: here a device that holds no numbers."""
+    folder = save_random(tmp_path / "model", "qwen2", tie_word_embeddings=True)
+    view, dense = rotated(folder), Rotation(46, 0)
+    x = torch.randn(3, 92, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        read = {name: view.read(name) for name in view.files}
+        assert torch.equal(dense.back(dense.turn(x)).cpu().round(decimals=3), x.round(decimals=3))
+    assert {tensor.device.type for tensor in read.values()} == {"cpu"}
+
+
 def test_the_seed_decides_the_rotation(tmp_path: Path) -> None:
     folder = save_random(tmp_path / "model")
     name = "model.layers.0.mlp.up_proj.weight"
