@@ -109,22 +109,36 @@ def input_range(block: Block, group: ChannelGroup, stream: Stream) -> Tensor:
 
 
 def record(block: Block, group: ChannelGroup, stream: Stream, tokens: int) -> list[Call]:
-    """Record calls of the module that ``group`` is judged by, until ``tokens`` tokens are seen, and their outputs."""
+    """Record calls of the module that ``group`` is judged by, and their outputs, on sequences from all of ``stream``.
+
+    About ``tokens`` tokens are taken, at least one sequence, evenly from the batches: memory is bounded, and no part
+    of the calibration text is left unseen for being late in it.
+    """
     module = block.layer(group.inside or group.consumers[0])
     recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorded.append((args, kwargs))
 
+    every = sum(len(batch) for batch in stream.batches)
+    wanted = min(every, max(1, tokens // stream.batches[0].shape[1]))
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     seen = 0
     for hidden, kwargs in stream.calls():
-        if seen >= tokens:
-            break
-        block.module(hidden, **kwargs)
-        seen += hidden.shape[0] * hidden.shape[1]
+        size = len(hidden)
+        count = (seen + size) * wanted // every - seen * wanted // every
+        seen += size
+        if count:
+            block.module(hidden[:count], **{name: _first(value, size, count) for name, value in kwargs.items()})
     handle.remove()
     return [Call(args, kwargs, observe(block, group, args, kwargs)) for args, kwargs in recorded]
+
+
+def _first(value: Any, size: int, count: int) -> Any:
+    """Return a keyword of a call with ``size`` sequences as its first ``count`` have it."""
+    if isinstance(value, tuple):
+        return tuple(_first(part, size, count) for part in value)
+    return value[:count] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
 
 
 def observe(block: Block, group: ChannelGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

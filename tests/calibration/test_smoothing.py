@@ -68,6 +68,19 @@ def test_the_loss_is_the_one_of_the_paper(block_and_stream: tuple[Block, Stream]
     assert loss == pytest.approx(total / 72, rel=1e-3)  # rounding ties fall differently in fp32 and fp64
 
 
+def test_thresholds_are_judged_on_text_from_every_batch(block_and_stream: tuple[Block, Stream]) -> None:
+    block, stream = block_and_stream
+    group = next(group for group in block.groups if group.name == "down_proj")
+    parts = Stream([part for batch in stream.batches for part in batch.split(1)], [*stream.kwargs] * 3)  # 3 batches
+    whole = smoothing.record(block, group, parts, tokens=1000)
+    some = smoothing.record(block, group, parts, tokens=2 * 24)
+    assert [len(call.args[0]) for call in whole] == [1, 1, 1]
+    assert len(some) == 2
+    torch.testing.assert_close(some[-1].expected, whole[-1].expected)  # the last batch is among them
+    together = smoothing.record(block, group, stream, tokens=2 * 24)  # one batch of three: its first two
+    torch.testing.assert_close(together[0].expected, torch.cat([call.expected for call in whole[:2]]))
+
+
 def test_the_search_never_ends_worse_than_no_smoothing(block_and_stream: tuple[Block, Stream]) -> None:
     block, stream = block_and_stream
     report = smoothing.Smooth(smoothing.SmoothOptions(grid=12)).apply(block, stream, CONTEXT)

@@ -1,0 +1,128 @@
+"""What each part of W4A8 is worth on a model: quantize with one part off at a time, and measure the divergence.
+
+    python scripts/ablate_quality.py tiny --data text.txt --text other.txt --groups 128 channel --seeds 0 1 2
+
+Prints a Markdown table: KL divergence to the float model (in 1e-3 nats a token) and change of perplexity, mean over the
+texts and spread over the calibration seeds. KL decides: perplexity of a small model on a small text is mostly noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+import qtoolkit
+from qtoolkit import data, recipe, runtime, source
+from qtoolkit.evals import divergence, perplexity, texts
+from qtoolkit.evals.windows import Windows, cut
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no aim at the float network": {"gptq.aim": False},
+    "inputs of the block in float": {"gptq.sequential": False},
+    "no refinement": {"gptq.refine": 0},
+    "min-max scales": {"gptq.scale_search": False},
+    "columns in their own order": {"gptq.activation_order": False},
+    "plain compensation (GPTQ)": {"gptq.aim": False, "gptq.sequential": False, "gptq.refine": 0},
+    "rounding to nearest": {"gptq.compensate": False, "gptq.scale_search": False},
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One checkpoint's figures on all texts: KL in nats, change of the log-likelihood a token in nats, seconds."""
+
+    kl: float
+    nll: float
+    seconds: float
+
+
+def main() -> None:
+    """Run the table."""
+    wanted = parse(sys.argv[1:])
+    torch.set_num_threads(wanted.threads)
+    model = source.resolve(wanted.model)
+    tokenizer = data.load_tokenizer(model)
+    reference: Any = runtime.load(wanted.model, dtype=torch.float32)
+    found = [texts.load(name) for name in wanted.text]
+    windows = [part(cut(text.name, text.text, tokenizer, wanted.window), wanted.windows) for text in found]
+    before = [perplexity.of_model(reference, text).window_nll for text in windows]
+    common = dict(recipe.parse_set(wanted.set))
+    common |= {"calibration.data": wanted.data, "calibration.samples": wanted.samples}
+    common |= {"calibration.length": wanted.length, "outliers.method": wanted.outliers}
+    print(f"| part ({wanted.model}) | " + " | ".join(f"{g}: KL 1e-3 | ppl % | s" for g in wanted.groups) + " |")
+    print("|---|" + "---|---|---|" * len(wanted.groups), flush=True)
+    for label, changes in VARIANTS.items():
+        if wanted.only and label not in wanted.only:
+            continue
+        cells = []
+        for group in wanted.groups:
+            scores = []
+            for seed in wanted.seeds:
+                settings = {**common, **changes, "scheme.group_size": group, "calibration.seed": seed}
+                scores.append(measure(wanted.model, settings, reference, windows, before))
+            cells.append(cell(scores))
+        print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
+
+
+def measure(
+    model: str, changes: dict[str, Any], reference: Any, windows: list[Windows], before: list[list[float]]
+) -> Score:
+    """Quantize ``model`` with ``changes`` to its recipe and compare it with ``reference``."""
+    with TemporaryDirectory(prefix="ablate-") as folder:
+        began = time.monotonic()
+        qtoolkit.quantize(model, "w4a8", Path(folder) / "out", changes=changes)
+        seconds = time.monotonic() - began
+        made: Any = runtime.load(Path(folder) / "out")
+        kl = statistics.fmean(divergence.measure(reference, made, text).kl for text in windows)
+        after = [perplexity.of_model(made, text).window_nll for text in windows]
+    change = statistics.fmean(statistics.fmean(a) - statistics.fmean(b) for a, b in zip(after, before, strict=True))
+    return Score(kl, change, seconds)
+
+
+def cell(scores: list[Score]) -> str:
+    """Return mean and spread over the seeds as three cells of the table."""
+
+    def over(values: list[float], form: str) -> str:
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return format(statistics.fmean(values), form) + spread
+
+    kl, change = [score.kl * 1e3 for score in scores], [score.nll * 100 for score in scores]
+    return f"{over(kl, '.2f')} | {over(change, '+.2f')} | {statistics.fmean(score.seconds for score in scores):.0f}"
+
+
+def part(windows: Windows, count: int) -> Windows:
+    """Return at most ``count`` windows, spread over the text."""
+    step = max(1, len(windows) // count)
+    return Windows(windows.name, windows.ids[::step][:count], windows.words, windows.utf8_bytes)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder, hub name, or tiny")
+    parser.add_argument("--data", default="self", help="calibration text, as in qtoolkit quantize")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--text", nargs="+", default=["sample"], help="texts to measure on")
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=16, help="of each text")
+    parser.add_argument("--groups", nargs="+", type=lambda g: g if g == "channel" else int(g), default=[128, "channel"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--outliers", default="none", help="none, smooth, rotate, both or auto")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="these rows")
+    parser.add_argument("--set", nargs="+", default=[], metavar="STEP.KEY=VALUE", help="changes to every row")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
