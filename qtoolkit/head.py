@@ -39,6 +39,8 @@ class QuantizedHead:
 class HeadLayer(nn.Module):
     """A ``QuantizedHead`` where transformers expects a linear layer."""
 
+    bias: Tensor | None
+
     def __init__(self, head: QuantizedHead, bias: Tensor | None) -> None:
         super().__init__()
         self.head = head

@@ -109,7 +109,8 @@ def quantize_head(model: PreTrainedModel, kind: Head) -> None:
         return
     layer: Any = model.get_output_embeddings()
     weight = layer.weight.detach()
-    reason = head.refuse(*weight.shape, kind, weight.dtype, weight.device.type)
+    n, k = weight.shape
+    reason = head.refuse(n, k, kind, weight.dtype, weight.device.type)
     if reason is not None:
         raise RequestError(f"The output layer cannot run in {kind.value}: {reason}.", "Leave it in float.")
     made: Any = head.HeadLayer(head.quantize(weight, kind, weight.dtype), layer.bias)

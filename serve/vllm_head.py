@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ def register_head() -> None:
 class OutputLayer(ParallelLMHead):
     """vLLM's output layer, with the weights that QTOOLKIT_LM_HEAD asks for."""
 
+    quant_method: QuantizeMethodBase
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         plain = isinstance(self.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
@@ -41,6 +43,8 @@ class OutputLayer(ParallelLMHead):
 
 class Embedding(VocabParallelEmbedding):
     """vLLM's embedding, which on CPUs also packs its matrix for products: here only if a product is asked for."""
+
+    quant_method: QuantizeMethodBase
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,7 +85,7 @@ class IntegerHeadMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Round the matrix; a tied one stays with the embedding, an own one is dropped."""
-        weight = layer.weight
+        weight = cast(Tensor, layer.weight)
         n, k = weight.shape
         self.reason = self.reason or head.refuse(n, k, self.kind, weight.dtype, weight.device.type) or ""
         if self.reason:

@@ -150,9 +150,7 @@ class W4A8LinearKernel(MPLinearKernel):
                 setattr(layer, leftover, None)
         offer(layer, self.prepared.layout)
 
-    def apply_weights(
-        self, layer: torch.nn.Module, x: Tensor | vllm_gate.GateAndUp, bias: Tensor | None = None
-    ) -> Tensor:
+    def apply_weights(self, layer: torch.nn.Module, x: Tensor | GateAndUp, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ w.T + bias``, the activations quantized per token on the way; one opaque operator."""
         if self.prepared is None:
             assert self.stock is not None

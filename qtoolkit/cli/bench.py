@@ -84,7 +84,8 @@ def serve(
         raise RequestError("There is nothing to time.", "Give --bf16, --int8 or --int4 with a model folder.")
     if unknown := sorted(set(_words(heads)) - {"int8", "int4"}):
         raise RequestError(f"--heads {unknown[0]} is no output layer.", "Use int8, int4 or both: --heads int8,int4")
-    result = serve_bench.run(serve_bench.contestants(*given, tuple(_words(heads))), rounds, say=output.note)
+    entries = serve_bench.contestants(given[0], given[1], given[2], tuple(_words(heads)))
+    result = serve_bench.run(entries, rounds, say=output.note)
     if as_json:
         output.emit({"ok": True, **result})
     else:

@@ -17,7 +17,8 @@ import torch
 from serving_support import Start, own_greedy, own_logprobs, rewrite
 from torch import Tensor, nn
 
-from qtoolkit import registry, runtime
+import qtoolkit
+from qtoolkit import checkpoint, registry, runtime
 from qtoolkit.checkpoint import quantization_config
 from qtoolkit.packing.int4 import pack_int4
 from qtoolkit.runtime import W4A8Linear
@@ -193,6 +194,19 @@ def test_only_the_groups_that_declare_int8_run_w4a8(packed: Path, tokens: list[i
         assert difference < 0.6 * (ran.logprobs[0] - whole).abs().mean()  # float16 moves some activations, too
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_an_integer_output_layer_equals_our_own_runtime(
+    packed: Path, tokens: list[int], tmp_path: Path, kind: str
+) -> None:
+    served = run(packed, [tokens], tmp_path / "report", QTOOLKIT_LM_HEAD=kind)
+    assert {layer.kernel for layer in served.layers if layer.name == "lm_head"} == {
+        {"int8": "w8a8-cpu", "int4": "w4a8-cpu"}[kind]
+    }
+    asked: nn.Module = runtime.load(packed, dtype=torch.float32, lm_head=kind)
+    plain: nn.Module = runtime.load(packed, dtype=torch.float32)
+    assert_close(served.logprobs[0], own_logprobs(asked, tokens), own_logprobs(plain, tokens))
+
+
 class Split(nn.Module):
     """A row-parallel layer on two ranks: each quantizes its half of the inputs, the results are added."""
 
@@ -223,6 +237,27 @@ def test_two_ranks_equal_two_halves_also_from_a_qqq_file(
         with start(folder, ["--", "--enforce-eager", "--dtype", "float32", "--tensor-parallel-size", "2"]) as served:
             assert sum(n for name, n in served.ready["kernels"].items() if name.startswith("w4a8-")) == LINEARS
             assert_close(served.prompt_logprobs(tokens), expected, whole)
+
+
+@pytest.mark.parametrize("plugins", ["", "qtoolkit"])
+def test_int8_and_float_layers_beside_int4_run_with_and_without_the_plugin(
+    plugins: str, float_model: Path, tokens: list[int], tmp_path: Path
+) -> None:
+    """A size budget makes such checkpoints: vLLM's own W8A8 runs what is int8."""
+    folder = tmp_path / "mixed"
+    changes = {"calibration.samples": 2, "calibration.length": 32, "budget.bits": 7.0}
+    qtoolkit.quantize(float_model, "rtn", folder, changes=changes)
+    kinds = {row.kind for row in checkpoint.verify(folder).budget.rows}
+    assert "W8A8-channel" in kinds
+    environment = {} if plugins else {"VLLM_PLUGINS": ""}
+    ran = run(folder, [tokens], tmp_path / "report", **environment)
+    served, simulated = both(folder, tokens)
+    assert (ran.ours > 0) == bool(plugins)
+    if plugins:
+        assert_close(ran.logprobs[0], served, simulated)
+    else:  # int4 layers with float inputs, int8 layers with int8 inputs: between the two
+        floating = own_logprobs(runtime.load(float_model, dtype=torch.float32), tokens)
+        assert (ran.logprobs[0] - simulated).abs().mean() < 0.5 * (floating - simulated).abs().mean()
 
 
 def test_a_killed_launcher_leaves_no_process(start: Start, packed: Path) -> None:

@@ -1,0 +1,109 @@
+"""The output layer in vLLM: rounded once, the embedding left alone, float where it must stay so."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.model_executor.custom_op import op_registry_oot
+
+from qtoolkit import head
+from qtoolkit.scheme import Head
+from qtoolkit.serve import vllm_head, vllm_report
+
+
+def config(**changes: Any) -> SimpleNamespace:
+    """Return as much of a vLLM config as the layer looks at."""
+    model = SimpleNamespace(dtype=torch.float32, head_dtype=changes.pop("head_dtype", torch.float32))
+    return SimpleNamespace(**{"lora_config": None, "model_config": model, **changes})
+
+
+class Stock:
+    """Stands for vLLM's own method: multiplies in float, and notes that it packed the matrix."""
+
+    packed = False
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.packed = True
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, layer.weight, bias)
+
+
+def method(monkeypatch: pytest.MonkeyPatch, kind: Head, **changes: Any) -> tuple[vllm_head.IntegerHeadMethod, Any]:
+    """Return a method and a layer of 64 tokens and 128 inputs with loaded weights."""
+    monkeypatch.setattr(vllm_head, "get_current_vllm_config", lambda: config(**changes))
+    made = vllm_head.IntegerHeadMethod(kind)
+    made.stock = Stock()  # type: ignore[assignment]
+    layer: Any = torch.nn.Module()
+    torch.manual_seed(0)
+    layer.weight = torch.nn.Parameter(torch.randn(64, 128), requires_grad=False)
+    return made, layer
+
+
+@pytest.mark.parametrize("kind", [Head.INT8, Head.INT4])
+def test_logits_are_those_of_the_rounded_matrix(monkeypatch: pytest.MonkeyPatch, kind: Head) -> None:
+    made, layer = method(monkeypatch, kind)
+    x, bias, weight = torch.randn(3, 128), torch.randn(64), layer.weight.data
+    made.process_weights_after_loading(layer)
+    assert torch.equal(made.apply(layer, x, bias), head.quantize(weight, kind, torch.float32)(x, bias))
+    assert vllm_report.describe_layer("lm_head", with_method(layer, made), None).kernel.endswith("-cpu")  # type: ignore[arg-type]
+
+
+def with_method(layer: Any, made: vllm_head.IntegerHeadMethod) -> Any:
+    layer.quant_method = made
+    return layer
+
+
+def test_the_float_matrix_is_dropped_but_a_tied_embedding_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, layer = method(monkeypatch, Head.INT8)
+    embedding: Any = torch.nn.Module()
+    embedding.weight = layer.weight
+    made.tie_weights(layer, embedding)
+    before = embedding.weight.clone()
+    made.process_weights_after_loading(layer)
+    assert layer.weight.numel() == 0
+    assert torch.equal(embedding.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"lora_config": object()}, "adapters"), ({"head_dtype": torch.float64}, "logits in torch.float64")],
+)
+def test_it_stays_in_float_where_the_float_matrix_is_needed(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
+) -> None:
+    made, layer = method(monkeypatch, Head.INT8, **changes)
+    made.process_weights_after_loading(layer)
+    x = torch.randn(3, 128)
+    assert torch.equal(made.apply(layer, x), x @ layer.weight.t())
+    reported = vllm_report.describe_layer("lm_head", with_method(layer, made), None)  # type: ignore[arg-type]
+    assert reported.kernel == "unquantized"
+    assert words in reported.reason
+
+
+def test_an_embedding_is_packed_when_it_first_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[Any] = []
+    base = vllm_head.UnquantizedEmbeddingMethod
+    monkeypatch.setattr(base, "process_weights_after_loading", lambda self, layer: packed.append(layer))
+    monkeypatch.setattr(base, "apply", lambda self, layer, x, bias=None: x)
+    lookup, layer = vllm_head.LookupMethod(), torch.nn.Module()
+    lookup.process_weights_after_loading(layer)
+    assert not packed
+    lookup.apply(layer, torch.ones(1))
+    lookup.apply(layer, torch.ones(1))
+    assert packed == [layer]
+
+
+def test_registering_twice_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(op_registry_oot, "ParallelLMHead", raising=False)
+    monkeypatch.delitem(op_registry_oot, "VocabParallelEmbedding", raising=False)
+    vllm_head.register_head()
+    vllm_head.register_head()
+    assert op_registry_oot["ParallelLMHead"] is vllm_head.OutputLayer
+    assert op_registry_oot["VocabParallelEmbedding"] is vllm_head.Embedding
