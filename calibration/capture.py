@@ -16,6 +16,7 @@ from qtoolkit.stages import Block, Stream
 from qtoolkit.vision.matrix import Geometry
 
 TOKENS = 4096  # tokens that go through a block at once: bounds the memory of activations inside a block
+STREAMS = 4  # that exist at once: float and quantized, before and behind a block
 
 
 class _Reached(Exception):
@@ -32,13 +33,16 @@ def embed(skeleton: Skeleton, source: Source, tokens: Tensor) -> Stream:
     decoder = skeleton.decoder
     embedding = decoder.get_input_embeddings()
     name = next(key for key, module in skeleton.model.named_modules() if module is embedding)
-    embedding.to_empty(device="cpu")
-    embedding.weight.data = source.read_finite(f"{name}.weight")
-    decoder.rotary_emb = type(decoder.rotary_emb)(skeleton.config)  # its tables are not stored
-    stream = Stream([], [])
+    device = skeleton.device
+    embedding.to_empty(device=device)
+    embedding.weight.data = source.read_finite(f"{name}.weight").to(device)
+    with device:
+        decoder.rotary_emb = type(decoder.rotary_emb)(skeleton.config)  # its tables are not stored
+    waits = None if fits(tokens.numel() * embedding.weight.shape[1], device) else torch.device("cpu")
+    stream = Stream([], [], device=device if waits else None)
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        stream.batches.append(args[0])
+        stream.batches.append(args[0].to(waits) if waits else args[0])
         stream.kwargs.append({**kwargs, "use_cache": False, "past_key_values": None})
         raise _Reached
 
@@ -46,13 +50,21 @@ def embed(skeleton: Skeleton, source: Source, tokens: Tensor) -> Stream:
     try:
         for batch in tokens.split(max(1, TOKENS // tokens.shape[1])):
             try:
-                decoder(input_ids=batch, use_cache=False)
+                decoder(input_ids=batch.to(device), use_cache=False)
             except _Reached:
                 continue
     finally:
         handle.remove()
         embedding.to("meta")
     return stream
+
+
+def fits(numbers: int, device: torch.device) -> bool:
+    """Return whether streams of float32 ``numbers`` each may stay on ``device`` beside a block and its statistics."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return STREAMS * 4 * numbers < free / 2
 
 
 @torch.inference_mode()
@@ -71,8 +83,8 @@ def advance(block: Block, stream: Stream) -> Stream:
                 f"The output of {block.name} holds NaN or Inf on the calibration text.",
                 "The weights or the calibration data are damaged.",
             )
-        batches.append(out)
-    return Stream(batches, stream.kwargs, stream.floats)
+        batches.append(out if stream.device is None else out.to("cpu"))
+    return Stream(batches, stream.kwargs, stream.floats, stream.device)
 
 
 @torch.inference_mode()

@@ -39,6 +39,11 @@ def rounded(grouped: Tensor, step: Tensor) -> Tensor:
     return made.flatten(-2).mul_(step)
 
 
+def integers(weight: Tensor, step: Tensor) -> Tensor:
+    """Return weight [n, k] rounded to the nearest of the chained grid: int8, in sixteenths of ``step`` [n, 1]."""
+    return (rounded(weight, step) / step * STEP).round_().to(torch.int8)
+
+
 def round_in_order(weight: Tensor, factor: Tensor, step: Tensor, order: Tensor) -> Tensor:
     """Round weight [n, k] column by column in ``order``, spreading each error over the columns still to come.
 

@@ -93,4 +93,4 @@ def choose(
 
 
 def _mapped(stream: Stream, change: Callable[[Tensor], Tensor]) -> Stream:
-    return Stream([change(batch) for batch in stream.batches], stream.kwargs)
+    return Stream([change(batch) for batch in stream.batches], stream.kwargs, device=stream.device)

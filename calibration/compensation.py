@@ -11,15 +11,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtoolkit.calibration import grid, losses, twin
+from qtoolkit.calibration import chained, grid, losses, twin
 from qtoolkit.calibration.hessian import Hessian, shared_inputs
 from qtoolkit.calibration.moments import Seen
 from qtoolkit.calibration.options import Options
-from qtoolkit.calibration.refine import refined
+from qtoolkit.calibration.refine import refined, refitted_scales
 from qtoolkit.calibration.sweep import sweep
 from qtoolkit.calibration.target import Choice, aims
-from qtoolkit.errors import NumericError
-from qtoolkit.scheme import CHANNEL, Scheme
+from qtoolkit.errors import NumericError, RequestError
+from qtoolkit.scheme import CHANNEL, INT8, Scheme
 from qtoolkit.stages import Block, Context, QuantizedWeight, Stream
 
 RETRIES = 5  # times the damping is raised tenfold when the Hessian is not positive definite
@@ -35,6 +35,7 @@ class CompensateOptions(Options):
     sequential: bool = Field(True, description="a layer sees its block's earlier layers quantized; false: in float")
     aim: bool = Field(True, description="aim at the float network's outputs, as far as held-out tokens support it")
     refine: int = Field(2, ge=0, description="rounds of new scales and new codes after compensation")
+    chained: bool = Field(False, description="int8 weights of the chained grid, which a GPU kernel holds in four bits")
 
 
 class Compensate:
@@ -64,7 +65,12 @@ class Compensate:
             aimed = self._aims(seen, [originals[name] for name in names])
             solved = Solved(seen.fit.hessian, self.options)
             for name, (aim, choice) in zip(names, aimed, strict=True):
-                quantized = solved.quantize(aim, block.schemes.get(name, context.scheme), context.scale_dtype)
+                scheme = block.schemes.get(name, context.scheme)
+                if self.options.chained and scheme.weight_bits == 4:
+                    quantized = solved.quantize_chained(aim, scheme, context.scale_dtype)
+                    block.schemes[name] = INT8
+                else:
+                    quantized = solved.quantize(aim, scheme, context.scale_dtype)
                 served = quantized.dequantize()
                 if not served.isfinite().all():
                     raise NumericError(f"The scales of {block.name}.{name} overflow {context.scale_dtype}.")
@@ -98,6 +104,8 @@ class Solved:
         self.hessian = hessian
         self.dead = hessian.dead  # nothing is known of these inputs, so nothing is compensated there
         self.order = torch.argsort(diagonal, descending=True, stable=True) if options.activation_order else None
+        if options.chained and self.order is not None and len(diagonal) % chained.WORD == 0:
+            self.order = chained.in_words(self.order)
         self.damping = options.damping
         self.factor = self._factor() if options.compensate else None
 
@@ -133,6 +141,33 @@ class Solved:
         if not self.options.refine:
             return quantized
         return refined(weight, self.hessian.damped(self.damping), quantized, scheme, self.options.refine)
+
+    def quantize_chained(self, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
+        """Return int8 weights of the chained grid, and their scales in ``dtype``: sixteenths of int4 steps.
+
+        Raises:
+            RequestError: the scheme has groups, or the layer's inputs are no whole number of words.
+        """
+        k = weight.shape[1]
+        if scheme.group_size != CHANNEL or k % chained.WORD:
+            raise RequestError(
+                f"The chained grid wants one scale a channel, words of {chained.WORD} inputs, not {scheme.name} of {k}.",
+                "Add --group-size channel, or drop gptq.chained.",
+            )
+        weight = weight.masked_fill(self.dead, 0.0)
+        if self.options.scale_search:
+            steps = grid.searched_scales(weight, self.matrix.diagonal(), scheme, dtype, chained.rounded)
+        else:
+            steps = grid.minmax_scales(weight, scheme, dtype)
+        if self.factor is None:
+            found = chained.integers(weight, steps.float())
+        else:
+            order = torch.arange(k, device=weight.device) if self.order is None else self.order
+            found = chained.round_in_order(weight, self.factor, steps.float(), order)
+        quantized = QuantizedWeight(found, steps / chained.STEP)  # a power of two: exact
+        if self.factor is None or not self.options.refine:
+            return quantized
+        return QuantizedWeight(found, refitted_scales(weight, self.hessian.damped(self.damping), quantized, INT8))
 
     def relative_error(self, weight: Tensor, served: Tensor) -> float:
         """Return |(W - Q) x|^2 / |W x|^2 over the calibration inputs x, from the Hessian."""

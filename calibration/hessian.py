@@ -67,7 +67,8 @@ def collect(block: Block, stream: Stream, activation_bits: int) -> dict[str, Hes
     Raises:
         NumericError: an input holds NaN or Inf; the layer is named.
     """
-    found = {name: Hessian(block.linear(name).in_features) for name in shared_inputs(block)}
+    layers = {name: block.linear(name) for name in shared_inputs(block)}
+    found = {name: Hessian(layer.in_features, layer.weight.device) for name, layer in layers.items()}
 
     def watch(name: str) -> Callable[[Tensor], None]:
         return lambda x: found[name].update(round_tokens(x, activation_bits))

@@ -96,7 +96,8 @@ def input_range(block: Block, group: ChannelGroup, stream: Stream) -> Tensor:
     row for all of them, so they share the largest value.
     """
     first = group.consumers[0]
-    largest = torch.zeros(block.linear(first).in_features)
+    layer = block.linear(first)
+    largest = torch.zeros(layer.in_features, device=layer.weight.device)
 
     def update(x: Tensor) -> None:
         torch.maximum(largest, x.abs().amax(dim=0), out=largest)

@@ -68,7 +68,7 @@ def inputs(
             yield Inputs(seen, served, seen, None)
             continue
         with weights(block, originals):
-            wanted, right = _reach(block, name, norm, exact, kwargs)
+            wanted, right = _reach(block, name, norm, exact.to(hidden.device), kwargs)
         drift = None if carried is None or right is None else right - carried
         yield Inputs(seen, served, wanted, drift)
 

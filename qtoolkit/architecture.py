@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from qtoolkit.device import CPU
 from qtoolkit.errors import ModelError
 from qtoolkit.recipe import explain
 from qtoolkit.registry import suggest
@@ -89,6 +90,7 @@ class Skeleton:
     model: PreTrainedModel
     config: PreTrainedConfig
     architecture: Architecture
+    device: torch.device = CPU  # where blocks are loaded to
 
     @property
     def decoder(self) -> Any:
@@ -122,7 +124,7 @@ class Skeleton:
         module = copy.deepcopy(empty).to_empty(device="cpu")
         state = {local: source.read_finite(f"{name}.{local}") for local in empty.state_dict()}
         module.load_state_dict(state, strict=True)
-        module.to(torch.float32).eval().requires_grad_(False)
+        module.to(self.device, torch.float32).eval().requires_grad_(False)
         heads, kv_heads = self.config.num_attention_heads, getattr(self.config, "num_key_value_heads", None)
         residual = self.architecture.residual
         return Block(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qtoolkit.device import CPU
 from qtoolkit.errors import DataError, ModelError, RequestError
 from qtoolkit.recipe import Calibration
 from qtoolkit.registry import suggest
@@ -33,7 +34,13 @@ SMALL = 50_000_000  # parameters; tiny writes five times faster on one thread th
 BATCH = 128  # sequences that a model writes at once
 
 
-def calibration_tokens(source: Source, wanted: Calibration, longest: int, say: Callable[[str], None]) -> Tensor:
+def calibration_tokens(
+    source: Source,
+    wanted: Calibration,
+    longest: int,
+    say: Callable[[str], None],
+    device: torch.device = CPU,
+) -> Tensor:
     """Return the tokens that a recipe asks to calibrate on.
 
     Args:
@@ -41,6 +48,7 @@ def calibration_tokens(source: Source, wanted: Calibration, longest: int, say: C
         wanted: the recipe's part about calibration.
         longest: the model's context; windows are cut to it.
         say: is told what happens.
+        device: where the model writes.
 
     Returns:
         int64 [samples, length].
@@ -61,7 +69,7 @@ def calibration_tokens(source: Source, wanted: Calibration, longest: int, say: C
     for name in source.files:
         source.read_finite(name)  # a model with a NaN writes nothing: name the layer now
     say(f"the model writes {wanted.samples} x {length} tokens to calibrate on")
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).to(device).eval()
     start = start_tokens(tokenizer)
     first = int(start[0]) if len(start) else int(tokenizer.eos_token_id or 0)
     return self_written(model, first, wanted.samples, length, wanted.seed)
@@ -119,7 +127,9 @@ def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, 
     Raises:
         DataError: the text is shorter than one window.
     """
-    ids = torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
+    ids = torch.tensor(
+        tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"], device="cpu"
+    )
     start = start_tokens(tokenizer)
     room = length - len(start)
     if len(ids) < room:
@@ -128,14 +138,15 @@ def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, 
             "Give more text, or lower --length.",
         )
     samples = min(samples, max(1, len(ids) // room))
-    places = torch.randint(0, len(ids) - room + 1, (samples,), generator=torch.Generator().manual_seed(seed))
+    draw = torch.Generator("cpu").manual_seed(seed)
+    places = torch.randint(0, len(ids) - room + 1, (samples,), generator=draw, device="cpu")
     return torch.stack([torch.cat([start, ids[place : place + room]]) for place in places.tolist()])
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return what the tokenizer puts before every text: int64 [1] with BOS, or [0]."""
     adds = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return torch.tensor([tokenizer.bos_token_id] if adds else [], dtype=torch.int64)
+    return torch.tensor([tokenizer.bos_token_id] if adds else [], dtype=torch.int64, device="cpu")
 
 
 @torch.inference_mode()
@@ -147,16 +158,17 @@ def self_written(model: PreTrainedModel, first: int, samples: int, length: int, 
     Returns:
         int64 [samples, length].
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     batches = []
     with _one_thread_if_small(model):
         for start in range(0, samples, BATCH):
-            token = torch.full((min(BATCH, samples - start), 1), first)
+            token = torch.full((min(BATCH, samples - start), 1), first, device="cpu")
             written, past = [token], None
             while len(written) < length:
-                out = model(input_ids=token, past_key_values=past, use_cache=True)
+                out = model(input_ids=token.to(model.device), past_key_values=past, use_cache=True)
                 past = out.past_key_values
-                token = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+                odds = out.logits[:, -1].float().softmax(-1).cpu()  # drawn here: one generator, wherever the model is
+                token = torch.multinomial(odds, 1, generator=generator)
                 written.append(token)
             batches.append(torch.cat(written, dim=1))
     return torch.cat(batches)

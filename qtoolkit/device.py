@@ -7,6 +7,7 @@ import torch
 from qtoolkit.errors import RequestError
 
 AUTO = "auto"  # the GPU where there is one
+CPU = torch.device("cpu")
 WORDS = (AUTO, "cpu", "cuda")
 
 

@@ -7,7 +7,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qtoolkit import __version__, architecture, assembly, checkpoint, data, recipe as recipes, registry
+from qtoolkit import (
+    __version__,
+    architecture,
+    assembly,
+    checkpoint,
+    data,
+    device as devices,
+    recipe as recipes,
+    registry,
+)
 from qtoolkit.calibration import budget, capture, choice
 from qtoolkit.calibration.options import read as read_options
 from qtoolkit.errors import ModelError
@@ -64,6 +73,7 @@ def quantize(
     fresh: bool = False,
     progress: Progress | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = devices.AUTO,
 ) -> Result:
     """Quantize a Hugging Face causal LM and write a checkpoint folder.
 
@@ -77,6 +87,8 @@ def quantize(
         fresh: forget an interrupted run, and replace a finished checkpoint.
         progress: is told about every block.
         tokenizer: goes with a loaded model.
+        device: where blocks are calibrated, one at a time: "cpu", "cuda", or "auto", the GPU where there is one. A run
+            goes on only on the kind of device that it began on, because the last bits of its sums differ.
 
     Raises:
         QToolkitError: see ``qtoolkit.errors``; the message is one sentence, the hint says what to do.
@@ -86,9 +98,10 @@ def quantize(
     if not isinstance(model, (str, Path)):
         with TemporaryDirectory(prefix="qtoolkit-model-") as folder:
             saved = save(model, tokenizer, Path(folder))
-            return quantize(saved, settings, output, fresh=fresh, progress=progress)
+            return quantize(saved, settings, output, fresh=fresh, progress=progress, device=device)
+    where = devices.choose(device)
     source = resolve(model)
-    run = Run(source, settings, progress or Silent())
+    run = Run(source, settings, progress or Silent(), where)
     job = Job.open(Path(output), run.fingerprint(), fresh=fresh)
     try:
         if not job.published:
@@ -104,14 +117,14 @@ def quantize(
 class Run:
     """One model under one recipe; the job on disk holds what is finished."""
 
-    def __init__(self, source: Source, recipe: Recipe, progress: Progress) -> None:
+    def __init__(self, source: Source, recipe: Recipe, progress: Progress, device: torch.device = devices.CPU) -> None:
         self.source, self.recipe, self.progress = source, recipe, progress
         self.weights, self.transforms = source, build_transforms(recipe)  # until ``prepare`` has decided
         self.kinds: dict[str, str] = {}  # layers that a budget gives more than the recipe's scheme
         self.choice: checkpoint.Choice | None = None
         self.budget: checkpoint.BudgetRecord | None = None
         self.packer: Packer = registry.packers.get(recipe.packer)
-        self.skeleton = architecture.skeleton(source)
+        self.skeleton = replace(architecture.skeleton(source), device=device)
         self.dtype = architecture.stored_dtype(source)
         self.context = Context(recipe.scheme, self.dtype, progress.say)
         self.blocks = len(self.skeleton.blocks)
@@ -124,6 +137,7 @@ class Run:
             "model": self.source.digest(),
             "recipe": self.recipe.digest,
             "torch": torch.__version__,
+            "device": self.skeleton.device.type,
         }
 
     def prepare(self, job: Job) -> None:
@@ -155,13 +169,14 @@ class Run:
         self.progress.start(self.blocks, done)
         stream = capture.embed(self.skeleton, self.weights, tokens)
         compared = any(getattr(transform, "reads_floats", False) for transform in self.transforms.values())
-        floats = Stream(stream.batches, stream.kwargs)
+        floats = Stream(stream.batches, stream.kwargs, device=stream.device)
         for index in range(self.blocks):
             block = self._block(self.weights, index)
             if compared:  # both streams go through the block: the float one before anything is changed in it
                 stream.floats = floats.batches
                 floats = capture.advance(block, floats)
             if index < done:
+                block.schemes |= {name: Scheme.named(kind) for name, kind in job.facts(_part(index))["schemes"].items()}
                 self._restore(block, job.tensors(_part(index)))
             else:
                 figures = self._transform(block, stream)
@@ -236,7 +251,9 @@ class Run:
 
     def _calibration_tokens(self) -> Tensor:
         longest = int(getattr(self.skeleton.config, "max_position_embeddings", self.recipe.calibration.length))
-        return data.calibration_tokens(self.source, self.recipe.calibration, longest, self.progress.say)
+        return data.calibration_tokens(
+            self.source, self.recipe.calibration, longest, self.progress.say, self.skeleton.device
+        )
 
     def _block(self, weights: Source, index: int) -> Block:
         block = self.skeleton.block(index, weights)
@@ -274,7 +291,7 @@ class Run:
         for name, weight in block.quantized.items():
             for local, tensor in self._packer(block, name).pack(weight).items():
                 tensors[f"{block.name}.{name}.{local}"] = tensor
-        return tensors
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _restore(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """Give ``block`` the weights an earlier run stored, so that the stream behind it is the same."""

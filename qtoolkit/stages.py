@@ -103,15 +103,18 @@ class Stream:
     """Hidden states on their way through the blocks: batches of [sequences, tokens, hidden] and the call's keywords.
 
     ``floats`` are the same hidden states in the float network; where it is empty, the batches themselves are those.
+    Batches that do not fit beside a block on its ``device`` wait in the host's memory; None: they are where they go.
     """
 
     batches: list[Tensor]
     kwargs: list[dict[str, Any]]
     floats: list[Tensor] = field(default_factory=list)
+    device: Any = None  # torch.device
 
     def calls(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Yield each batch with its keywords."""
-        return zip(self.batches, self.kwargs, strict=True)
+        """Yield each batch, on the block's device, with its keywords."""
+        for batch, kwargs in zip(self.batches, self.kwargs, strict=True):
+            yield (batch if self.device is None else batch.to(self.device)), kwargs
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ def command(
     outliers: Annotated[str, typer.Option(help="smooth, rotate, both, none, or 'auto': measured.")] = "",
     budget: Annotated[str, typer.Option(help="Bits a weight, such as 4.25bpw: int8 or float where it helps.")] = "",
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; 'auto' takes the GPU where there is one.")] = "auto",
     settings: Annotated[list[str] | None, typer.Option("--set", help="step.key=value, any recipe value.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; replace a finished checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
@@ -55,7 +56,7 @@ def command(
 
     output.quiet_libraries()
     with Lines(output.note) as progress:
-        result = quantize(model, chosen, out, fresh=fresh, progress=progress)
+        result = quantize(model, chosen, out, fresh=fresh, progress=progress, device=device)
     if as_json:
         output.emit(result.to_json())
         return

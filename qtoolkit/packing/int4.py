@@ -54,7 +54,7 @@ class Int4Packer:
         return {
             "weight_packed": pack_int4(weight.codes),
             "weight_scale": weight.scales.contiguous(),
-            "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+            "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64, device=weight.codes.device),
         }
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:

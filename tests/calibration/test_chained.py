@@ -18,20 +18,16 @@ def weights(kind: str, n: int = 64, k: int = 1024) -> torch.Tensor:
     return -signs.sign() * (1 - 2 * signs.abs()).log()  # Laplace
 
 
-def integers(weight: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    return (chained.rounded(weight, step) / step * chained.STEP).round().to(torch.int8)
-
-
 def test_rounded_weights_lie_on_the_grid_that_the_kernels_read() -> None:
     weight = weights("normal")
-    found = integers(weight, torch.full((64, 1), 0.3))
+    found = chained.integers(weight, torch.full((64, 1), 0.3))
     codes = kernel_grid.codes_of(found)
     assert codes is not None
     assert torch.equal(kernel_grid.values(codes), found)
 
 
 def test_ordinary_int8_weights_are_not_taken_for_chained_ones() -> None:
-    found = integers(weights("normal"), torch.full((64, 1), 0.3))
+    found = chained.integers(weights("normal"), torch.full((64, 1), 0.3))
     changed = found.clone()
     changed[3, 8] += 1  # the first of a word has no lower bits
     assert kernel_grid.codes_of(changed) is None
