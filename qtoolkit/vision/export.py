@@ -37,6 +37,7 @@ def to_onnx(loaded: Loaded, file: str | Path) -> Path:
         raise RequestError(f"There is no folder {path.parent} for the ONNX file.", "Make it first.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes of layers are constants of this network
+        warnings.filterwarnings("ignore", "Constant folding")  # of strided slices: done at run time instead
         torch.onnx.export(
             plain(loaded.network),
             (torch.zeros(1, *loaded.architecture.input),),
