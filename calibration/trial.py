@@ -20,16 +20,18 @@ K = TypeVar("K", bound=Hashable)
 
 
 def split(tokens: Tensor, fit: int = FIT, held_out: int = HELD_OUT) -> tuple[Tensor, Tensor]:
-    """Return two disjoint parts of ``tokens`` [sequences, length]: about ``fit`` tokens and ``held_out`` tokens.
+    """Return two disjoint parts of ``tokens`` [sequences, length], of about ``fit`` and ``held_out`` tokens at most.
 
-    Where there is little text, a quarter of it is held out; a single sequence is cut in two.
+    A short calibration takes less, so that trials stay cheap beside it: a quarter and an eighth of the text, or what
+    is there up to a quarter of those bounds. A single sequence is cut in two.
     """
     if len(tokens) == 1:
         half = tokens.shape[1] // 2
         return tokens[:, :half], tokens[:, half:]
-    length = tokens.shape[1]
-    held = max(1, min(-(-held_out // length), len(tokens) // 4))
-    return tokens[: min(len(tokens) - held, -(-fit // length))], tokens[-held:]
+    rows, length = tokens.shape
+    held = min(-(-held_out // length), max(rows // 8, -(-held_out // (4 * length))), max(1, rows // 4))
+    fitted = min(-(-fit // length), max(rows // 4, -(-fit // (4 * length))), rows - held)
+    return tokens[:fitted], tokens[-held:]
 
 
 def spread(blocks: int, wanted: int) -> list[int]:
