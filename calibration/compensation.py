@@ -151,7 +151,7 @@ class Solved:
         k = weight.shape[1]
         if scheme.group_size != CHANNEL or k % chained.WORD:
             raise RequestError(
-                f"The chained grid wants one scale a channel, words of {chained.WORD} inputs, not {scheme.name} of {k}.",
+                f"The chained grid wants one scale a channel and inputs in words of 8, not {scheme.name} of {k}.",
                 "Add --group-size channel, or drop gptq.chained.",
             )
         weight = weight.masked_fill(self.dead, 0.0)

@@ -69,7 +69,8 @@ def calibration_tokens(
     for name in source.files:
         source.read_finite(name)  # a model with a NaN writes nothing: name the layer now
     say(f"the model writes {wanted.samples} x {length} tokens to calibrate on")
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    model.to(device=device)
     start = start_tokens(tokenizer)
     first = int(start[0]) if len(start) else int(tokenizer.eos_token_id or 0)
     return self_written(model, first, wanted.samples, length, wanted.seed)

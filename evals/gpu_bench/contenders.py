@@ -111,8 +111,8 @@ def _ours_by_hand(weight: Weight, product_only: bool, chained: bool) -> Callable
 
         def call() -> Tensor:
             with backend.place_of(x) as here:
-                tokens = quantized if product_only else backend.quantize(x, here, chained)
-                backend.multiply(*tokens, own, scales, None, out, weight.group_size, tiling, here, chained)
+                codes, token_scales = quantized if product_only else backend.quantize(x, here, chained)
+                backend.multiply(codes, token_scales, own, scales, None, out, weight.group_size, tiling, here, chained)
             return out
 
         return call

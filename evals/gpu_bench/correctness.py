@@ -98,7 +98,8 @@ def _tilings_of(weight: Weight, tokens: int, is_chained: bool) -> Iterator[dict[
             if tiling.fused:
                 backend.multiply_floats(x, *rest)
             else:
-                backend.multiply(*backend.quantize(x, place, is_chained), *rest)
+                codes, token_scales = backend.quantize(x, place, is_chained)
+                backend.multiply(codes, token_scales, *rest)
         error = distance(out, exact)
         case = {"tiling": str(tiling), "tokens": tokens, "grouped": grouped, "chained": is_chained}
         yield case | {"error": error, "right": error < BOUND[DTYPE]}

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def ceilings(run: Run) -> dict[str, float]:
 
     run.attempt("ceiling of memory", copy)
     for name in ("torch.mm bf16", "torch._int_mm", "torch._scaled_mm fp8"):
-        run.attempt(f"ceiling {name}", lambda n=name: product(n))
+        run.attempt(f"ceiling {name}", partial(product, name))
     return found
 
 
@@ -125,7 +126,7 @@ def grid(run: Run, field: Sequence[Contender], shapes: Sequence[str], tokens: Se
         for shape in shapes[3:4] or shapes[:1] if contender.name in SLOW else shapes:
             n, k = sizes(shape)
             weight = random_weight(n, k, contender.group_size, run.device)
-            on = run.attempt(f"{contender.name} {shape}", lambda c=contender, w=weight: c.build(w))
+            on = run.attempt(f"{contender.name} {shape}", partial(contender.build, weight))
             if on is None:
                 break
             for m in tokens if contender.most is None else [m for m in tokens if m <= contender.most]:
@@ -134,16 +135,14 @@ def grid(run: Run, field: Sequence[Contender], shapes: Sequence[str], tokens: Se
                     run.could_not.append(f"{what} and what follows: its share of {deadline - start:.0f} s was over")
                     break
                 x = torch.randn(m, k, device=run.device).to(DTYPE)
-                took = run.attempt(what, lambda on=on, x=x: run.clock.times(on(x), repeats))
+                took = run.attempt(what, partial(timed, run, on, x, repeats))
                 if took:
                     found = summary(took) | ({"host_behind": run.clock.behind} if run.clock.behind else {})
                     times.setdefault(contender.name, {}).setdefault(shape, {})[str(m)] = found
             if time.monotonic() > deadline:
                 break
             if contender.name not in errors and contender.whole:
-                errors[contender.name] = run.attempt(
-                    f"{contender.name} against float", lambda w=weight, on=on: far(on, w)
-                )
+                errors[contender.name] = run.attempt(f"{contender.name} against float", partial(far, on, weight))
         print(f"{contender.name}: {time.monotonic() - start:.1f} s", flush=True)
         run.keep()
     for name, error in errors.items():
@@ -151,6 +150,21 @@ def grid(run: Run, field: Sequence[Contender], shapes: Sequence[str], tokens: Se
             run.could_not.append(
                 f"{name}: its result is not the layer's (relative distance {error:.2f}); times are void"
             )
+
+
+def timed(run: Run, on: Callable[[torch.Tensor], Callable[[], object]], x: torch.Tensor, repeats: int) -> list[float]:
+    """Return the microseconds of a contender on tokens ``x``; what it prepares for them does not count."""
+    return run.clock.times(on(x), repeats)
+
+
+def built(contender: Contender, weights: Sequence[Weight]) -> list[Callable[[torch.Tensor], Callable[[], object]]]:
+    """Return what runs each of ``weights``."""
+    return [contender.build(weight) for weight in weights]
+
+
+def replayed(rows: Sequence[Callable[[torch.Tensor], Callable[[], object]]], x: torch.Tensor) -> float:
+    """Return the microseconds of a layer inside a graph of all ``rows``."""
+    return graph_series([on(x) for on in rows])
 
 
 def far(on: Callable[[torch.Tensor], Callable[[], Any]], weight: Weight, tokens: int = 32) -> float:
@@ -180,13 +194,12 @@ def series(run: Run, shapes: Sequence[str] = ("4096x4096", "8192x8192"), most: i
         count = min(most, (1 << 29) // (n * k))
         weights = [random_weight(n, k, -1, run.device, seed) for seed in range(count)]
         for contender in (contenders.YARDSTICK, contenders.OURS, contenders.TWO_LAUNCHES, contenders.HUMMING):
-            build: Callable[[Weight], Any] = contender.build
-            rows = run.attempt(f"series {contender.name}", lambda b=build, w=weights: [b(one) for one in w])
+            rows = run.attempt(f"series {contender.name}", partial(built, contender, weights))
             for m in (1, 16, 64) if rows else ():
                 x = torch.randn(m, k, device=run.device).to(DTYPE)
                 took = run.attempt(
                     f"series {contender.name} {n}x{k} M={m}",
-                    lambda rows=rows, x=x: graph_series([on(x) for on in rows]),
+                    partial(replayed, rows, x),
                 )
                 if took:
                     found.setdefault(contender.name, {})[f"{n}x{k} M={m}"] = round(took, 2)
@@ -210,5 +223,5 @@ def kernel_names(run: Run, field: Iterable[Contender], shape: str = "8192x8192")
 
     for contender in field:
         if contender.name not in SLOW and contender.name in run.result.get("times", {}):
-            run.attempt(f"kernel names of {contender.name}", lambda c=contender: names(c))
+            run.attempt(f"kernel names of {contender.name}", partial(names, contender))
     return found

@@ -74,7 +74,8 @@ def measure(
                 if tiling.fused:
                     backend.multiply_floats(x, *rest)
                 else:
-                    backend.multiply(*backend.quantize(x, place), *rest)
+                    codes, token_scales = backend.quantize(x, place)
+                    backend.multiply(codes, token_scales, *rest)
 
             found[tiling] = summary(run.clock.times(call, 10))["median"]
     return found

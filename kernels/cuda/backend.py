@@ -213,7 +213,8 @@ def run(
         if tiling.fused:
             multiply_floats(rows, *rest)
         else:
-            multiply(*quantize(rows, place, chained), *rest)
+            codes, token_scales = quantize(rows, place, chained)
+            multiply(codes, token_scales, *rest)
     return out
 
 

@@ -105,8 +105,8 @@ def to_swizzled(codes: Tensor, order: Order = PLAIN) -> Tensor:
         full = full.reshape(full.shape[0], -1, 32, 2).flip(3).transpose(2, 3).reshape(full.shape)
     chunks = full.reshape(full.shape[0], -1, 8, 16).transpose(0, 1)  # [k blocks, tokens8, chunk, 16 bytes]
     token = torch.arange(full.shape[0], device=codes.device)
-    order = torch.arange(8, device=codes.device)[None, :] ^ (token % 8)[:, None]  # an involution
-    return chunks[:, token[:, None], order].reshape(chunks.shape[0], -1, K_BLOCK)
+    places = torch.arange(8, device=codes.device)[None, :] ^ (token % 8)[:, None]  # an involution
+    return chunks[:, token[:, None], places].reshape(chunks.shape[0], -1, K_BLOCK)
 
 
 def prepare(packed: Tensor, scales: Tensor, k: int, group_size: int, order: Order = PLAIN) -> tuple[Tensor, Tensor]:
