@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtoolkit.calibration import chained, grid, losses, twin
+from qtoolkit.calibration import chained, coupled, grid, losses, outputs, twin
 from qtoolkit.calibration.hessian import Hessian, shared_inputs
 from qtoolkit.calibration.moments import Seen
 from qtoolkit.calibration.options import Options
@@ -35,6 +35,9 @@ class CompensateOptions(Options):
     sequential: bool = Field(True, description="a layer sees its block's earlier layers quantized; false: in float")
     aim: bool = Field(True, description="aim at the float network's outputs, as far as held-out tokens support it")
     refine: int = Field(2, ge=0, description="rounds of new scales and new codes after compensation")
+    couple: bool = Field(
+        True, description="round a head's queries, keys and values together, as the block's output asks"
+    )
     chained: bool = Field(False, description="int8 weights of the chained grid, which a GPU kernel holds in four bits")
 
 
@@ -55,6 +58,8 @@ class Compensate:
         stored Q; the other errors are those of ``losses.parts``.
         """
         originals = {name: layer.weight.data for name, layer in block.linears()}
+        couple = self.options.couple and self.options.compensate and not self.options.chained
+        metrics = outputs.metrics(block, stream) if couple else {}
         report = {}
         for first, names in shared_inputs(block).items():
             layer = block.linear(first)
@@ -70,7 +75,7 @@ class Compensate:
                     quantized = solved.quantize_chained(aim, scheme, context.scale_dtype)
                     block.schemes[name] = INT8
                 else:
-                    quantized = solved.quantize(aim, scheme, context.scale_dtype)
+                    quantized = solved.quantize(aim, scheme, context.scale_dtype, metrics.get(name))
                 served = quantized.dequantize()
                 if not served.isfinite().all():
                     raise NumericError(f"The scales of {block.name}.{name} overflow {context.scale_dtype}.")
@@ -127,20 +132,28 @@ class Solved:
             self.damping *= 10
         raise NumericError(f"A Hessian of {len(self.matrix)} inputs is singular even with damping {self.damping:g}.")
 
-    def quantize(self, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
-        """Return codes and scales for weight float32 [n, k]; scales are in ``dtype``."""
-        importance = self.matrix.diagonal()
+    def quantize(
+        self, weight: Tensor, scheme: Scheme, dtype: torch.dtype, metric: Tensor | None = None
+    ) -> QuantizedWeight:
+        """Return codes and scales for weight float32 [n, k]; scales are in ``dtype``.
+
+        ``metric`` [heads, head_dim, head_dim] says how errors of a head's outputs add up; None: each counts alone.
+        """
         weight = weight.masked_fill(self.dead, 0.0)
         if self.options.scale_search:
-            scales = grid.searched_scales(weight, importance, scheme, dtype)
+            scales = grid.searched_scales(weight, self.matrix.diagonal(), scheme, dtype)
         else:
             scales = grid.minmax_scales(weight, scheme, dtype)
         if self.factor is None:
             return QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
-        quantized = QuantizedWeight(round_in_order(weight, self.factor, scales, scheme, self.order), scales)
-        if not self.options.refine:
+        codes = round_in_order(weight, self.factor, scales, scheme, self.order, metric)
+        quantized, rounds = QuantizedWeight(codes, scales), self.options.refine
+        if not rounds:
             return quantized
-        return refined(weight, self.hessian.damped(self.damping), quantized, scheme, self.options.refine)
+        matrix = self.hessian.damped(self.damping)
+        if metric is None:
+            return refined(weight, matrix, quantized, scheme, rounds)
+        return coupled.refined(weight, matrix, metric, quantized, scheme, rounds)
 
     def quantize_chained(self, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
         """Return int8 weights of the chained grid, and their scales in ``dtype``: sixteenths of int4 steps.
@@ -177,7 +190,14 @@ class Solved:
         return lost / total if total > 0 else 0.0
 
 
-def round_in_order(weight: Tensor, factor: Tensor, scales: Tensor, scheme: Scheme, order: Tensor | None) -> Tensor:
+def round_in_order(
+    weight: Tensor,
+    factor: Tensor,
+    scales: Tensor,
+    scheme: Scheme,
+    order: Tensor | None,
+    metric: Tensor | None = None,
+) -> Tensor:
     """Round weight [n, k] column by column in ``order``, spreading each error over the columns still to come.
 
     Args:
@@ -186,11 +206,13 @@ def round_in_order(weight: Tensor, factor: Tensor, scales: Tensor, scheme: Schem
         scales: [n, groups], fixed.
         scheme: gives group size and code range.
         order: int64 [k] permutation of the inputs, or None.
+        metric: of the outputs, see ``coupled``; None: rows are rounded one by one.
 
     Returns:
         int8 codes [n, k], in the weight's own column order.
     """
     n, k = weight.shape
+    together = None if metric is None else coupled.Column(metric, scheme)
     order = torch.arange(k, device=weight.device) if order is None else order
     size = k if scheme.group_size == CHANNEL else scheme.group_size
     work = weight[:, order].T.contiguous()  # [k, n]: a column of the weight is a contiguous row here
@@ -199,7 +221,10 @@ def round_in_order(weight: Tensor, factor: Tensor, scales: Tensor, scheme: Schem
     low, high = scheme.code_range
 
     def decide(column: int, rest: Tensor) -> Tensor:
-        code = (rest[0] / steps[column]).round_().clamp_(low, high)
+        if together is None:
+            code = (rest[0] / steps[column]).round_().clamp_(low, high)
+        else:
+            code = together(rest[0], steps[column])
         codes[column] = code.to(torch.int8)
         return code * steps[column]
 

@@ -121,18 +121,24 @@ def record(block: Block, group: ChannelGroup, stream: Stream, tokens: int) -> li
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorded.append((args, kwargs))
 
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    for hidden, kwargs in sequences(stream, tokens):
+        block.module(hidden, **kwargs)
+    handle.remove()
+    return [Call(args, kwargs, observe(block, group, args, kwargs)) for args, kwargs in recorded]
+
+
+def sequences(stream: Stream, tokens: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Yield calls with about ``tokens`` tokens, at least one sequence, taken evenly from all batches."""
     every = sum(len(batch) for batch in stream.batches)
     wanted = min(every, max(1, tokens // stream.batches[0].shape[1]))
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     seen = 0
     for hidden, kwargs in stream.calls():
         size = len(hidden)
         count = (seen + size) * wanted // every - seen * wanted // every
         seen += size
         if count:
-            block.module(hidden[:count], **{name: _first(value, size, count) for name, value in kwargs.items()})
-    handle.remove()
-    return [Call(args, kwargs, observe(block, group, args, kwargs)) for args, kwargs in recorded]
+            yield hidden[:count], {name: _first(value, size, count) for name, value in kwargs.items()}
 
 
 def _first(value: Any, size: int, count: int) -> Any:
