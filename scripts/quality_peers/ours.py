@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from qtoolkit.source import Source
-from quality_peers.contract import Job, Meter, Quantized, linears, tensors
+from quality_peers.contract import SCALE_BITS, Job, Meter, Quantized, linears, tensors
 
 REQUIRES: tuple[str, ...] = ()  # runs in this package's own environment
 
@@ -21,7 +21,7 @@ def quantize(job: Job, meter: Meter) -> Quantized:
     from qtoolkit import data, recipe as recipes
 
     tokens = job.calibration()
-    data.calibration_tokens = lambda *_: tokens  # instead of text of its own
+    data.calibration_tokens = lambda *_, **__: tokens  # instead of text of its own
     changes = {
         "scheme.group_size": job.group_size,
         "calibration.samples": tokens.shape[0],
@@ -37,10 +37,14 @@ def quantize(job: Job, meter: Meter) -> Quantized:
 
 
 def stored_bits(source: Source, model: torch.nn.Module) -> float:
-    """Return the bits a weight of the linear layers as the checkpoint stores them: codes, scales, what stays float."""
+    """Return the bits a weight of the linear layers in the checkpoint; floats count with 16, as everybody's do."""
     stored = weights = 0
     for name, layer in linears(model).items():
-        parts = [tensor for tensor in source.files if tensor.startswith(f"{name}.weight") and "shape" not in tensor]
-        stored += sum(8 * source.read(tensor).nbytes for tensor in parts)
+        for tensor in (each for each in source.files if each.startswith(f"{name}.weight") and "shape" not in each):
+            read = source.read(tensor)
+            if read.is_floating_point():  # scales, or a layer that stays in float
+                stored += SCALE_BITS * read.numel()
+            else:  # int32 words, the last of a row perhaps not full: 8 or 4 codes each
+                stored += round(32 * read.shape[1] / layer.in_features) * layer.weight.numel()
         weights += layer.weight.numel()
     return stored / weights
