@@ -33,7 +33,7 @@ class Residual(BaseModel):
         head: module of the language model that turns it into logits.
         norms: in a block, the norms that read it; the consumers of a group that one of them produces see it through
             them. Only norms that keep an orthogonal turn (root mean square, gain, no bias) may stand here.
-        writers: in a block, the linear layers whose outputs are added to it, each in the place of the norm it goes with.
+        writers: in a block, the linear layers whose outputs are added to it, each in its norm's place.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -34,7 +34,7 @@ def register_gate() -> None:
 def offer(layer: torch.nn.Module, layout: str) -> None:
     """Say for ``layer`` that it takes gate and up, if the backend of its weights does."""
     if ops.fuses_gate(layout):
-        layer._input_quant_key = kInt8DynamicTokenSym  # type: ignore[assignment]  # as vLLM's own kernels do
+        layer._input_quant_key = kInt8DynamicTokenSym  # as vLLM's own kernels do
 
 
 def _hand_on(x: Tensor, linear: torch.nn.Module) -> GateAndUp:
