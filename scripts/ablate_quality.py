@@ -28,10 +28,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no aim at the float network": {"gptq.aim": False},
     "inputs of the block in float": {"gptq.sequential": False},
+    "outputs rounded one by one": {"gptq.couple": False},
     "no refinement": {"gptq.refine": 0},
     "min-max scales": {"gptq.scale_search": False},
     "columns in their own order": {"gptq.activation_order": False},
-    "plain compensation (GPTQ)": {"gptq.aim": False, "gptq.sequential": False, "gptq.refine": 0},
+    "plain compensation (GPTQ)": {
+        "gptq.aim": False,
+        "gptq.sequential": False,
+        "gptq.couple": False,
+        "gptq.refine": 0,
+    },
     "rounding to nearest": {"gptq.compensate": False, "gptq.scale_search": False},
 }
 
