@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from qtoolkit.calibration.capture import layer_inputs, round_tokens
 from qtoolkit.stages import Block, Stream
 from qtoolkit.vision.matrix import Geometry
 
@@ -58,23 +55,6 @@ def shared_inputs(block: Block) -> dict[str, list[str]]:
         mates = [other for other in wanted if group and other in group.consumers] or [name]
         sets[mates[0]] = mates
     return sets
-
-
-@torch.inference_mode()
-def collect(block: Block, stream: Stream, activation_bits: int) -> dict[str, Hessian]:
-    """Return the Hessian of each set of targets (see ``shared_inputs``), from inputs rounded as they will be served.
-
-    Raises:
-        NumericError: an input holds NaN or Inf; the layer is named.
-    """
-    layers = {name: block.linear(name) for name in shared_inputs(block)}
-    found = {name: Hessian(layer.in_features, layer.weight.device) for name, layer in layers.items()}
-
-    def watch(name: str) -> Callable[[Tensor], None]:
-        return lambda x: found[name].update(round_tokens(x, activation_bits))
-
-    layer_inputs(block, stream, {name: watch(name) for name in found})
-    return found
 
 
 @torch.inference_mode()
