@@ -46,10 +46,14 @@ class Streams(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # 32 clients come at once; the default of 5 resets some of them on a busy machine
+
+
 @pytest.fixture
 def server() -> Iterator[str]:
     Streams.seen = []
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Streams)
+    running = Server(("127.0.0.1", 0), Streams)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{running.server_port}/v1"
     running.shutdown()
