@@ -1,7 +1,8 @@
 """Whether a compressed vision layer runs on a kernel here or as dense torch, and in words why not.
 
-The rule is a table measured with ``qtoolkit bench vision-kernels``, not a trial at load: the same checkpoint takes the
-same way on every machine with the same instruction set.
+The rule is a table, not a trial at load: the same checkpoint takes the same way on every machine with the same
+instruction set. It is provisional: least times of a busy machine, some cells interpolated; measure with
+``qtoolkit bench vision-kernels``.
 """
 
 from __future__ import annotations
