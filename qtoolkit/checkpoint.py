@@ -30,7 +30,7 @@ class LayerRecord(BaseModel):
     name: str
     scheme: str
     shape: tuple[int, int]
-    error: float = Field(description="|(W - Q) x|^2 / |W x|^2 on the calibration inputs")
+    error: float = Field(description="|(A - Q) x|^2 / |A x|^2 on the calibration inputs; A is the weight aimed at")
     figures: dict[str, float] = {}
 
     @property

@@ -19,7 +19,7 @@ from itertools import cycle
 from typing import NamedTuple
 
 Layer = Callable[[int], None]  # multiplies m tokens
-QUIET = 0.04  # seconds: the threads of whoever ran before have stopped spinning by then
+QUIET = 0.04  # seconds: most threads of whoever ran before have stopped spinning by then, not all (evals/LOG.md)
 
 
 class Kind(NamedTuple):
