@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,19 +62,33 @@ def load() -> Library:
         build.BuildError: it cannot be built or loaded, or QTOOLKIT_CPU_PATH names no path of this CPU.
     """
     file = build.library("w4a8", units(), tuple(sorted(FOLDER.glob("*.h"))), FLAGS)
-    try:
-        functions = ctypes.CDLL(str(file))
-    except OSError as error:
-        raise build.BuildError(f"the library does not load: {error}") from error
+    functions = opened(file)
     declare(functions)
-    paths: dict[str, int] = {}
-    while name := functions.qtk_path_name(len(paths)):
-        paths[name.decode()] = len(paths)
-    paths = {name: number for name, number in paths.items() if functions.qtk_path_supported(number)}
+    paths = supported_paths(functions.qtk_path_name, functions.qtk_path_supported)
     wanted = os.environ.get(PATH_VARIABLE) or next(iter(paths))
     if wanted not in paths:
         raise build.BuildError(f"{PATH_VARIABLE}={wanted} is no path of this CPU; it has {', '.join(paths)}")
     return Library(functions, file, paths, wanted)
+
+
+def opened(file: Path) -> ctypes.CDLL:
+    """Load a compiled library.
+
+    Raises:
+        build.BuildError: the system refuses it.
+    """
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        raise build.BuildError(f"the library does not load: {error}") from error
+
+
+def supported_paths(name: Callable[[int], bytes | None], runs: Callable[[int], int]) -> dict[str, int]:
+    """Return the code paths that this CPU can run, best first: ``name(i)`` of path i, None behind the last."""
+    numbers: dict[str, int] = {}
+    while found := name(len(numbers)):
+        numbers[found.decode()] = len(numbers)
+    return {path: number for path, number in numbers.items() if runs(number)}
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -57,23 +56,8 @@ def headers() -> tuple[Path, ...]:
     return (*sorted(FOLDER.glob("*.h")), linear.FOLDER / "threads.h")
 
 
-@dataclass(frozen=True)
-class Library:
-    """The loaded library: its functions, its file, the paths this CPU can run (best first) and the chosen one."""
-
-    functions: ctypes.CDLL
-    file: Path
-    paths: dict[str, int]
-    path: str
-
-    @property
-    def path_id(self) -> int:
-        """The chosen path's number, as the library's functions want it."""
-        return self.paths[self.path]
-
-
 @lru_cache(maxsize=1)
-def load() -> Library:
+def load() -> linear.Library:
     """Build the library if need be, load it, and choose a code path.
 
     QTOOLKIT_CPU_PATH forces one; a name that only the W4A8 kernels have (avxvnni) means the next one down here.
@@ -82,16 +66,10 @@ def load() -> Library:
         build.BuildError: it cannot be built or loaded, or QTOOLKIT_CPU_PATH names no path of this CPU.
     """
     file = build.library("vision", units(), headers(), linear.FLAGS)
-    try:
-        functions = ctypes.CDLL(str(file))
-    except OSError as error:
-        raise build.BuildError(f"the library does not load: {error}") from error
+    functions = linear.opened(file)
     declare(functions)
-    paths: dict[str, int] = {}
-    while name := functions.qtv_path_name(len(paths)):
-        paths[name.decode()] = len(paths)
-    paths = {name: number for name, number in paths.items() if functions.qtv_path_supported(number)}
-    return Library(functions, file, paths, choose(os.environ.get(linear.PATH_VARIABLE), tuple(paths)))
+    paths = linear.supported_paths(functions.qtv_path_name, functions.qtv_path_supported)
+    return linear.Library(functions, file, paths, choose(os.environ.get(linear.PATH_VARIABLE), tuple(paths)))
 
 
 def choose(wanted: str | None, paths: tuple[str, ...]) -> str:
