@@ -31,6 +31,7 @@ from qtoolkit.calibration import criteria, filters, logs, projections
 from qtoolkit.calibration.options import Options
 from qtoolkit.calibration.regularizers import REGULARIZERS, Plain
 from qtoolkit.calibration.schedules import still_dense
+from qtoolkit.calibration.teaching import Teaching
 from qtoolkit.errors import NumericError, RequestError
 from qtoolkit.stages import Block, ChannelGroup, Stream
 from qtoolkit.vision.context import VisionContext
@@ -56,7 +57,10 @@ class RecoverOptions(Options):
     settle: float = Field(1.0, ge=0, le=1, description="part of the training after which removed filters stay away")
     regularizer: Literal["none", "sr-ste", "cr-kl", "ags-sad", "admm"] = "none"
     strength: float = Field(2e-4, ge=0, description="the regularizer's factor")
+    distill: float = Field(0.0, ge=0, le=1, description="part of the loss that is learnt from the float network")
+    temperature: float = Field(4.0, gt=0, description="of its answers")
     augment: bool = Field(True, description="random shifts and mirroring as the architecture says")
+    bfloat16: bool = Field(False, description="multiply in bfloat16: twice as fast where the processor can")
 
 
 class Recover:
@@ -98,6 +102,9 @@ class Training:
                 self.groups = filters.chosen(block, options.where, context)
                 names = [name for group in self.groups for name in criteria.made_by(block, group)]
             self.weights = {f"{name}.weight": weight_of(block, name) for name in names}
+        if options.soft and context.pattern.kind == "nm":
+            for weight in self.weights.values():  # a training from sparse weights starts from what they compute
+                weight.data = projections.latent(weight.data, *context.pattern.nm)
         self.masks: dict[str, Tensor] = {}
         self.epoch = 0
         decayed = [p for p in self.network.parameters() if p.dim() > 1 or _is_flat_weight(p, self.network)]
@@ -109,6 +116,7 @@ class Training:
             momentum=options.momentum,
             nesterov=options.momentum > 0,
         )
+        self.teaching = Teaching(options.distill, options.temperature, context.taught_by)
         self.regularizer: Plain = REGULARIZERS[options.regularizer](options.strength)
         self.regularizer.start(self)
 
@@ -144,7 +152,13 @@ class Training:
     def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of x with some weights replaced."""
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster on a CPU
-        return functional_call(self.network, dict(weights), (x,)) if weights else self.network(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.options.bfloat16):
+            return (functional_call(self.network, dict(weights), (x,)) if weights else self.network(x)).float()
+
+    def error(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Return how far ``logits`` are from what labels and teacher say about the images x of classes y."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.options.bfloat16):
+            return self.teaching.error(logits, x, y)
 
     def run(self) -> dict[str, dict[str, float]]:
         """Train all epochs that are not done yet."""

@@ -35,7 +35,7 @@ class Plain:
 
     def loss(self, trainer: Training, views: list[Tensor], y: Tensor) -> Tensor:
         """Return the loss of one batch."""
-        return F.cross_entropy(trainer.forward(views[0], trainer.projected()), y)
+        return trainer.error(trainer.forward(views[0], trainer.projected()), views[0], y)
 
     @torch.no_grad()
     def after_backward(self, trainer: Training) -> None:
@@ -83,15 +83,16 @@ class Consistency(Plain):
         trainer.add_parameters(list(self.head.parameters()))
 
     def loss(self, trainer: Training, views: list[Tensor], y: Tensor) -> Tensor:
-        """Return the two losses and the two divergences."""
+        """Return the two errors and the two divergences."""
         masked = {name: weight * trainer.masks[name] for name, weight in trainer.weights.items()}
         masked |= {f"{self.name}.{name}": parameter for name, parameter in self.head.named_parameters()}
         pruned, dense = trainer.forward(views[0], masked), trainer.forward(views[1], {})
+        errors = trainer.error(pruned, views[0], y) + trainer.error(dense, views[1], y)
         p, r = pruned.log_softmax(dim=1), dense.log_softmax(dim=1)
         divergences = F.kl_div(p, r.detach(), reduction="batchmean", log_target=True) + F.kl_div(
             r, p.detach(), reduction="batchmean", log_target=True
         )
-        return F.nll_loss(p, y) + F.nll_loss(r, y) + self.strength / 2 * divergences
+        return errors + self.strength / 2 * divergences
 
     def finish(self, trainer: Training) -> None:
         """The pruned pass's classifier becomes the network's."""

@@ -224,7 +224,8 @@ def _accuracy(loaded: runtime.Loaded, images: data.Images, reference: str | None
         return Accuracy(images=count, value=value, error=_error(value, count))
     named = loaded.manifest.architecture
     other = models.resolve(reference) if named == TRANSFORMERS else models.resolve(named, reference)
-    theirs = measure.logits(other.network, images, architecture).argmax(dim=1)
+    network = other.network if other.original is None else other.original()
+    theirs = measure.logits(network, images, architecture).argmax(dim=1)
     differences = right - (theirs == images.y).double()
     return Accuracy(
         images=count,

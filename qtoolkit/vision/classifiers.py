@@ -62,7 +62,7 @@ def resolve(source: Source) -> Model:
     for name, tensor in network.state_dict().items():
         if not tensor.isfinite().all():
             raise NumericError(f"{source.name}: {name} holds NaN or Inf.", "The weights are damaged.")
-    return Model(source.name, answering(network), architecture, trained=True, folder=source.path)
+    return Model(source.name, answering(network), architecture, lambda: resolve(source).network, source.path)
 
 
 def read(source: Source) -> Classifier:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from qtoolkit.errors import RequestError
 from qtoolkit.job import Job
 from qtoolkit.stages import Stream
 from qtoolkit.vision.data import Images
@@ -20,7 +22,10 @@ Progress = Callable[[str], None]  # is given every line worth reading
 
 @dataclass(frozen=True)
 class VisionContext:
-    """The pattern to reach, the training images, the seed, a line to the user, and where a long step saves itself."""
+    """The pattern to reach, the training images, the seed, a line to the user, and where a long step saves itself.
+
+    ``original`` makes the trained float network anew, as it was before any step; None if its weights are random.
+    """
 
     pattern: Pattern
     architecture: Architecture
@@ -28,6 +33,17 @@ class VisionContext:
     seed: int
     say: Progress
     job: Job | None = None
+    original: Callable[[], nn.Module] | None = None
+
+    def taught_by(self) -> nn.Module:
+        """Return a copy of the float network that the weights were trained for, for a step to learn from.
+
+        Raises:
+            RequestError: the weights are random.
+        """
+        if self.original is None:
+            raise RequestError("Nothing can be learnt from random weights.", "Add --weights, or recover.distill=0.")
+        return self.original()
 
     def generator(self) -> torch.Generator:
         """Return a fresh source of randomness that depends on the recipe's seed alone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -70,6 +70,7 @@ class Architecture(BaseModel):
     groups: tuple[ChannelGroup, ...] = ()
     dropped: tuple[str, ...] = ()
     folds: dict[str, str] = {}  # a layer and the norm whose sign alone is read: both become a threshold if binary
+    weights_of: str = ""  # the network whose trained weights fit by name, though this one answers otherwise with them
 
     def short(self, seed: int = 0) -> nn.Module:
         """Return the network with random weights and without the blocks that are left out."""
@@ -86,12 +87,15 @@ class Architecture(BaseModel):
 
 @dataclass(frozen=True)
 class Model:
-    """A float network ready to be compressed, with what is known about it, and the folder it came from if any."""
+    """A float network ready to be compressed, with what is known about it, and the folder it came from if any.
+
+    ``original`` makes the trained network anew, with which accuracy is compared; None if the weights are random.
+    """
 
     name: str
     network: nn.Module
     architecture: Architecture
-    trained: bool
+    original: Callable[[], nn.Module] | None
     folder: Path | None = None
 
     def block(self, kind: str = "") -> Block:
@@ -170,7 +174,9 @@ def resolve(name: str, weights: str | Path | None = None, seed: int = 0) -> Mode
     network = architecture.build(seed).eval()
     if weights is not None:
         load_state(network, read_weights(Path(weights).expanduser()), f"{weights}")
-    return Model(name, network, architecture, trained=weights is not None)
+    own = architecture.weights_of or name
+    original = (lambda: resolve(own, weights).network) if weights is not None else None
+    return Model(name, network, architecture, original)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def compress(
     began = time.monotonic()
     settings = recipe if isinstance(recipe, VisionRecipe) else recipes.load(recipe, changes, VisionRecipe)
     resolved = models.resolve(model, weights, settings.calibration.seed)
-    if not resolved.trained and not any(step in settings.steps for step in TRAINING_STEPS):
+    if resolved.original is None and not any(step in settings.steps for step in TRAINING_STEPS):
         raise RequestError(
             f"The recipe {settings.name} does not train, and {model} has no weights.", "Add --weights FILE."
         )
@@ -140,8 +140,9 @@ class Run:
 
     def work(self, transforms: Mapping[str, Any], job: Job) -> None:
         """Measure the network as it is, then apply every transform."""
-        if self.test is not None and self.model.trained:
-            self._measure("accuracy_before", self.model.network)
+        original = self.model.original
+        if self.test is not None and original is not None:
+            self._measure("accuracy_before", original())
         settings = self.recipe.calibration
         choose = registry.selectors.get(settings.select)
         samples, seed, architecture = settings.samples, settings.seed, self.model.architecture
@@ -149,7 +150,7 @@ class Run:
         x, self.classes = next(calibration.batches(measure.batch_of(architecture, ALIKE), architecture))
         self.compared, self.dense = x, similarity.grams(self.model.network, self.block.targets, x)
         images = stream(calibration, architecture)
-        context = VisionContext(self.recipe.scheme, architecture, self.training, seed, self.say, job)
+        context = VisionContext(self.recipe.scheme, architecture, self.training, seed, self.say, job, original)
         for step, transform in transforms.items():
             began = time.monotonic()
             for name, figures in transform.apply(self.block, images, context).items():

@@ -73,3 +73,11 @@ def test_a_schedule_falls_to_zero_at_the_end_of_its_ramp(name: str) -> None:
 def test_a_pattern_that_means_nothing_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="pattern"):
         Pattern(pattern=text)
+
+
+def test_a_latent_weight_under_its_soft_mask_is_the_sparse_weight() -> None:
+    weight = torch.randn(32, 16, 3, 3, generator=torch.Generator().manual_seed(0)) * 0.1
+    sparse = weight * projections.nm_mask(weight, 2, 4)
+    latent = projections.latent(sparse, 2, 4)
+    assert (latent.abs() <= sparse.abs()).all()
+    torch.testing.assert_close(latent * projections.soft_mask(latent, 2, 4), sparse, rtol=1e-5, atol=1e-7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from qtoolkit.calibration.recover import Recover, RecoverOptions, Training
-from qtoolkit.errors import NumericError
+from qtoolkit.calibration.teaching import Teaching
+from qtoolkit.errors import NumericError, RequestError
 from qtoolkit.job import Job
 from qtoolkit.stages import Block, Stream
 from qtoolkit.vision import data, layers, models
@@ -128,3 +130,28 @@ def test_a_training_that_diverges_is_one_sentence() -> None:
     block, images, context = prepared(NM)
     with pytest.raises(NumericError, match=r"NaN or Inf in epoch"):
         Recover(RecoverOptions(epochs=3, batch=32, lr=1e30, masks="forward")).apply(block, images, context)
+
+
+def test_a_pupil_is_held_against_labels_and_the_float_networks_answers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, logits = torch.randn(6, 4, generator=generator), torch.randn(6, 3, generator=generator)
+    teacher, y = torch.nn.Linear(4, 3), torch.tensor([0, 2, 1, 1, 0, 2])
+    aim = (teacher(x) / 2).softmax(dim=1)
+    divergence = (aim * (aim / (logits / 2).softmax(dim=1)).log()).sum(dim=1).mean()
+    labels = -logits.softmax(dim=1)[range(6), y].log().mean()
+    found = Teaching(0.75, 2.0, lambda: teacher).error(logits, x, y)
+    torch.testing.assert_close(found, 0.25 * labels + 0.75 * 4 * divergence)
+    torch.testing.assert_close(Teaching(0.0, 2.0, pytest.fail).error(logits, x, y), labels)
+
+
+@pytest.mark.parametrize("method", ["sr-ste", "cr-sfp"])
+def test_a_pupil_of_its_own_float_network_moves_towards_it_without_labels(method: str) -> None:
+    pattern, options = METHODS[method]
+    block, images, context = prepared(pattern)
+    weights = copy.deepcopy(block.module)
+    taught = replace(context, original=lambda: copy.deepcopy(weights))
+    settings = RecoverOptions(epochs=4, batch=32, lr=0.05, distill=1.0, bfloat16=True, **options)
+    report = Recover(settings).apply(block, images, taught)
+    assert report["epoch-4"]["loss"] < 0.8 * report["epoch-1"]["loss"]
+    with pytest.raises(RequestError, match="random weights"):
+        Training(block, settings, context)
