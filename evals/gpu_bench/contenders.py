@@ -146,7 +146,9 @@ def torch_scaled_mm(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
     def on(x: Tensor) -> Callable[[], object]:
         tokens = x.to(torch.float8_e4m3fn)
         rows = torch.ones(x.shape[0], 1, device=x.device)
-        return lambda: torch._scaled_mm(tokens, own, scale_a=rows, scale_b=columns, out_dtype=DTYPE)
+        return lambda: torch._scaled_mm(
+            tokens, own, scale_a=rows, scale_b=columns, out_dtype=DTYPE, use_fast_accum=True
+        )
 
     return on
 

@@ -72,9 +72,16 @@ def refuse_shape(problem: Problem) -> str | None:
 
 
 def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Permute a checkpoint's weight into fragment order, on the device it lies on."""
+    """Permute a checkpoint's weight into fragment order, on the device it lies on; waits until it is written.
+
+    A product reads weights and group scales before the launch ahead of it has ended: that must not be the one which
+    writes them.
+    """
     order = layout.CHAINED if problem.chained else layout.PLAIN
-    return layout.prepare(packed, scales, problem.k, problem.group_size, order)
+    own = layout.prepare(packed, scales, problem.k, problem.group_size, order)
+    if own[0].is_cuda:
+        torch.cuda.current_stream(own[0].device).synchronize()
+    return own
 
 
 @dataclass(frozen=True)

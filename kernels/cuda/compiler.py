@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,8 +37,24 @@ def nvrtc() -> ctypes.CDLL | None:
         except OSError:
             continue
         library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        _load_builtins(library, folders)
         return library
     return None
+
+
+def _load_builtins(library: ctypes.CDLL, folders: Sequence[Path]) -> None:
+    """Load NVRTC's second library, which it asks for by name only: packages of 13.0 say nowhere where it lies.
+
+    What is loaded already is found by its name. Where it lies on the loader's path, as in CUDA's own folder, there is
+    nothing to do.
+    """
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    name = f"libnvrtc-builtins.so.{major.value}.{minor.value}"
+    for path in (path for folder in folders for path in folder.glob(f"*/lib/{name}")):
+        with contextlib.suppress(OSError):  # of another processor, say; a later compilation names what it misses
+            ctypes.CDLL(str(path))
+            return
 
 
 @lru_cache(maxsize=1)

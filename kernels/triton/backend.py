@@ -123,7 +123,8 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if rows.numel() == 0 or (x.is_cuda and torch.cuda.get_device_capability(x.device) < CAPABILITY):
         return reference.quantize_tokens(x)
-    codes, scales = quantize(rows)
+    with torch.cuda.device_of(x):
+        codes, scales = quantize(rows)
     return codes[:, : x.shape[-1]].reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
 
 
@@ -172,9 +173,10 @@ def run(
         return out
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens, k = rows.shape
-    codes, token_scales = quantize(rows, chained)
-    cut = choose(tokens, n, k, group_size != -1, x.device)
-    multiply(codes, token_scales, weight, scales, bias, out.view(tokens, n), group_size, cut, chained)
+    with torch.cuda.device_of(x):  # Triton launches on the current device; a tensor of the CPU changes nothing
+        codes, token_scales = quantize(rows, chained)
+        cut = choose(tokens, n, k, group_size != -1, x.device)
+        multiply(codes, token_scales, weight, scales, bias, out.view(tokens, n), group_size, cut, chained)
     return out
 
 

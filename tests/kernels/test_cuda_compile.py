@@ -1,8 +1,10 @@
 """Compiles every CUDA kernel ahead of time and reads what the assembler made of it; needs nvcc, no GPU."""
 
+import ctypes
 import re
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from qtoolkit.kernels.cuda import compiler, plan, source
 from qtoolkit.kernels.cuda.source import Tiling
 
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 GROUPED = [shape for shape in plan.SHAPES if shape.tokens < 256]
 # Tiling, scales per group, chained grid; a fused product has the largest share that it may have.
@@ -128,3 +131,25 @@ def test_nvrtc_compiles_without_any_header(tmp_path: Path, monkeypatch: pytest.M
         assert compiler.cubin(kernel.text()).startswith(b"\x7fELF")
     with pytest.raises(RuntimeError, match="refused"):
         compiler.cubin("this is no CUDA")
+
+
+@needs_gxx
+def test_nvrtcs_second_library_is_loaded_from_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for by name only; a package of 13.0 whose folder is not on the loader's path failed here."""
+    folder = tmp_path / "nvidia" / "cu99" / "lib"
+    folder.mkdir(parents=True)
+    stub = """extern "C" int nvrtcVersion(int* major, int* minor) { *major = 99; *minor = 7; return 0; }
+              extern "C" const char* nvrtcGetErrorString(int) { return 0; }"""
+    for name, content in (("libnvrtc.so.19", stub), ("libnvrtc-builtins.so.99.7", "int nothing;")):
+        stub_file = tmp_path / "stub.cpp"
+        stub_file.write_text(content)
+        command = ["g++", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(stub_file)]
+        subprocess.run(command, check=True)
+    monkeypatch.setattr(compiler, "NAMES", ())
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    compiler.nvrtc.cache_clear()
+    try:
+        assert compiler.nvrtc() is not None
+        ctypes.CDLL("libnvrtc-builtins.so.99.7")  # by name: only what is loaded already is found so
+    finally:
+        compiler.nvrtc.cache_clear()
