@@ -6,9 +6,9 @@
     python scripts/bench_gpu.py --plan                    what would run; needs no GPU
     python scripts/bench_gpu.py --report gpu.json         the tables of a result, also of one that was cut short
 
-The JSON file is rewritten after every step, so a run that is cut keeps what it had; a kernel that never returns is
-ended at the deadline. Peers that are not installed (humming-kernels, gemlite) are named at the end, with everything
-else that could not run.
+The JSON file is rewritten as the run goes, so a run that is cut keeps what it had. All figures come from one process; a
+kernel that never returns, or one after which the device answers no more, ends it, and another goes on without that
+step. Peers that are not installed (humming-kernels, gemlite) are named at the end, with everything that could not run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,15 @@ if find_spec("qtoolkit") is None:  # not installed: take it from this checkout
 
 import torch
 
-from qtoolkit.evals.gpu_bench import contenders, report, steps
+from qtoolkit.evals.gpu_bench import contenders, report, steps, watch
 from qtoolkit.evals.gpu_bench.clock import CpuClock, GpuClock
 from qtoolkit.evals.gpu_bench.contenders import Contender
-from qtoolkit.evals.gpu_bench.session import GRACE, Run
+from qtoolkit.evals.gpu_bench.session import PATIENCE, Run
 
 SHAPES = ("4096x4096", "14336x4096", "4096x14336", "8192x8192", "28672x8192")  # n x k
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 4096)
 QUICK = (("8192x8192",), (1, 16, 64, 128, 256, 1024))
+RESERVE = 60.0  # seconds of a run for what follows the grid: spread, graphs, names of kernels
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -52,6 +53,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=440, help="start nothing new after so long")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try this script")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # marks the process that measures, see ``watch``
     asked = parser.parse_args(words)
     if asked.out is None and asked.report is None and not asked.plan:
         parser.error("--out FILE is needed")
@@ -97,8 +99,10 @@ def print_report(result: Mapping[str, Any]) -> None:
         if result.get(name):
             print(f"{name}: {json.dumps(result[name], indent=1)}")
     print("could not run:", *(result.get("could_not") or ["nothing"]), sep="\n  ")
-    checks = result.get("checks") or {"run": 0, "wrong": []}
-    print(f"checks: {checks['run']} run, {len(checks['wrong'])} wrong")
+    checks = result.get("checks") or {}
+    print(f"checks: {checks.get('run', 0)} run, {len(checks.get('wrong', []))} wrong")
+    if result.get("lost"):
+        print(f"measured by {len(result['lost']) + 1} processes, see above")
     if not result.get("finished", True):
         print("this result is of a run that was cut short")
 
@@ -106,36 +110,55 @@ def print_report(result: Mapping[str, Any]) -> None:
 def measure(
     run: Run, asked: argparse.Namespace, field: Sequence[Contender], shapes: list[str], tokens: list[int]
 ) -> None:
-    """Do every step, keeping the result after each."""
-    gpu = run.device == "cuda"
-    run.result["environment"] = steps.environment(run.device)
+    """Do every step that the result does not hold already, keeping it after each."""
+    gpu, result = run.device == "cuda", run.result
+
+    def once(name: str, step: Callable[[], Any], patience: float = PATIENCE) -> None:
+        if result.get(name) is None:
+            result[name] = run.attempt(name, step, patience=patience)
+            run.keep()
+
+    once("environment", lambda: steps.environment(run.device))
     if gpu:
-        run.attempt("compiling ahead", lambda: steps.compile_ahead(shapes))
-    run.result["ceilings"] = steps.ceilings(run)
-    print(run.result["environment"], {k: f"{v:.3e}" for k, v in run.result["ceilings"].items()}, flush=True)
-    run.keep()
+        run.attempt("compiling ahead", lambda: steps.compile_ahead(shapes), patience=180.0)
+    once("ceilings", lambda: steps.ceilings(run))
+    print(result["environment"], {k: f"{v:.3e}" for k, v in (result["ceilings"] or {}).items()}, flush=True)
     steps.check(run)
     run.keep()
     if asked.tune and gpu:
-        from qtoolkit.evals.gpu_bench import tuning
-        from qtoolkit.kernels.cuda import plan
-
-        path = run.attempt("tuning", lambda: tuning.tune(run, shapes, tokens, asked.out.resolve().parent))
-        if path is not None and path.is_file():
-            os.environ["QTOOLKIT_TUNING"] = str(path.parent)  # what follows is measured with the new table
-            plan.table.cache_clear()
-            plan.choose.cache_clear()
-            print(f"wrote {path}", flush=True)
-        run.keep()
-    steps.grid(run, field, shapes, tokens, asked.repeats)
+        tune(run, shapes, tokens, asked.out.resolve().parent)
+    times = result.setdefault("times", {})
+    quick = [contender for contender in field if contender.name not in steps.SLOW]
+    steps.grid(run, quick, shapes, tokens, asked.repeats, times, RESERVE if gpu else 0.0)
     if gpu:
-        run.result["spread"] = run.attempt("spread", lambda: steps.spread(run, shapes, tokens, asked.repeats))
-        run.keep()
+        once("spread", lambda: steps.spread(run, shapes, tokens, asked.repeats))
         if asked.only is None:
-            run.result["series"] = run.attempt("CUDA-graph series", lambda: steps.series(run))
-            run.keep()
-            run.result["kernels"] = run.attempt("kernel names", lambda: steps.kernel_names(run, field))
-            run.keep()
+            once("series", lambda: steps.series(run))
+            once("kernels", lambda: steps.kernel_names(run, quick))
+    steps.grid(run, [contender for contender in field if contender not in quick], shapes, tokens, asked.repeats, times)
+    steps.void(run)
+
+
+def tune(run: Run, shapes: Sequence[str], tokens: Sequence[int], folder: Path) -> None:
+    """Write this card's table, unless a process before this one has, and let what follows be measured with it."""
+    from qtoolkit.evals.gpu_bench import tuning
+    from qtoolkit.kernels.cuda import plan
+
+    if "tuning" not in run.result:
+        run.attempt("tuning", lambda: tuning.tune(run, shapes, tokens, folder))
+        run.keep()
+    os.environ["QTOOLKIT_TUNING"] = str(folder)
+    plan.table.cache_clear()
+    plan.choose.cache_clear()
+
+
+def opened(asked: argparse.Namespace) -> Run:
+    """Return the run, with what a process before this one has found."""
+    held = json.loads(asked.out.read_text()) if asked.out.exists() else {}
+    notes = held.pop("could_not", [])
+    held.pop("finished", None)
+    clock = GpuClock() if asked.device == "cuda" else CpuClock()
+    return Run(asked.device, clock, asked.until, asked.out, held, notes)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -161,21 +184,33 @@ def main(words: Sequence[str] | None = None) -> int:
     if gpu and not torch.cuda.is_available():
         print("no CUDA device: this script measures GPUs (--plan and --device cpu try the script)", file=sys.stderr)
         return 1
+    if asked.until is not None:  # this is the process that measures
+        watch.end_with_parent()
+        run = opened(asked)
+        try:
+            measure(run, asked, field, shapes, tokens)
+        finally:
+            run.keep()
+        run.keep(finished=True)
+        return 0
+    return watched(asked, sys.argv[1:] if words is None else words)
+
+
+def watched(asked: argparse.Namespace, words: Sequence[str]) -> int:
+    """Let another process measure, and print what it found, however it ended."""
+    asked.out.unlink(missing_ok=True)
     until = time.monotonic() + asked.seconds
-    run = Run(asked.device, GpuClock() if gpu else CpuClock(), until, asked.out)
-    guard = run.guard()
-    print(f"nothing new starts after {asked.seconds:.0f} s; the process ends {GRACE:.0f} s later at most", flush=True)
-    try:
-        measure(run, asked, field, shapes, tokens)
-    finally:
-        guard.cancel()
-        run.keep()
-    run.keep(finished=True)
-    if not gpu:
+    print(f"nothing new starts after {asked.seconds:.0f} s; all ends {watch.GRACE:.0f} s later at most", flush=True)
+    watch.supervise([sys.executable, str(Path(__file__).resolve()), *words, "--until", str(until)], asked.out, until)
+    if not asked.out.exists():
+        print("nothing was measured: the reason stands above", file=sys.stderr)
+        return 1
+    result = json.loads(asked.out.read_text())
+    if asked.device != "cuda":
         print("these figures try the script on a CPU; they say nothing about the kernels")
-    print_report({**run.result, "could_not": run.could_not})
-    checks = run.result["checks"]
-    return 1 if checks["wrong"] or not checks["run"] else 0
+    print_report(result)
+    checks = result.get("checks", {})
+    return 1 if checks.get("wrong") or not checks.get("run") or not result["finished"] else 0
 
 
 if __name__ == "__main__":

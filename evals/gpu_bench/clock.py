@@ -82,6 +82,7 @@ def summary(times: list[float]) -> dict[str, float]:
 def graph_series(calls: list[Call], replays: int = 20) -> float:
     """Return the microseconds of one call inside a CUDA graph of all ``calls`` (layers with their own weights, say)."""
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()  # the layers are there before another stream reads them
     with torch.cuda.stream(stream):  # a warm-up outside capture loads modules and compiles
         for call in calls:
             call()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from qtoolkit.evals.gpu_bench.session import PATIENCE
 from qtoolkit.kernels import ops, reference, selection
 from qtoolkit.kernels.selection import Problem
 
@@ -67,6 +68,8 @@ class Contender:
     group_size: int = -1
     whole: bool = True  # takes floats and gives the layer's result; else a part of the work
     most: int | None = None  # more tokens than these say nothing new
+    of: str = ""  # whose kernels it runs, where those might break a run: "cuda", "triton" or a package
+    patience: float = PATIENCE  # seconds that one point may take, compilation included
 
 
 def ours(backend_name: str, chained: bool = False) -> Build:
@@ -187,28 +190,29 @@ def gemlite(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
     return lambda x: lambda: layer(x)
 
 
-OURS = Contender("ours", "ours", ours("cuda"))
-OURS_GROUPED = Contender("ours g128", "ours", ours("cuda"), 128)
-TWO_LAUNCHES = Contender("ours, two launches", "ours", ours_by_hand(product_only=False), most=16)
+COMPILES = 120.0  # seconds that a peer may take to compile and tune itself at one point
+OURS = Contender("ours", "ours", ours("cuda"), of="cuda")
+OURS_GROUPED = Contender("ours g128", "ours", ours("cuda"), 128, of="cuda")
+TWO_LAUNCHES = Contender("ours, two launches", "ours", ours_by_hand(product_only=False), most=16, of="cuda")
 YARDSTICK = Contender("torch.mm bf16", "bf16", torch_mm)
-HUMMING = Contender("humming", "w4a8", humming(product_only=False))
+HUMMING = Contender("humming", "w4a8", humming(product_only=False), of="humming", patience=COMPILES)
 CONTENDERS = (
     YARDSTICK,
     OURS,
     OURS_GROUPED,
     TWO_LAUNCHES,
-    Contender("ours, product", "ours", ours_by_hand(product_only=True), whole=False),
-    Contender("ours g128, product", "ours", ours_by_hand(product_only=True), 128, whole=False),
+    Contender("ours, product", "ours", ours_by_hand(product_only=True), whole=False, of="cuda"),
+    Contender("ours g128, product", "ours", ours_by_hand(product_only=True), 128, whole=False, of="cuda"),
     Contender("torch._scaled_mm fp8", "w8a8", torch_scaled_mm, whole=False),
     Contender("torch._int_mm", "w8a8", torch_int_mm, whole=False),
     # the codes are random, so a chained layer is another layer: its results are checked, not compared
-    Contender("ours chained", "ours", ours("cuda", chained=True), whole=False),
-    Contender("ours chained, product", "ours", ours_by_hand(product_only=True, chained=True), whole=False),
-    Contender("ours, triton", "ours", ours("triton")),
+    Contender("ours chained", "ours", ours("cuda", chained=True), whole=False, of="cuda"),
+    Contender("ours chained, product", "ours", ours_by_hand(product_only=True, chained=True), whole=False, of="cuda"),
+    Contender("ours, triton", "ours", ours("triton"), of="triton"),
     HUMMING,
-    Contender("humming, product", "w4a8", humming(product_only=True), whole=False),
-    Contender("humming g128", "w4a8", humming(product_only=False), 128),
-    Contender("gemlite", "w4a8", gemlite),
+    replace(HUMMING, name="humming, product", build=humming(product_only=True), whole=False),
+    replace(HUMMING, name="humming g128", group_size=128),
+    Contender("gemlite", "w4a8", gemlite, of="gemlite", patience=COMPILES),
 )
 ON_A_CPU = (
     YARDSTICK,

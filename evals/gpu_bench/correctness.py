@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qtoolkit.evals.gpu_bench.contenders import DTYPE, Weight, random_weight
 from qtoolkit.kernels import chained, ops, reference, selection
-from qtoolkit.kernels.selection import Problem
+from qtoolkit.kernels.selection import Backend, Problem
+
+if TYPE_CHECKING:
+    from qtoolkit.kernels.cuda.source import Tiling
 
 # |out - want| / |want|: half a unit in the last place of bfloat16 is 2^-9 of a value, 2e-3; on average about half of it
 BOUND = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
@@ -36,70 +42,94 @@ def poison(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     torch.full(shape, torch.nan, dtype=dtype, device=device)
 
 
-def operators(names: tuple[str, ...], device: str, seed: int) -> Iterator[dict[str, object]]:
-    """Check the operator on each backend: odd sizes, groups, dtypes, with and without bias, twice for equal bits."""
-    shapes = [(1, 4096, 4096), (3, 136, 264), (17, 1000, 520), (65, 512, 1152), (100, 3072, 8192), (300, 640, 2048)]
+@dataclass(frozen=True)
+class Case:
+    """One check: what it is in words, whose kernels it runs, and the call that gives its outcome.
+
+    The outcome has "refused" with a reason, or "error" (see ``distance``) and "right".
+    """
+
+    what: str
+    of: str
+    run: Callable[[], dict[str, object]]
+
+
+OPERATORS = ((1, 4096, 4096), (3, 136, 264), (17, 1000, 520), (65, 512, 1152), (100, 3072, 8192), (300, 640, 2048))
+TILED = (768, 4096)  # n and k that wrap the rings
+TILED_TOKENS = (5, 8, 13, 40, 64, 90, 128, 250, 1000)
+
+
+def operators(names: tuple[str, ...], device: str, seed: int) -> Iterator[Case]:
+    """Yield checks of the operator on each backend: odd sizes, groups, dtypes, with and without bias, twice."""
     for backend in selection.backends():
         if backend.name not in names:
             continue
-        for tokens, n, k in shapes if device == "cuda" else shapes[1:3]:
+        for tokens, n, k in OPERATORS if device == "cuda" else OPERATORS[1:3]:
             for group_size, dtype in [(-1, DTYPE), (-1, torch.float16), (128, DTYPE), (64, DTYPE)]:
                 if group_size != -1 and k % group_size:
                     continue
                 problem = Problem(k, n, group_size, dtype, device, backend.chained)
-                case = {
-                    "backend": backend.name,
-                    "chained": backend.chained,
-                    "tokens": tokens,
-                    "n": n,
-                    "k": k,
-                    "group_size": group_size,
-                }
-                case |= {"dtype": str(dtype).removeprefix("torch.")}
-                if reason := backend.refuse(problem):
-                    yield case | {"refused": reason}
-                    continue
-                weight = random_weight(n, k, group_size, device, seed := seed + 1)
-                x = torch.randn(tokens, k, device=device).to(dtype)
-                bias = torch.randn(n, device=device).to(dtype) if tokens % 2 else None
-                own = backend.prepare(weight.packed(), weight.scales, problem)
-                runs = []
-                for _ in range(2):
-                    poison((tokens, n), dtype, device)
-                    runs.append(ops.w4a8_linear(x, *own, bias, n, group_size, backend.layout).clone())
-                error = distance(runs[0], want(x, weight, bias, backend.chained))
-                same = torch.equal(*runs)
-                yield case | {"error": error, "same": same, "right": error < BOUND[dtype] and same}
+                kind = f"{backend.name}{' chained' * backend.chained} {str(dtype).removeprefix('torch.')}"
+                what = f"check {kind} {tokens}x{n}x{k} group {group_size}"
+                yield Case(what, backend.name, partial(operator, backend, problem, tokens, seed := seed + 1))
 
 
-def tilings(device: str, seed: int) -> Iterator[dict[str, object]]:
-    """Check every tiling that the Hopper kernel may be asked for, on a size that wraps its rings, output poisoned."""
+def operator(backend: Backend, problem: Problem, tokens: int, seed: int) -> dict[str, object]:
+    """Run one layer twice and compare with float64 and with itself."""
+    if reason := backend.refuse(problem):
+        return {"refused": reason}
+    n, k, dtype, device = problem.n, problem.k, problem.dtype, problem.device
+    weight = random_weight(n, k, problem.group_size, device, seed)
+    x = torch.randn(tokens, k, device=device).to(dtype)
+    bias = torch.randn(n, device=device).to(dtype) if tokens % 2 else None
+    own = backend.prepare(weight.packed(), weight.scales, problem)
+    runs = []
+    for _ in range(2):
+        poison((tokens, n), dtype, device)
+        runs.append(ops.w4a8_linear(x, *own, bias, n, problem.group_size, backend.layout).clone())
+    error = distance(runs[0], want(x, weight, bias, backend.chained))
+    same = torch.equal(*runs)
+    return {"error": error, "same": same, "right": error < BOUND[dtype] and same}
+
+
+def tilings(device: str, seed: int) -> Iterator[Case]:
+    """Yield checks of every tiling that the Hopper kernel may be asked for, output poisoned."""
     for grouped in (False, True):
         for is_chained in (False, True):
-            seed += 1
-            weight = random_weight(768, 4096, 128 if grouped else -1, device, seed)
-            for tokens in (5, 8, 13, 40, 64, 90, 128, 250, 1000):
-                yield from _tilings_of(weight, tokens, is_chained)
+            weight = random_weight(*TILED, 128 if grouped else -1, device, seed := seed + 1)
+            for tokens in TILED_TOKENS:
+                yield from tilings_of(weight, tokens, is_chained)
 
 
-def _tilings_of(weight: Weight, tokens: int, is_chained: bool) -> Iterator[dict[str, object]]:
-    from qtoolkit.kernels.cuda import backend, layout, plan
+def tilings_of(weight: Weight, tokens: int, is_chained: bool) -> Iterator[Case]:
+    """Yield a check of each tiling of one layer and number of tokens."""
+    from qtoolkit.kernels.cuda import layout, plan
 
     n, k = weight.shape
-    grouped, device = weight.group_size != -1, weight.codes.device
+    grouped = weight.group_size != -1
     own = layout.to_fragments(weight.codes, layout.CHAINED if is_chained else layout.PLAIN)
     scales = layout.to_kernel_scales(weight.scales, weight.group_size)
-    x = torch.randn(tokens, k, device=device).to(DTYPE)
+    x = torch.randn(tokens, k, device=own.device).to(DTYPE)
     exact = want(x, weight, None, is_chained)
+    kind = f"check cuda{' chained' * is_chained}{' g128' * grouped}"
     for tiling in plan.candidates(tokens, n, k, grouped):
-        out = torch.full((tokens, n), torch.nan, dtype=DTYPE, device=device)
-        with backend.place_of(x) as place:
-            rest = (own, scales, None, out, weight.group_size, tiling, place, is_chained)
-            if tiling.fused:
-                backend.multiply_floats(x, *rest)
-            else:
-                codes, token_scales = backend.quantize(x, place, is_chained)
-                backend.multiply(codes, token_scales, *rest)
-        error = distance(out, exact)
-        case = {"tiling": str(tiling), "tokens": tokens, "grouped": grouped, "chained": is_chained}
-        yield case | {"error": error, "right": error < BOUND[DTYPE]}
+        what = f"{kind} {tokens} tokens by {tiling}"
+        yield Case(what, "cuda", partial(tiled, x, own, scales, weight.group_size, tiling, is_chained, exact))
+
+
+def tiled(
+    x: Tensor, own: Tensor, scales: Tensor, group_size: int, tiling: Tiling, is_chained: bool, exact: Tensor
+) -> dict[str, object]:
+    """Run one tiling and compare with float64."""
+    from qtoolkit.kernels.cuda import backend
+
+    out = torch.full(exact.shape, torch.nan, dtype=x.dtype, device=x.device)
+    with backend.place_of(x) as place:
+        rest = (own, scales, None, out, group_size, tiling, place, is_chained)
+        if tiling.fused:
+            backend.multiply_floats(x, *rest)
+        else:
+            codes, token_scales = backend.quantize(x, place, is_chained)
+            backend.multiply(codes, token_scales, *rest)
+    error = distance(out, exact)
+    return {"error": error, "right": error < BOUND[DTYPE]}

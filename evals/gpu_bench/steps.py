@@ -72,20 +72,26 @@ def ceilings(run: Run) -> dict[str, float]:
 def check(run: Run) -> None:
     """Check operators and tilings against float64; a wrong result is the first thing the tables say.
 
-    Seeds come from the system, so that no two runs see the same data; they are kept with each case.
+    Seeds come from the system, so that no two runs see the same data; the first is kept. What a process before this one
+    has checked is not checked again.
     """
     names = ("cuda", "triton") if run.device == "cuda" else ("reference",)
-    seed = int.from_bytes(os.urandom(3), "big")
+    checks = run.result.setdefault("checks", {"seed": int.from_bytes(os.urandom(3), "big"), "cases": []})
+    seed, done = checks["seed"], {case["what"] for case in checks["cases"]}
     cases = run.attempt("checks of the operator", lambda: list(correctness.operators(names, run.device, seed))) or []
     if run.device == "cuda":
         cases += run.attempt("checks of the tilings", lambda: list(correctness.tilings(run.device, seed + 1000))) or []
-    wrong = [case for case in cases if case.get("right") is False]
-    refused = sum("refused" in case for case in cases)
-    run.result["checks"] = {
-        "seed": seed, "run": len(cases) - refused, "refused": refused, "wrong": wrong, "cases": cases,
-    }  # fmt: skip
-    print(f"checks: {len(cases) - refused} run, {len(wrong)} wrong, {refused} refused", flush=True)
-    for case in wrong[:20]:
+    for case in cases:
+        if case.what not in done and not run.late():
+            outcome = run.attempt(case.what, case.run, case.of) or {"right": False, "failed": True}
+            checks["cases"].append({"what": case.what, **outcome})
+    if run.late():
+        run.could_not.append(f"{len(cases) - len(checks['cases'])} checks: out of time")
+    checks["refused"] = sum("refused" in case for case in checks["cases"])
+    checks["run"] = len(checks["cases"]) - checks["refused"]
+    checks["wrong"] = [case for case in checks["cases"] if case.get("right") is False]
+    print(f"checks: {checks['run']} run, {len(checks['wrong'])} wrong, {checks['refused']} refused", flush=True)
+    for case in checks["wrong"][:20]:
         print("WRONG", case)
 
 
@@ -114,47 +120,73 @@ def compile_ahead(shapes: Sequence[str]) -> None:
     print(f"compiled {len(kernels)} kernels in {time.monotonic() - start:.1f} s", flush=True)
 
 
-def grid(run: Run, field: Sequence[Contender], shapes: Sequence[str], tokens: Sequence[int], repeats: int) -> None:
-    """Time each contender at each point, contender by contender: the yardstick and ours come first.
+def grid(
+    run: Run,
+    field: Sequence[Contender],
+    shapes: Sequence[str],
+    tokens: Sequence[int],
+    repeats: int,
+    times: dict[str, Any],
+    reserve: float = 0.0,
+) -> None:
+    """Time each contender at each point into ``times``, contender by contender: the yardstick and ours come first.
 
-    Each has its share of the time; what it did not reach is noted. After each the result is kept.
+    Each has its share of the time, of which ``reserve`` seconds are left for what follows; what it did not reach is
+    noted. Points that are there already are not timed again.
     """
-    times = run.result.setdefault("times", {})
     errors = run.result.setdefault("errors", {})
     for position, contender in enumerate(field):
-        start, deadline = time.monotonic(), run.share(len(field) - position)
-        for shape in shapes[3:4] or shapes[:1] if contender.name in SLOW else shapes:
-            n, k = sizes(shape)
-            weight = random_weight(n, k, contender.group_size, run.device)
-            on = run.attempt(f"{contender.name} {shape}", partial(contender.build, weight))
+        start, deadline = time.monotonic(), run.share(len(field) - position, reserve)
+        own_shapes = shapes[3:4] or shapes[:1] if contender.name in SLOW else shapes
+        own_tokens = tokens if contender.most is None else [m for m in tokens if m <= contender.most]
+        for shape in own_shapes:
+            there = times.setdefault(contender.name, {}).setdefault(shape, {})
+            missing = [m for m in own_tokens if str(m) not in there]
+            if not missing:
+                continue
+            attempt = partial(run.attempt, of=contender.of, patience=contender.patience)
+            on = attempt(f"{contender.name} {shape}", partial(layer, contender, shape, run.device))
             if on is None:
                 break
-            for m in tokens if contender.most is None else [m for m in tokens if m <= contender.most]:
+            for m in missing:
                 what = f"{contender.name} {shape} M={m}"
                 if time.monotonic() > deadline and not run.late():
                     run.could_not.append(f"{what} and what follows: its share of {deadline - start:.0f} s was over")
                     break
-                x = torch.randn(m, k, device=run.device).to(DTYPE)
-                took = run.attempt(what, partial(timed, run, on, x, repeats))
+                took = attempt(what, partial(timed, run, on, m, sizes(shape)[1], repeats))
                 if took:
-                    found = summary(took) | ({"host_behind": run.clock.behind} if run.clock.behind else {})
-                    times.setdefault(contender.name, {}).setdefault(shape, {})[str(m)] = found
+                    there[str(m)] = summary(took) | ({"host_behind": run.clock.behind} if run.clock.behind else {})
             if time.monotonic() > deadline:
                 break
-            if contender.name not in errors and contender.whole:
-                errors[contender.name] = run.attempt(f"{contender.name} against float", partial(far, on, weight))
+        times[contender.name] = {shape: row for shape, row in times.get(contender.name, {}).items() if row}
+        if contender.name not in errors and contender.whole and times[contender.name]:
+            what = f"{contender.name} against float"
+            errors[contender.name] = run.attempt(what, partial(far, contender, own_shapes[0], run.device), contender.of)
+        if not times[contender.name]:
+            del times[contender.name]
         print(f"{contender.name}: {time.monotonic() - start:.1f} s", flush=True)
         run.keep()
-    for name, error in errors.items():
+
+
+def void(run: Run) -> None:
+    """Name the contenders that computed something else: their times say nothing."""
+    for name, error in run.result.get("errors", {}).items():
         if error is not None and error > WRONG:
             run.could_not.append(
                 f"{name}: its result is not the layer's (relative distance {error:.2f}); times are void"
             )
 
 
-def timed(run: Run, on: Callable[[torch.Tensor], Callable[[], object]], x: torch.Tensor, repeats: int) -> list[float]:
-    """Return the microseconds of a contender on tokens ``x``; what it prepares for them does not count."""
-    return run.clock.times(on(x), repeats)
+def layer(contender: Contender, shape: str, device: str) -> Callable[[torch.Tensor], Callable[[], object]]:
+    """Return what runs a random layer of ``shape``."""
+    return contender.build(random_weight(*sizes(shape), contender.group_size, device))
+
+
+def timed(
+    run: Run, on: Callable[[torch.Tensor], Callable[[], object]], tokens: int, k: int, repeats: int
+) -> list[float]:
+    """Return the microseconds of a contender on random tokens; what it prepares for them does not count."""
+    return run.clock.times(on(torch.randn(tokens, k, device=run.device).to(DTYPE)), repeats)
 
 
 def built(contender: Contender, weights: Sequence[Weight]) -> list[Callable[[torch.Tensor], Callable[[], object]]]:
@@ -167,21 +199,24 @@ def replayed(rows: Sequence[Callable[[torch.Tensor], Callable[[], object]]], x: 
     return graph_series([on(x) for on in rows])
 
 
-def far(on: Callable[[torch.Tensor], Callable[[], Any]], weight: Weight, tokens: int = 32) -> float:
+def far(contender: Contender, shape: str, device: str, tokens: int = 32) -> float:
     """Return how far a contender's result is from the layer in float: that it computes the same thing at all."""
-    x = torch.randn(tokens, weight.shape[1], device=weight.codes.device).to(DTYPE)
-    out = on(x)()
+    weight = random_weight(*sizes(shape), contender.group_size, device)
+    x = torch.randn(tokens, weight.shape[1], device=device).to(DTYPE)
+    out: Any = contender.build(weight)(x)()
     return round(correctness.distance(out, x.double() @ weight.dense().double().T), 4)
 
 
 def spread(run: Run, shapes: Sequence[str], tokens: Sequence[int], repeats: int) -> float | None:
     """Time ours a second time; return the largest relative difference between the two medians."""
     first = run.result["times"].get("ours", {})
-    again = Run(run.device, run.clock, run.until)
-    grid(again, [c for c in contenders.CONTENDERS if c.name == "ours"], shapes, tokens, repeats)
-    second = again.result["times"].get("ours", {})
+    again: dict[str, Any] = {}
+    grid(run, [contenders.OURS], shapes, tokens, repeats, again)
     pairs = [
-        (row[m]["median"], first[s][m]["median"]) for s, row in second.items() for m in row if m in first.get(s, {})
+        (row[m]["median"], first[s][m]["median"])
+        for s, row in again.get("ours", {}).items()
+        for m in row
+        if m in first.get(s, {})
     ]
     found = [abs(b / a - 1) for a, b in pairs]
     return round(max(found), 4) if found else None
@@ -194,13 +229,11 @@ def series(run: Run, shapes: Sequence[str] = ("4096x4096", "8192x8192"), most: i
         count = min(most, (1 << 29) // (n * k))
         weights = [random_weight(n, k, -1, run.device, seed) for seed in range(count)]
         for contender in (contenders.YARDSTICK, contenders.OURS, contenders.TWO_LAUNCHES, contenders.HUMMING):
-            rows = run.attempt(f"series {contender.name}", partial(built, contender, weights))
+            rows = run.attempt(f"series {contender.name} {n}x{k}", partial(built, contender, weights), contender.of)
             for m in (1, 16, 64) if rows else ():
                 x = torch.randn(m, k, device=run.device).to(DTYPE)
-                took = run.attempt(
-                    f"series {contender.name} {n}x{k} M={m}",
-                    partial(replayed, rows, x),
-                )
+                what = f"series {contender.name} {n}x{k} M={m}"
+                took = run.attempt(what, partial(replayed, rows, x), contender.of, contender.patience)
                 if took:
                     found.setdefault(contender.name, {})[f"{n}x{k} M={m}"] = round(took, 2)
     return found
@@ -219,9 +252,10 @@ def kernel_names(run: Run, field: Iterable[Contender], shape: str = "8192x8192")
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 call()
                 torch.cuda.synchronize()
-            found[f"{contender.name} M={m}"] = [event.key[:120] for event in profile.key_averages()]
+            on_device = [e.key[:120] for e in profile.key_averages() if e.device_type == torch.profiler.DeviceType.CUDA]
+            found[f"{contender.name} M={m}"] = on_device
 
     for contender in field:
         if contender.name not in SLOW and contender.name in run.result.get("times", {}):
-            run.attempt(f"kernel names of {contender.name}", partial(names, contender))
+            run.attempt(f"kernel names of {contender.name}", partial(names, contender), contender.of)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,8 +48,11 @@ def tune(run: Run, shapes: Sequence[str], tokens: Sequence[int], folder: Path) -
                 times = measure(run, own, scales, m, n, k, group_size)
                 with backend.place_of(own) as place:
                     estimate = plan.estimate(m, n, k, group_size != -1, place.multiprocessors)
+                if not times:
+                    continue
                 best = min(times, key=times.__getitem__)
-                margins.append(times[estimate] / times[best])
+                if estimate in times:
+                    margins.append(times[estimate] / times[best])
                 rows[tables.Point(plan.bucket(m), n, k, group_size != -1)] = row_of(best)
         if rows:
             tables.write(path, "cuda", card, environment(run.device), plan.COLUMNS, rows)
@@ -62,7 +66,7 @@ def tune(run: Run, shapes: Sequence[str], tokens: Sequence[int], folder: Path) -
 def measure(
     run: Run, weight: torch.Tensor, scales: torch.Tensor, tokens: int, n: int, k: int, group_size: int
 ) -> dict[Tiling, float]:
-    """Return the microseconds of quantization and product with every tiling."""
+    """Return the microseconds of quantization and product with every tiling that runs."""
     x = torch.randn(tokens, k, device=weight.device).to(DTYPE)
     out = torch.empty(tokens, n, dtype=DTYPE, device=weight.device)
     found = {}
@@ -77,5 +81,8 @@ def measure(
                     codes, token_scales = backend.quantize(x, place)
                     backend.multiply(codes, token_scales, *rest)
 
-            found[tiling] = summary(run.clock.times(call, 10))["median"]
+            what = f"tuning {tokens}x{n}x{k} group {group_size} by {tiling}"
+            took = run.attempt(what, partial(run.clock.times, call, 10), of="cuda")
+            if took:
+                found[tiling] = summary(took)["median"]
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtoolkit.evals.gpu_bench import contenders, correctness, report, session, steps, tuning
+from qtoolkit.evals.gpu_bench import contenders, correctness, report, session, steps, tuning, watch
 from qtoolkit.evals.gpu_bench.clock import CpuClock
 from qtoolkit.evals.gpu_bench.contenders import Contender, Weight
 from qtoolkit.evals.gpu_bench.session import Run
@@ -110,25 +110,66 @@ def test_a_run_that_is_killed_leaves_a_result_that_can_be_reported(tmp_path: Pat
     until = time.monotonic() + 60
     while not out.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.wait()
+    while Path(f"/proc/{child}").exists() and time.monotonic() < until:  # what measures ends with what watches
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
     assert json.loads(out.read_text())["finished"] is False
     done = subprocess.run([sys.executable, str(SCRIPT), "--report", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "cut short" in done.stdout
 
 
-def test_a_step_that_never_returns_is_ended_and_what_there_was_is_kept(
+MEASURES = """
+import json, os, sys, time
+from pathlib import Path
+from qtoolkit.evals.gpu_bench.session import Run
+
+out, how = Path(sys.argv[1]), sys.argv[2]
+held = json.loads(out.read_text()) if out.exists() else {}
+run = Run("cpu", None, time.monotonic() + 60, out, held, held.pop("could_not", []))
+held["processes"] = held.get("processes", 0) + 1
+run.attempt("before", lambda: held.update(before=True))
+run.keep()
+if how == "breaks":
+    Run.answers = lambda run: False
+steps = {"hangs": lambda: time.sleep(600), "breaks": lambda: 1 / 0, "dies": lambda: os.kill(os.getpid(), 9)}
+for i in range(5):
+    run.attempt(f"bad {i}", steps[how], of="bad", patience=0.5 if how == "hangs" else 60)
+run.attempt("after", lambda: held.update(after=True))
+run.keep(finished=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [("hangs", "a step did not return"), ("breaks", "the device answered no more"), ("dies", "the process died (-9)")],
+)
+def test_a_run_goes_on_without_the_step_that_ended_a_process(how: str, why: str, tmp_path: Path) -> None:
+    """And after three such steps of one kind without the others of that kind."""
+    out = tmp_path / "r.json"
+    watch.supervise([sys.executable, "-c", MEASURES, str(out), how], out, time.monotonic() + 60)
+    kept = json.loads(out.read_text())
+    assert kept["finished"] is kept["before"] is kept["after"] is True
+    assert kept["processes"] == 4
+    assert kept["lost"] == [{"what": f"bad {i}", "of": "bad", "why": why} for i in range(3)]
+    assert "bad 3: left out, for what happened before" in kept["could_not"]
+    assert not session.step_file(out).exists()
+
+
+def test_what_is_under_way_at_the_end_of_the_time_is_ended_and_nothing_else_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "GRACE", 0.0)
-    ended: list[int] = []
-    run = Run("cpu", CpuClock(), time.monotonic() + 0.05, tmp_path / "r.json", {"times": {"ours": {}}})
-    run.guard(ended.append).join()
-    kept = json.loads((tmp_path / "r.json").read_text())
-    assert ended == [1]
-    assert kept["times"] == {"ours": {}}
-    assert "did not return" in kept["could_not"][0]
+    monkeypatch.setattr(watch, "GRACE", 0.0)
+    out = tmp_path / "r.json"
+    program = "import sys, pathlib, time; pathlib.Path(sys.argv[1]).write_text('99\\n\\nlong\\n'); time.sleep(600)"
+    command = [sys.executable, "-c", program, str(session.step_file(out))]
+    watch.supervise(command, out, time.monotonic() + 2)
+    kept = json.loads(out.read_text())
+    assert kept["could_not"] == ["long: the time was over"]
+    assert kept["finished"] is False
 
 
 def doubling(weight: Weight) -> Callable[[torch.Tensor], Callable[[], object]]:
@@ -141,19 +182,22 @@ def failing(weight: Weight) -> Callable[[torch.Tensor], Callable[[], object]]:
 
 
 def sleeping(weight: Weight) -> Callable[[torch.Tensor], Callable[[], object]]:
-    return lambda x: lambda: time.sleep(0.02)
+    return lambda x: lambda: time.sleep(0.2)
 
 
 def test_what_fails_is_slow_or_wrong_is_named_and_the_rest_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run("cpu", CpuClock(), time.monotonic() + 100, tmp_path / "r.json")
-    monkeypatch.setattr(run, "share", lambda left: time.monotonic() + 0.01)
+    monkeypatch.setattr(run, "share", lambda left, reserve: time.monotonic() + 0.3)
     slow = Contender("slow", "w4a8", sleeping, whole=False)
     field = [Contender("fails", "w4a8", failing), slow, Contender("wrong", "w4a8", doubling), contenders.YARDSTICK]
-    steps.grid(run, field[:2], ["32x64"], [1, 2, 4], 1)
+    times = run.result.setdefault("times", {})
+    steps.grid(run, field[:2], ["32x64"], [1, 2, 4], 1, times)
     monkeypatch.undo()
-    steps.grid(run, field[2:], ["32x64"], [1, 2], 1)
+    steps.grid(run, field[2:], ["32x64"], [1, 2], 1, times)
+    steps.void(run)
+    run.keep()
     kept = json.loads((tmp_path / "r.json").read_text())
     assert set(kept["times"]["torch.mm bf16"]["32x64"]) == {"1", "2"}
     assert set(kept["times"]["slow"]["32x64"]) < {"1", "2", "4"}
@@ -162,6 +206,31 @@ def test_what_fails_is_slow_or_wrong_is_named_and_the_rest_is_measured(
     assert "its share of" in notes
     assert "wrong: its result is not the layer's" in notes
     assert kept["errors"]["torch.mm bf16"] < 0.01
+
+
+def test_points_that_are_there_are_not_timed_again(tmp_path: Path) -> None:
+    run = Run("cpu", CpuClock(), time.monotonic() + 100)
+    held = {"torch.mm bf16": {"32x64": {"1": {"median": 7.0}}}}
+    steps.grid(run, [contenders.YARDSTICK], ["32x64"], [1, 2], 1, held)
+    assert held["torch.mm bf16"]["32x64"]["1"] == {"median": 7.0}
+    assert held["torch.mm bf16"]["32x64"]["2"]["median"] > 0
+
+
+def test_checks_that_fail_are_wrong_and_the_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cases(names: object, device: str, seed: int) -> list[correctness.Case]:
+        outcomes = {"right": {"right": True}, "refused": {"refused": "of another card"}, "wrong": {"right": False}}
+        made = [correctness.Case(what, "", lambda outcome=outcome: outcome) for what, outcome in outcomes.items()]
+        return [correctness.Case("raises", "", lambda: 1 / 0), *made]
+
+    monkeypatch.setattr(correctness, "operators", cases)
+    run = Run("cpu", CpuClock(), time.monotonic() + 100)
+    steps.check(run)
+    checks = run.result["checks"]
+    assert (checks["run"], checks["refused"]) == (3, 1)
+    assert [case["what"] for case in checks["wrong"]] == ["raises", "wrong"]
+    steps.check(run)
+    assert len(run.result["checks"]["cases"]) == 4
+    assert "raises: ZeroDivisionError: division by zero" in run.could_not
 
 
 def test_out_of_time_is_said_once_a_step() -> None:
@@ -188,12 +257,15 @@ def test_the_scripts_own_check_and_tuner_call_the_kernels_as_they_want_it(
     few = [Tiling(8, 1, 2, 2), Tiling(8, 1, 2, 2, fused=True)]
     monkeypatch.setattr(plan, "candidates", lambda *size: few)
     weight = contenders.random_weight(128, 512, -1, "cpu")
-    cases = list(correctness._tilings_of(weight, 5, is_chained=False))
-    assert [case["right"] for case in cases] == [True, True]
+    cases = list(correctness.tilings_of(weight, 5, is_chained=False))
+    assert [case.run()["right"] for case in cases] == [True, True]
     once = CpuClock()
     once.times = lambda call, repeats: [call() or 1.0]  # type: ignore[method-assign, func-returns-value]
     own, scales = backend.prepare(weight.packed(), weight.scales, backend.Problem(512, 128, -1, torch.bfloat16, "cuda"))
-    assert set(tuning.measure(Run("cpu", once, 0.0), own, scales, 5, 128, 512, -1)) == set(few)
+    run = Run("cpu", once, time.monotonic() + 100)
+    assert set(tuning.measure(run, own, scales, 5, 128, 512, -1)) == set(few)
+    run.result["lost"] = [{"what": f"tuning 5x128x512 group -1 by {few[0]}", "of": "cuda", "why": "it hung"}]
+    assert set(tuning.measure(run, own, scales, 5, 128, 512, -1)) == {few[1]}
 
 
 def test_tuning_writes_a_table_that_the_choice_then_follows(
