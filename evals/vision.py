@@ -18,8 +18,8 @@ from torch import nn
 from qtoolkit.errors import RequestError
 from qtoolkit.evals.results import Machine
 from qtoolkit.evals.run import processor, versions
-from qtoolkit.vision import data, measure, models, runtime
-from qtoolkit.vision.models import TRANSFORMERS, Architecture
+from qtoolkit.vision import data, measure, runtime
+from qtoolkit.vision.models import Architecture
 from qtoolkit.vision.record import VisionManifest
 
 Say = Callable[[str], None]
@@ -222,10 +222,7 @@ def _accuracy(loaded: runtime.Loaded, images: data.Images, reference: str | None
     value = float(right.mean())
     if reference is None:
         return Accuracy(images=count, value=value, error=_error(value, count))
-    named = loaded.manifest.architecture
-    other = models.resolve(reference) if named == TRANSFORMERS else models.resolve(named, reference)
-    network = other.network if other.original is None else other.original()
-    theirs = measure.logits(network, images, architecture).argmax(dim=1)
+    theirs = measure.logits(loaded.made_from(reference), images, architecture).argmax(dim=1)
     differences = right - (theirs == images.y).double()
     return Accuracy(
         images=count,

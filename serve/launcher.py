@@ -28,6 +28,7 @@ class Order:
     api_key: str = ""
     extra: tuple[str, ...] = ()
     device: str = "auto"  # see qtoolkit.device; vLLM serves on what its build is for
+    reference: str = ""  # of an image classifier: what it was made from, served beside it
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,12 +15,20 @@ LARGEST = 64  # images that go through the network at once
 PATIENCE = 0.002  # seconds the first request waits for others
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the network said about a request's images, and how long the batch took in which they went through it."""
+
+    out: Tensor
+    seconds: float
+
+
 class Batches:
     """Takes images from many requests; ``run`` sees them as few large batches."""
 
     def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
         self.run = run
-        self.waiting: asyncio.Queue[tuple[Tensor, asyncio.Future[Tensor]]] = asyncio.Queue()
+        self.waiting: asyncio.Queue[tuple[Tensor, asyncio.Future[Answer]]] = asyncio.Queue()
         self.task: asyncio.Task[None] | None = None
         self.batches = self.images = 0
 
@@ -32,9 +42,9 @@ class Batches:
         with suppress(asyncio.CancelledError):
             await self.task
 
-    async def submit(self, x: Tensor) -> Tensor:
-        """Return the network's output for images x [n, ...]."""
-        future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+    async def submit(self, x: Tensor) -> Answer:
+        """Return the network's answer for images x [n, ...]."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         await self.waiting.put((x, future))
         return await future
 
@@ -43,7 +53,7 @@ class Batches:
             taken = await self._collect()
             futures = [future for _, future in taken]
             try:
-                out = await asyncio.to_thread(self.run, torch.cat([x for x, _ in taken]))
+                out, seconds = await asyncio.to_thread(self._timed, torch.cat([x for x, _ in taken]))
             except Exception as error:  # every client of this batch is told, and the server lives on
                 for future in futures:
                     if not future.done():
@@ -52,9 +62,13 @@ class Batches:
             self.batches, self.images = self.batches + 1, self.images + len(out)
             for part, future in zip(out.split([len(x) for x, _ in taken]), futures, strict=True):
                 if not future.done():  # a client may have gone away
-                    future.set_result(part)
+                    future.set_result(Answer(part, seconds))
 
-    async def _collect(self) -> list[tuple[Tensor, asyncio.Future[Tensor]]]:
+    def _timed(self, x: Tensor) -> tuple[Tensor, float]:
+        began = time.perf_counter()
+        return self.run(x), time.perf_counter() - began
+
+    async def _collect(self) -> list[tuple[Tensor, asyncio.Future[Answer]]]:
         """Wait for a first request, then take what comes within the patience, up to about the largest batch."""
         taken = [await self.waiting.get()]
         until = asyncio.get_running_loop().time() + PATIENCE

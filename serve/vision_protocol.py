@@ -63,8 +63,13 @@ def read(body: bytes, architecture: Architecture) -> Question:
     return Question(x, identity if isinstance(identity, str) else None)
 
 
-def answer(question: Question, logits: Tensor, model: str, labels: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the response for ``logits`` float32 [n, classes]; where classes have names, they are told, too."""
+def answer(
+    question: Question, logits: Tensor, seconds: float, model: str, labels: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Return the response for ``logits`` float32 [n, classes]; where classes have names, they are told, too.
+
+    ``seconds`` is what the network needed for the batch that these images were part of: the parameter ``compute_ms``.
+    """
     classes = logits.argmax(dim=1)
     outputs = [
         {"name": LOGITS, "datatype": "FP32", "shape": list(logits.shape), "data": logits.flatten().tolist()},
@@ -74,6 +79,7 @@ def answer(question: Question, logits: Tensor, model: str, labels: tuple[str, ..
         names = [labels[index] for index in classes.tolist()]
         outputs.append({"name": LABELS, "datatype": "BYTES", "shape": list(classes.shape), "data": names})
     found: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": outputs}
+    found["parameters"] = {"compute_ms": round(seconds * 1e3, 3)}
     return found if question.id is None else {**found, "id": question.id}
 
 

@@ -30,7 +30,7 @@ def serve_vision(order: Order, announce: Announce, say: Say) -> None:
     from qtoolkit.vision.runtime import load
 
     loaded = load(order.path)
-    app = build_app(order.name, loaded)
+    app = build_app(order.name, loaded, loaded.made_from(order.reference) if order.reference else None)
     if order.api_key:
         app.add_middleware(RequireKey, key=order.api_key, prefixes=("/v2/models",))
     kinds = Counter(type(loaded.network.get_submodule(row.name)).__name__ for row in loaded.manifest.layers)

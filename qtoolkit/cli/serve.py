@@ -20,10 +20,12 @@ def command(
     name: Annotated[str, typer.Option("--served-model-name", help="Name for clients; the folder's by default.")] = "",
     engine: Annotated[str, typer.Option(help="vllm or transformers; vllm where it is installed.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda; 'auto' takes the GPU where there is one.")] = "auto",
+    reference: Annotated[str, typer.Option(help="Image classifiers: what it was made from, served beside it.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when ready.")] = False,
 ) -> None:
     """Serve a checkpoint until Ctrl-C: vLLM with our W4A8 kernels, or transformers where vLLM is missing."""
     from qtoolkit.checkpoint import MANIFEST, verify
+    from qtoolkit.errors import RequestError
     from qtoolkit.serve import intent, launcher
     from qtoolkit.source import resolve
 
@@ -32,8 +34,10 @@ def command(
     path = source.path.resolve()
     source.shapes()  # refuses pickles, truncated and missing files now; the engine would in a minute
     vision = (path / MANIFEST).is_file() and verify(path).kind == "vision"
+    if reference and not vision:
+        raise RequestError("--reference is for image classifiers.", "Drop it.")
     chosen = launcher.VISION if vision else launcher.choose_engine(engine)
-    order = launcher.Order(path, name or path.name, host, port, api_key, tuple(engine_args or ()), device)
+    order = launcher.Order(path, name or path.name, host, port, api_key, tuple(engine_args or ()), device, reference)
     running = False
 
     def announce(ready: launcher.Ready) -> None:

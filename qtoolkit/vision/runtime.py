@@ -45,6 +45,16 @@ class Loaded:
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [[(names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
 
+    def made_from(self, reference: str) -> nn.Module:
+        """Return the float network: ``reference`` is its folder or hub name, or an own network's weight file.
+
+        Raises:
+            QToolkitError: there is no such thing, or it belongs to another network.
+        """
+        named = self.manifest.architecture
+        model = models.resolve(reference) if named == TRANSFORMERS else models.resolve(named, reference)
+        return model.original() if model.original is not None else model.network
+
 
 @torch.inference_mode()
 def load(path: str | Path) -> Loaded:

@@ -84,6 +84,20 @@ def test_answers_equal_offline_ones(client: TestClient, folder: Path) -> None:
     assert again["outputs"][1] == found["outputs"][1]
 
 
+def test_the_float_network_answers_beside_the_compressed_one(folder: Path) -> None:
+    x, weights = pixels(3), str(folder.parent / "weights.safetensors")
+    loaded = runtime.load(folder)
+    with TestClient(vision_app.build_app("digits", loaded, loaded.made_from(weights))) as client:
+        assert client.get("/v2/models/digits-float").json()["parameters"]["scheme"] == "float"
+        assert client.get("/v2/models/digits-float/ready").json() == {"name": "digits-float", "ready": True}
+        replies = [client.post(f"/v2/models/{n}/infer", json=request(x)).json() for n in ("digits", "digits-float")]
+    for reply, network in zip(replies, (loaded.network, models.resolve("digits", weights).network), strict=True):
+        logits = torch.tensor(reply["outputs"][0]["data"]).view(3, 10)
+        with torch.inference_mode():
+            torch.testing.assert_close(logits, network(data.normalise(x, loaded.architecture)), rtol=1e-5, atol=1e-5)
+        assert reply["parameters"]["compute_ms"] > 0
+
+
 def test_encoded_images_are_accepted(client: TestClient, folder: Path) -> None:
     x = pixels(2)
     files = []
