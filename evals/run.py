@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from qtoolkit import __version__, checkpoint, runtime, source
-from qtoolkit.errors import ModelError, RequestError
+from qtoolkit.errors import ModelError, RequestError, said
 from qtoolkit.evals import compare, divergence, endpoint as endpoints, latency as latencies, perplexity, texts
 from qtoolkit.evals.divergence import Divergence
 from qtoolkit.evals.results import EvalResult, Machine, Scores, Served, TaskScore
@@ -148,9 +148,8 @@ def open_model(name: str | Path, device: str, dtype: torch.dtype | None = None) 
     try:
         tokenizer = AutoTokenizer.from_pretrained(found.path)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise ModelError(
-            f"{found.name} has no usable tokenizer: {reason}", "Copy its tokenizer.json beside it."
+            f"{found.name} has no usable tokenizer: {said(error)}", "Copy its tokenizer.json beside it."
         ) from None
     return Opened(found, model, tokenizer, checkpoint.read_manifest(found.path) if packed else None)
 

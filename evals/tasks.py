@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtoolkit.errors import DataError, RequestError, ServeError
+from qtoolkit.errors import DataError, RequestError, ServeError, said
 from qtoolkit.evals import task_files
 from qtoolkit.evals.extras import need
 from qtoolkit.evals.results import TaskScore
@@ -107,8 +107,7 @@ def on_vllm(tasks: Plan, path: Path, tokenizer: PreTrainedTokenizerBase, limit: 
     try:
         return _run(tasks, "vllm", arguments, limit, cpu_defaults(()) if vllm_is_for_cpu() else {})
     except RuntimeError as error:  # what vLLM raises when a process of its engine fails
-        reason = " ".join(str(error).split())[:200]
-        raise ServeError(f"vLLM could not run {path}: {reason}", "Its own messages stand above.") from error
+        raise ServeError(f"vLLM could not run {path}: {said(error)}", "Its own messages stand above.") from error
 
 
 def on_endpoint(
@@ -146,9 +145,8 @@ def _run(
                 log_samples=True,
             )
         except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise DataError(
-                f"The tasks {', '.join(tasks.names)} could not be run: {reason}",
+                f"The tasks {', '.join(tasks.names)} could not be run: {said(error)}",
                 "Without network, give --task-dir with the tasks' NAME.jsonl files.",
             ) from error
     assert found is not None  # only on further ranks of a distributed run

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qtoolkit.device import CPU
-from qtoolkit.errors import DataError, ModelError, RequestError
+from qtoolkit.errors import DataError, ModelError, RequestError, said
 from qtoolkit.recipe import Calibration
 from qtoolkit.registry import suggest
 from qtoolkit.source import Source
@@ -87,8 +87,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source.path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"{source.name} has no usable tokenizer: {reason}", "Is the folder complete?") from None
+        raise ModelError(f"{source.name} has no usable tokenizer: {said(error)}", "Is the folder complete?") from None
 
 
 def documents(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
@@ -195,13 +194,15 @@ def _read_text(path: Path) -> str:
 
 
 def _jsonl(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    from jinja2 import TemplateError
+
+    for number, line in enumerate(_read_text(path).split("\n"), 1):  # a JSON text may hold the other line separators
         if line.strip():
             try:
                 yield _render(json.loads(line), tokenizer)
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, TemplateError) as error:  # the chat template reads what is not there
                 raise DataError(
-                    f"{path}, line {number}: {' '.join(str(error).split())}.",
+                    f"{path}, line {number}: {said(error)}.",
                     "A line holds text, messages, or prompt and completion.",
                 ) from None
 
@@ -211,13 +212,15 @@ def _render(row: Any, tokenizer: PreTrainedTokenizerBase | None) -> str:
         raise ValueError("not a JSON object")
     if isinstance(row.get("text"), str):
         return row["text"]
-    if isinstance(row.get("messages"), list):
+    if isinstance(messages := row.get("messages"), list):
+        if not all(isinstance(message, dict) and "role" in message for message in messages):
+            raise ValueError("a message has no role")
         if tokenizer is None or not tokenizer.chat_template:
-            return "\n".join(f"{message['role']}: {message['content']}" for message in row["messages"])
-        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+            return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return row["prompt"] + row["completion"]
-    raise KeyError(f"no text among the keys {', '.join(sorted(map(str, row)))}")
+    raise ValueError(f"no text among the keys {', '.join(sorted(map(str, row)))}")
 
 
 def _hub(
@@ -237,8 +240,7 @@ def _hub(
         KeyError,
         RuntimeError,
     ) as error:  # offline, unknown set, unknown split, no text column
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise DataError(
-            f"The data set {repo} could not be read: {reason}",
+            f"The data set {repo} could not be read: {said(error)}",
             "Without network, give a local .txt or .jsonl file, or `--data self`.",
         ) from None

@@ -17,6 +17,12 @@ class QToolkitError(Exception):
         return f"{self.message} {self.hint}".strip()
 
 
+def said(error: BaseException, most: int = 200) -> str:
+    """Return what another library's error says: on one line, cut at a word after ``most`` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} ..."
+
+
 class RequestError(QToolkitError):
     """The request itself is wrong: an unknown name, key or value, a path that is not there."""
 

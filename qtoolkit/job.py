@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from qtoolkit.checkpoint import MANIFEST, write_json
 from qtoolkit.errors import QToolkitError, RequestError
 
-FINGERPRINT = "job.json"
+FINGERPRINT, LOCK = "job.json", "lock"
 
 
 class Job:
@@ -41,25 +42,38 @@ class Job:
 
         Raises:
             RequestError: the output exists, another run is at work, or what is there was started otherwise.
+            QToolkitError: nothing can be written there.
         """
-        output = Path(os.path.abspath(output.expanduser()))
+        output = Path(os.path.realpath(output.expanduser()))  # a rename would replace a link, not what it leads to
+        if os.path.ismount(output):
+            hint = f"Choose a folder in it, such as {output / 'model'}."
+            raise RequestError(f"{output} is a mount point, which a finished folder cannot replace.", hint)
         job = cls(output, fingerprint)
-        if fresh:
-            job.replace = (output / MANIFEST).is_file()  # the old checkpoint stays until the new one is whole
-            shutil.rmtree(job.folder, ignore_errors=True)
-        elif output.exists() and job._interrupted_after_publishing():
-            job.published = True
-            return job
-        if output.exists() and not job.replace:
-            job._refuse_existing()
-        job.folder.mkdir(parents=True, exist_ok=True)
-        job._take_lock()
-        state = job.folder / FINGERPRINT
-        if state.is_file():
-            job._compare(json.loads(state.read_text("utf-8")))
-        else:
-            write_json(state, job.fingerprint)
+        try:
+            with disk_errors(output):
+                job._begin(fresh)
+        except BaseException:
+            job.close()
+            raise
         return job
+
+    def _begin(self, fresh: bool) -> None:
+        if fresh:
+            self.replace = (self.output / MANIFEST).is_file()  # the old checkpoint stays until the new one is whole
+        elif self.output.exists() and self._interrupted_after_publishing():
+            self.published = True
+            return
+        if self.output.exists() and not self.replace:
+            self._refuse_existing()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if fresh:
+            self._forget()
+        state = self.folder / FINGERPRINT
+        if state.is_file():
+            self._compare(json.loads(state.read_text("utf-8")))
+        else:
+            write_json(state, self.fingerprint)
 
     def has(self, part: str) -> bool:
         """Tell whether ``part`` is finished."""
@@ -101,7 +115,9 @@ class Job:
     def publish(self) -> None:
         """Make the staged folder the output, in one rename, and remove the run's own files."""
         with disk_errors(self.output):
+            usual = stat.S_IMODE((self.staging / MANIFEST).stat().st_mode)
             for file in self.staging.iterdir():
+                file.chmod(usual)  # safetensors writes files that only their owner may read
                 flush(file)
             flush(self.staging)
             old = self.output.with_name(self.output.name + ".replaced")
@@ -117,11 +133,11 @@ class Job:
     def close(self) -> None:
         """Let go of the run; an unpublished one can be resumed, if it got anywhere."""
         held = self._lock is not None
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
         if self.published or (held and not any(self.folder.glob("*.safetensors"))):
             shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:  # after the folder: whoever comes next makes one of his own
+            self._lock.close()
+            self._lock = None
 
     def _file(self, part: str) -> Path:
         return self.folder / f"{part}.safetensors"
@@ -146,13 +162,20 @@ class Job:
         changed = sorted(key for key in {*earlier, *self.fingerprint} if earlier.get(key) != self.fingerprint.get(key))
         if changed:
             was = ", ".join(f"{key} {earlier.get(key)!r}, now {self.fingerprint.get(key)!r}" for key in changed)
-            self.close()
             raise RequestError(
                 f"{self.folder} was started with another {was}.", "Give the same options, or start anew with --fresh."
             )
 
+    def _forget(self) -> None:
+        """Remove what an earlier run left, the word of its options last; the lock stays."""
+        for left in sorted(self.folder.iterdir(), key=lambda left: left.name == FINGERPRINT):
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != LOCK:
+                left.unlink()
+
     def _take_lock(self) -> None:
-        self._lock = (self.folder / "lock").open("w")
+        self._lock = (self.folder / LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -163,7 +186,7 @@ class Job:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one sentence."""
+    """Turn a full or read-only disk, or a place that cannot hold files, into one sentence."""
     from safetensors import SafetensorError
 
     try:
@@ -171,10 +194,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
-        what = "the disk is full" if full else " ".join(str(error).split())
+        said = getattr(error, "strerror", None) or str(error)
+        what = "the disk is full" if full else " ".join(said.split())
+        first = "Make room" if full else "Choose another folder, or make this one writable,"
         raise QToolkitError(
             f"{path} cannot be written: {what} ({free / 1e6:.0f} MB free).",
-            "Make room and run the same command again: it goes on where it stopped.",
+            f"{first} and run the same command again: it goes on where it stopped.",
         ) from None
 
 

@@ -12,11 +12,12 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from qtoolkit.errors import RequestError
+from qtoolkit.errors import RequestError, said
 from qtoolkit.registry import suggest
 from qtoolkit.scheme import Scheme
 
 Scalar = str | int | float | bool | None
+ALTERNATIVES = {"str", "int", "float", "bool", "none"}  # pydantic adds to a place which of them it tried
 
 
 class Calibration(BaseModel):
@@ -27,7 +28,7 @@ class Calibration(BaseModel):
     data: str = Field("self", description="text file, .jsonl, hub data set, or 'self': text the model itself writes")
     samples: int = Field(128, ge=1, description="windows of `length` tokens")
     length: int = Field(2048, ge=8, description="tokens a window; cut to the model's context")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
 
 Method = Literal["none", "smooth", "rotate", "both"]
@@ -126,7 +127,10 @@ def load(
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise RequestError(f"There is no recipe file {path}.", "`qtoolkit list recipes` shows the shipped ones.")
-        text = path.read_text("utf-8")
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"The recipe {path} cannot be read: {said(error)}.") from None
     else:
         known = {**presets(), **presets("vision")}
         if str(name_or_path) not in known:
@@ -135,13 +139,14 @@ def load(
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RequestError(f"The recipe {name_or_path} is not valid YAML: {_one_line(error)}.") from None
+        raise RequestError(f"The recipe {name_or_path} is not valid YAML: {said(error)}.") from None
     if not isinstance(data, dict):
         raise RequestError(f"The recipe {name_or_path} holds no mapping of keys to values.")
     found, wanted = data.get("kind", "llm"), "vision" if "kind" in model.model_fields else "llm"
     if found != wanted:
-        command = "`qtoolkit compress` takes it." if found == "vision" else "`qtoolkit quantize` takes it."
-        raise RequestError(f"The recipe {name_or_path} is for {found} models, not for {wanted} models.", command)
+        takers = {"vision": "`qtoolkit compress` takes it.", "llm": "`qtoolkit quantize` takes it."}
+        hint = takers.get(str(found), "Kinds are llm and vision.")
+        raise RequestError(f"The recipe {name_or_path} is for {found} models, not for {wanted} models.", hint)
     for key, value in (changes or {}).items():
         _change(data, key, value)
     return validate(data, model)
@@ -160,9 +165,11 @@ def validate(data: Mapping[str, Any], model: type[R] = Recipe) -> R:  # type: ig
 
 
 def explain(error: ValidationError, model: type[BaseModel], what: str) -> RequestError:
-    """Turn pydantic's first complaint into one sentence with the place, the value and a hint."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
+    """Turn one of pydantic's complaints, an unknown key before all, into a sentence with place, value and hint."""
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    place = [part for part in map(str, first["loc"]) if part not in ALTERNATIVES and not part.startswith("literal[")]
+    if first["type"] == "missing":
+        return RequestError(f"The {what} has no {'.'.join(place)!r}.")
     if first["type"] == "extra_forbidden":
         return RequestError(f"Unknown {what} key {'.'.join(place)!r}.", suggest(place[-1], _fields(model, place[:-1])))
     message = first["msg"].removeprefix("Value error, ")
@@ -180,7 +187,10 @@ def parse_set(settings: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals or "." not in key:
             raise RequestError(f"--set {word} is not of the form step.key=value.", "Example: --set gptq.damping=0.02")
-        changes[key] = yaml.safe_load(value)
+        try:
+            changes[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RequestError(f"--set {word}: {value!r} is no value.", "Example: --set gptq.damping=0.02") from None
     return changes
 
 
@@ -188,12 +198,18 @@ def _change(data: dict[str, Any], key: str, value: Any) -> None:
     first, _, rest = key.partition(".")
     parts = {name for name, info in Recipe.model_fields.items() if _is_model(info.annotation)}
     if first in parts:
-        data[first] = {**(data.get(first) or {}), rest: value}
+        data[first] = _with(data.get(first), rest, value, first)
         return
     steps = data.setdefault("steps", {})
     if not isinstance(steps, dict) or first not in steps:
         raise RequestError(f"The recipe has no step {first!r} to set {rest!r} in.", suggest(first, {*parts, *steps}))
-    steps[first] = {**(steps[first] or {}), rest: value}
+    steps[first] = _with(steps[first], rest, value, f"steps.{first}")
+
+
+def _with(part: Any, key: str, value: Any, place: str) -> dict[str, Any]:
+    if part is not None and not isinstance(part, dict):
+        raise RequestError(f"Wrong recipe value at {place}: {part!r} is no mapping of keys to values.")
+    return {**(part or {}), key: value}
 
 
 def _is_model(annotation: Any) -> bool:
@@ -208,7 +224,3 @@ def _fields(model: type[BaseModel], place: Sequence[str]) -> set[str]:
             break
         model = inner[0]
     return set(model.model_fields)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

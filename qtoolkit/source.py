@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtoolkit.errors import ModelError, NumericError, RequestError
+from qtoolkit.errors import ModelError, NumericError, RequestError, said
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +48,10 @@ class Source:
         """
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map", {})
-            shards = sorted({self.path / name for name in weight_map.values()})
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ModelError(f"{index} has no weight_map of tensors to files.", "Download it again.")
+            shards = sorted({self.path / str(name) for name in weight_map.values()})
         else:
             shards = sorted(self.path.glob("*.safetensors"))
         if not shards:
@@ -148,7 +150,13 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
 
 def _download(name: str) -> Source:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     repo, _, revision = name.partition("@")
     try:
@@ -158,7 +166,8 @@ def _download(name: str) -> Source:
     except (RepositoryNotFoundError, HFValidationError):
         raise RequestError(f"The hub has no model {repo!r}.", "Check the spelling, or give a local folder.") from None
     except (OSError, HfHubHTTPError) as error:  # offline, time-out, disk
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        offline = isinstance(error, LocalEntryNotFoundError)
+        reason = "it is not in the cache, and the hub cannot be reached." if offline else said(error)
         raise ModelError(
             f"The hub model {repo} could not be downloaded: {reason}",
             "Without network, give a local folder, or `tiny`, the bundled model.",
@@ -168,9 +177,12 @@ def _download(name: str) -> Source:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}.") from None
+        raise ModelError(f"{path} cannot be read as JSON: {said(error)}.", "Download it again.") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds no JSON object.", "Download it again.")
+    return found
 
 
 def _tensor_names(path: Path) -> Iterator[str]:
@@ -187,5 +199,5 @@ def _open(path: Path) -> Any:
         raise ModelError(f"The weight file {path} named by the index is missing.", "Download it again.") from None
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"The weight file {path} is damaged or truncated: {' '.join(str(error).split())}.", "Download it again."
+            f"The weight file {path} is damaged or truncated: {said(error)}.", "Download it again."
         ) from None

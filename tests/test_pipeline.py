@@ -248,6 +248,13 @@ def test_bad_models_are_refused_in_one_sentence(random_llama: Path, tmp_path: Pa
     (truncated / "model.safetensors").write_bytes(weights[:-100])
     refused(ModelError, "damaged or truncated", truncated)
 
+    for name, text in (("config.json", "[]"), ("model.safetensors.index.json", "[]")):
+        listed = copy(f"listed-{name}")
+        (listed / name).write_text(text)
+        refused(ModelError, name, listed)
+    (listed / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    refused(ModelError, "gone.safetensors named by the index is missing", listed)
+
     pickled = copy("pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     refused(ModelError, "pickled", pickled)
@@ -288,6 +295,10 @@ def test_bad_calibration_data_is_refused(random_llama: Path, tmp_path: Path) -> 
         run(tmp_path / "short.txt")
     with pytest.raises(DataError, match="line 2"):
         run(tmp_path / "bad.jsonl")
+    for line in ("{broken", '"text"', '{"messages": ["a"]}', '{"messages": [{"content": "a"}]}'):
+        (tmp_path / "bad.jsonl").write_text(line)
+        with pytest.raises(DataError, match="line 1"):
+            run(tmp_path / "bad.jsonl")
     with pytest.raises(RequestError, match="wikitext2"):
         run("wikitext")
     assert not (tmp_path / "out").exists()

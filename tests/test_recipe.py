@@ -56,8 +56,31 @@ def test_an_unknown_preset_file_and_step_are_refused(tmp_path: Path) -> None:
     broken.write_text("steps: [")
     with pytest.raises(RequestError, match="not valid YAML"):
         recipe.load(broken)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(RequestError, match="cannot be read"):
+        recipe.load(binary)
     with pytest.raises(RequestError, match="smooth"):
         build_transforms(recipe.validate({"name": "x", "steps": {"smoth": {}}}))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nme: x\nsteps: {gptq: {}}", ["Unknown", "'nme'", "name"]),
+        ("name: x", ["no 'steps'"]),
+        ("name: x\nscheme: 3\nsteps: {gptq: {}}", ["scheme", "3"]),
+        ("name: x\nsteps: {gptq: 3}", ["steps.gptq", "3"]),
+        ("name: x\nkind: sound\nsteps: {gptq: {}}", ["sound", "llm and vision"]),
+    ],
+)
+def test_a_file_of_the_wrong_form_is_refused_by_place(text: str, words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(RequestError) as caught:
+        recipe.load(file, {"scheme.group_size": 64, **({"gptq.damping": 1} if "gptq" in text else {})})
+    for word in words:
+        assert word in str(caught.value)
 
 
 def test_set_words_are_read_as_yaml_scalars() -> None:
@@ -67,6 +90,8 @@ def test_set_words_are_read_as_yaml_scalars() -> None:
     }
     with pytest.raises(RequestError, match=r"step\.key=value"):
         recipe.parse_set(["damping"])
+    with pytest.raises(RequestError, match="no value"):
+        recipe.parse_set(["gptq.damping=["])
 
 
 def test_every_registered_transform_imports_and_has_options() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from qtoolkit.errors import DataError, RequestError
+from qtoolkit.errors import DataError, RequestError, said
 from qtoolkit.registry import suggest
 
 BUILT_IN = ("sample",)
@@ -55,9 +55,8 @@ def _wikitext2() -> str:
     try:
         rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
     except (OSError, ValueError, RuntimeError) as error:  # offline or not in the cache
-        reason = " ".join(str(error).split())[:160]
         raise DataError(
-            f"wikitext2 could not be read from the hub: {reason}",
+            f"wikitext2 could not be read from the hub: {said(error)}",
             "Without network, give a text file, or `--ppl sample`, which is built in.",
         ) from None
     return "\n\n".join(rows["text"])
