@@ -61,6 +61,15 @@ class Timing(BaseModel):
     packed_spread: float
 
 
+class Kernel(BaseModel):
+    """What runs a packed layer: a kernel's name, or torch and why no kernel does."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    reason: str = ""
+
+
 class VisionResult(BaseModel):
     """Everything an evaluation of an image classifier found: this is report.json."""
 
@@ -72,6 +81,7 @@ class VisionResult(BaseModel):
     accuracy: Accuracy | None = None
     timings: list[Timing] = []
     layer_seconds: dict[str, tuple[float, float]] = {}
+    kernels: dict[str, Kernel] = {}
     date: str
     seconds: float
     versions: dict[str, str]
@@ -107,6 +117,7 @@ def evaluate(
         name=str(target),
         manifest=manifest,
         accuracy=accuracy,
+        kernels={name: Kernel(name=runs.name, reason=runs.reason) for name, runs in loaded.kernels.items()},
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=0.0,
         versions=versions(),

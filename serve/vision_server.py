@@ -33,7 +33,7 @@ def serve_vision(order: Order, announce: Announce, say: Say) -> None:
     app = build_app(order.name, loaded, loaded.made_from(order.reference) if order.reference else None)
     if order.api_key:
         app.add_middleware(RequireKey, key=order.api_key, prefixes=("/v2/models",))
-    kinds = Counter(type(loaded.network.get_submodule(row.name)).__name__ for row in loaded.manifest.layers)
+    kinds = Counter(runs.name for runs in loaded.kernels.values())
     ready = Ready(f"{url(order.host, port)}/v2", order.name, dict(kinds))
     packed, address = sum(kinds.values()), url(order.host, port)
     say(f"{order.name}: {loaded.manifest.scheme.name}, {packed} packed layers; try it at {address}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
@@ -116,14 +117,24 @@ def layers(result: VisionResult) -> Section | None:
         *ALIKE.values(),
         "ms",
         "before",
+        "runs on",
     )
     table = tuple(_row(layer, result) for layer in rows)
     tables = [Table(head, table, folded=f"All {len(rows)} packed layers")]
     if kept:
         reasons = tuple((row.name, row.reason) for row in kept)
         tables.append(Table(("as it was", "why"), reasons, folded=f"{len(kept)} layers as they were", prose=True))
-    text = (f"Left out as a whole: {', '.join(result.manifest.dropped)}.",) if result.manifest.dropped else ()
-    return Section("Layers", text, tuple(figures), tuple(tables))
+    text = [f"Left out as a whole: {', '.join(result.manifest.dropped)}."] if result.manifest.dropped else []
+    if result.kernels:
+        counts = Counter(kernel.name for kernel in result.kernels.values())
+        text.append(f"Packed layers run on: {', '.join(f'{name} ({count})' for name, count in counts.items())}.")
+        why = Counter(kernel.reason for kernel in result.kernels.values() if kernel.reason)
+        if why:
+            reasons = tuple((reason, str(count)) for reason, count in why.items())
+            tables.append(
+                Table(("why torch runs them", "layers"), reasons, folded="Layers without a kernel", prose=True)
+            )
+    return Section("Layers", tuple(text), tuple(figures), tuple(tables))
 
 
 def alike(result: VisionResult) -> Section | None:
@@ -246,6 +257,7 @@ def _row(layer: LayerRecord, result: VisionResult) -> tuple[str, ...]:
         f"{layer.error:.2%}",
         *alike,
         *((f"{times[1] * 1e3:.2f}", f"{times[0] * 1e3:.2f}") if times else ("", "")),
+        result.kernels[layer.name].name if layer.name in result.kernels else "",
     )
 
 

@@ -1,6 +1,6 @@
 """Binary and sparse layers on the kernels of this machine, where ``vision_selection`` says that they are faster.
 
-``build`` makes such a layer from a packer's tensors, or returns None: then ``layers.build`` makes the dense one.
+``build`` makes such a layer from a packer's tensors, or says why not: then ``layers.build`` makes the dense one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qtoolkit import registry
 from qtoolkit.kernels import vision_layout as layout, vision_ops as ops, vision_selection
+from qtoolkit.kernels.cpu.vision import library
 from qtoolkit.kernels.vision_selection import VisionProblem
 from qtoolkit.packing.binary import BinaryWeight
 from qtoolkit.packing.block import BlockWeight
@@ -27,6 +28,8 @@ Pair = tuple[int, int]
 
 class Accelerated(nn.Module):
     """A layer whose weight lies as a kernel reads it; ``weight`` unpacks it, for code that asks for its dtype."""
+
+    family: str
 
     def __init__(self, like: Layer) -> None:
         super().__init__()
@@ -45,6 +48,11 @@ class Accelerated(nn.Module):
         """Return the places of the kernel, 1 for a linear layer."""
         return self.geometry.k // self.geometry.inputs
 
+    @property
+    def kernel(self) -> str:
+        """Return the name of the kernel in reports, with the code path of this machine."""
+        return f"{self.family}-{library.load().path}"
+
     def plain(self) -> nn.Module:
         """Return a layer of torch's own operations with the same answers, for tracing."""
         raise NotImplementedError
@@ -52,6 +60,8 @@ class Accelerated(nn.Module):
 
 class AcceleratedBinary(Accelerated):
     """Signs times signs, counted; with thresholds the answers are signs too."""
+
+    family = "binary"
 
     words: Tensor
     ones: Tensor
@@ -94,6 +104,8 @@ class AcceleratedBinary(Accelerated):
 
 class AcceleratedSparse(Accelerated):
     """Sums over the weights that are left."""
+
+    family = "sparse"
 
     values: Tensor
     columns: Tensor
@@ -141,23 +153,21 @@ def columns_of(weight: SparseWeight | BlockWeight) -> tuple[Tensor, Tensor]:
     return by_tap, columns.flatten(1)
 
 
-def build(kind: str, tensors: Mapping[str, Tensor], like: Layer) -> nn.Module | None:
-    """Return the layer that runs ``tensors`` of packer ``kind`` on a kernel, or None where dense torch is faster."""
-    odd = isinstance(like, nn.Conv2d) and (isinstance(like.padding, str) or like.padding_mode != "zeros")
-    if kind not in KINDS or odd:
-        return None
+def build(kind: str, tensors: Mapping[str, Tensor], like: Layer) -> Accelerated | str:
+    """Return the layer that runs ``tensors`` of packer ``kind`` on a kernel, or in words why dense torch runs it."""
+    if kind not in KINDS:
+        return f"{kind} layers are made of torch's own operations"
+    if isinstance(like, nn.Conv2d) and (isinstance(like.padding, str) or like.padding_mode != "zeros"):
+        return "kernels pad with zeros, given as numbers"
     weight = registry.packers.get(kind).unpack(tensors)
+    geometry = Geometry.of(like)
     if isinstance(weight, BinaryWeight):
-        if vision_selection.refuse(VisionProblem(kind, Geometry.of(like).inputs)):
-            return None
-        return AcceleratedBinary(weight, like)
+        return vision_selection.refuse(VisionProblem(kind, geometry.inputs)) or AcceleratedBinary(weight, like)
     values, columns = columns_of(weight)
     rows = next(count for count in range(layout.MOST_ROWS, 0, -1) if values.shape[2] % count == 0)
     left = values.numel() / like.weight.numel()
-    geometry = Geometry.of(like)
-    if vision_selection.refuse(VisionProblem(kind, geometry.inputs, rows, left, geometry.k // geometry.inputs)):
-        return None
-    return AcceleratedSparse(values, columns, like)
+    problem = VisionProblem(kind, geometry.inputs, rows, left, geometry.k // geometry.inputs)
+    return vision_selection.refuse(problem) or AcceleratedSparse(values, columns, like)
 
 
 def plain(network: nn.Module) -> nn.Module:

@@ -169,7 +169,7 @@ class Run:
             update={"groups": self.block.groups, "blocks": "", "dropped": self._dropped()}
         )
         tensors, packed = self._pack()
-        network = runtime.assemble(architecture, tensors, packed, kind)
+        network, _ = runtime.assemble(architecture, tensors, packed, kind)
         self._compare(network)
         if self.test is not None:
             self._measure("accuracy_after", network)

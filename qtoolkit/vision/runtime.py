@@ -20,16 +20,26 @@ from qtoolkit.vision.models import TRANSFORMERS, Architecture
 from qtoolkit.vision.narrow import narrow
 from qtoolkit.vision.record import VisionManifest
 
+DENSE = "torch"  # the name of what is no kernel of ours
 FACTS = ("kernel_size", "stride", "padding", "dilation")
 
 
 @dataclass(frozen=True)
+class Runs:
+    """What runs a packed layer on this machine: a kernel's name, or torch and why no kernel does."""
+
+    name: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Loaded:
-    """A network in evaluation mode, how its images are prepared, and what the checkpoint says about it."""
+    """A network in evaluation mode, how its images are prepared, what the checkpoint says, what runs each layer."""
 
     network: nn.Module
     architecture: Architecture
     manifest: VisionManifest
+    kernels: Mapping[str, Runs]
 
     @torch.inference_mode()
     def classify(self, *images: Any, top: int = 5) -> list[list[tuple[str, float]]]:
@@ -71,8 +81,9 @@ def load(path: str | Path) -> Loaded:
     source = Source(folder, str(folder))
     tensors = {name: source.read(name) for name in source.files}
     architecture = _architecture(source, manifest)
-    network = assemble(architecture, tensors, [layer.name for layer in manifest.layers], manifest.scheme.kind)
-    return Loaded(network, architecture, manifest)
+    names = [layer.name for layer in manifest.layers]
+    network, kernels = assemble(architecture, tensors, names, manifest.scheme.kind)
+    return Loaded(network, architecture, manifest, kernels)
 
 
 def _architecture(source: Source, manifest: VisionManifest) -> Architecture:
@@ -90,8 +101,10 @@ def _architecture(source: Source, manifest: VisionManifest) -> Architecture:
     return found.model_copy(update={"dropped": manifest.dropped})
 
 
-def assemble(architecture: Architecture, tensors: Mapping[str, Tensor], packed: Iterable[str], kind: str) -> nn.Module:
-    """Return the network of ``architecture`` with float ``tensors`` filled in and ``packed`` layers built.
+def assemble(
+    architecture: Architecture, tensors: Mapping[str, Tensor], packed: Iterable[str], kind: str
+) -> tuple[nn.Module, dict[str, Runs]]:
+    """Return the network of ``architecture`` with float ``tensors`` and ``packed`` layers, and what runs the latter.
 
     Where filters were removed, the layers of the architecture's channel groups become narrower.
 
@@ -100,6 +113,7 @@ def assemble(architecture: Architecture, tensors: Mapping[str, Tensor], packed: 
     """
     network = architecture.short()
     names = set(packed)
+    runs: dict[str, Runs] = {}
     for name, norm in architecture.folds.items():  # of these nothing but thresholds is stored
         if f"{name}.weight_thresholds" in tensors:
             network.set_submodule(norm, nn.Identity())
@@ -118,7 +132,8 @@ def assemble(architecture: Architecture, tensors: Mapping[str, Tensor], packed: 
         like = network.get_submodule(name)
         try:
             fast = accelerated.build(kind, parts, cast(Layer, like))
-            made = layers.build(kind, parts, cast(Layer, like)) if fast is None else fast
+            made = layers.build(kind, parts, cast(Layer, like)) if isinstance(fast, str) else fast
+            runs[name] = Runs(DENSE, fast) if isinstance(fast, str) else Runs(fast.kernel)
         except KeyError as error:
             raise CheckpointError(f"The checkpoint has no tensor {name}.{error.args[0]}.") from None
         for fact in FACTS:  # some networks ask their layers, MobileNetV2 for its padding
@@ -127,4 +142,4 @@ def assemble(architecture: Architecture, tensors: Mapping[str, Tensor], packed: 
         network.set_submodule(name, made)
     if kind == "filter":
         narrow(network, models.channel_groups(network, architecture))
-    return network.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False), runs

@@ -70,7 +70,15 @@ def test_the_report_has_every_layer_epoch_and_reason(folder: Path, tmp_path: Pat
     assert [path.name for path in written] == ["report.json", "report.md", "report.html"]
     assert vision.VisionResult.model_validate_json(written[0].read_text("utf-8")).manifest == result.manifest
     text, page = written[1].read_text("utf-8"), written[2].read_text("utf-8")
-    for words in ("conv2", "the architecture keeps it", "Training", "modularity", "multiply-adds", "time, batch 1"):
+    for words in (
+        "conv2",
+        "the architecture keeps it",
+        "Training",
+        "modularity",
+        "multiply-adds",
+        "time, batch 1",
+        "Packed layers run on: torch (3)",
+    ):
         assert words in text
     drawn = ("Multiply-adds of each layer", "Time of each layer", "(CKA)", "(GBS)", "Training loss", "What is left")
     for words in drawn:

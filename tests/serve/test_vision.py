@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -192,6 +193,7 @@ def test_the_command_serves_many_clients_at_once_and_stops_in_order(folder: Path
     try:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
+        assert ready["kernels"] == dict(Counter(runs.name for runs in runtime.load(folder).kernels.values()))
         place = f"{ready['url']}/models/{ready['model']}/infer"
         expected = offline(folder, pixels(50)).argmax(dim=1).tolist()
         with httpx.Client(timeout=60) as http, ThreadPoolExecutor(16) as pool:

@@ -111,7 +111,7 @@ def test_without_a_compiler_layers_are_dense(monkeypatch: pytest.MonkeyPatch) ->
     assert vision_selection.refuse(VisionProblem("binary", 64)) == "no C++ compiler found"
     like = nn.Linear(64, 64)
     packer = registry.packers.get("binary")
-    assert accelerated.build("binary", packer.pack(layers.Binary(like).packed()), like) is None
+    assert accelerated.build("binary", packer.pack(layers.Binary(like).packed()), like) == "no C++ compiler found"
 
 
 def test_the_rule_names_its_reason() -> None:
@@ -125,6 +125,19 @@ def test_the_rule_names_its_reason() -> None:
     assert "50%" in str(slower(VisionProblem("nm", 64, 1, 0.5, taps=9), "avx512"))
     assert slower(VisionProblem("nm", 128, 1, 0.5, taps=9), "avx512") is None
     assert slower(VisionProblem("nm", 64, 1, 0.01), "portable") is not None
+
+
+@needs_library
+def test_what_is_loaded_says_which_layer_runs_on_which_kernel(tmp_path: Path) -> None:
+    changes = {"recover.epochs": 1, "recover.distill": 0}
+    compress("digits", "ovsw", tmp_path / "binary", changes=changes)
+    compress("digits", "sfp", tmp_path / "filter", changes={**changes, "recover.where": "all"})
+    assert {runs.name for runs in runtime.load(tmp_path / "binary").kernels.values()} == {
+        f"binary-{library.load().path}"
+    }
+    runs = runtime.load(tmp_path / "filter").kernels
+    assert {name: found.name for name, found in runs.items()} == {"conv2": "torch", "conv3": "torch", "conv4": "torch"}
+    assert "torch's own operations" in runs["conv2"].reason
 
 
 def test_a_plain_network_holds_no_kernel() -> None:

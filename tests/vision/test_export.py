@@ -33,7 +33,7 @@ def pruned(where: str) -> tuple[nn.Module, nn.Module]:
     for transform in build_transforms(settings).values():
         transform.apply(run.block, stream(run.training.first(32), model.architecture), context)
     tensors, packed = run._pack()
-    return model.network.eval(), runtime.assemble(model.architecture, tensors, packed, "filter")
+    return model.network.eval(), runtime.assemble(model.architecture, tensors, packed, "filter")[0]
 
 
 @pytest.mark.parametrize("where", ["inner", "all"])
