@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qtoolkit.architecture import Skeleton
-from qtoolkit.calibration import capture, grid, trial
+from qtoolkit.calibration import capture, experts, grid, trial
 from qtoolkit.calibration.hessian import shared_inputs
 from qtoolkit.checkpoint import BudgetRecord, BudgetRow
 from qtoolkit.errors import RequestError
@@ -160,14 +160,14 @@ def _units(
     for transform in transforms.values():
         if not block.quantized:  # what the transform before made of the float weights
             exact = {name: block.linear(name).weight.data.clone() for name in names}
-        transform.apply(block, fit, context)
+        experts.apply(transform, block, fit, context)
     out = trial.served(block, held, context.scheme.activation_bits)
     int4 = {name: block.linear(name).weight.data for name in names}
     for name, weight in exact.items():
         block.linear(name).weight.data = weight
     truth = capture.advance(block, held)
     units = []
-    for mates in shared_inputs(block).values():
+    for mates in shared_inputs(experts.around(block)).values():
         int8 = {name: grid.rounded(exact[name], INT8) for name in mates}
         errors = {FLOAT: 0.0}
         for kind, made in ((context.scheme.name, int4), (INT8.name, int8)):
@@ -178,7 +178,17 @@ def _units(
         weights = sum(block.linear(name).weight.numel() for name in mates)
         bits = {kind: weights * value for kind, value in each.items()}
         units.append(Unit(tuple(f"{block.name}.{name}" for name in mates), weights, bits, errors))
-    return units, out
+    return [*units, *_of_experts(block, context)], out
+
+
+def _of_experts(block: Block, context: Context) -> Iterator[Unit]:
+    """Yield the experts of ``block`` as one unit, which has the recipe's scheme: engines run all of a model's alike."""
+    layers = [(f"{part.name}.{name}", linear) for _, part in experts.parts(block) for name, linear in part.linears()]
+    if layers:
+        kind, width = context.scheme.name, 8 * context.scale_dtype.itemsize
+        bits = sum(linear.weight.numel() * context.scheme.bits(linear.in_features, width) for _, linear in layers)
+        weights = sum(linear.weight.numel() for _, linear in layers)
+        yield Unit(tuple(name for name, _ in layers), weights, {kind: bits}, {kind: 0.0})
 
 
 @contextmanager

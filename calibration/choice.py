@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qtoolkit.architecture import Skeleton
-from qtoolkit.calibration import capture, trial
+from qtoolkit.calibration import capture, experts, trial
 from qtoolkit.calibration.rotation import Rotated
 from qtoolkit.checkpoint import Choice
 from qtoolkit.source import Source
@@ -75,7 +75,7 @@ def choose(
                 tried = load(candidate.weights, index)
                 inputs = candidate.enter(fit)
                 for transform in candidate.transforms.values():
-                    transform.apply(tried, inputs, context)
+                    experts.apply(transform, tried, inputs, context)
                 out = trial.served(tried, candidate.enter(held), context.scheme.activation_bits)
                 carried[name, index] = candidate.leave(out)
         if index < places[-1]:

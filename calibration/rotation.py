@@ -8,6 +8,7 @@ Nothing is computed online: every engine serves the result.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from qtoolkit.calibration import hadamard
 from qtoolkit.calibration.options import Options
 from qtoolkit.source import Source
 
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 ROWS = 4096  # rows of a weight that are held in float64 at once
 
 
@@ -148,7 +150,10 @@ class Rotated(Source):
 
     @cached_property
     def _parts(self) -> dict[str, Part]:
-        """Return what happens to each module: outside the blocks by full name, inside by its name in the block."""
+        """Return what happens to each module: outside the blocks by full name, inside by its name in the block.
+
+        Names have a ``*`` where the architecture's have one, as for experts.
+        """
         architecture = self.skeleton.architecture
         residual = architecture.residual
         parts = {
@@ -161,9 +166,9 @@ class Rotated(Source):
             for norm in group.producers:
                 if norm in residual.norms:
                     parts[norm] = Part(ones=True)
-                    gains |= dict.fromkeys(group.consumers, norm)
+                    gains |= dict.fromkeys((*group.consumers, *group.floats), norm)
         inputs = dict.fromkeys(gains, self.hidden)
-        outputs = dict.fromkeys(residual.writers, self.hidden)
+        outputs = dict.fromkeys((*residual.writers, *residual.weighted), self.hidden)
         for group in architecture.groups:
             if group.heads and self.heads:  # attention mixes tokens, not the channels of a head: Q passes through it
                 head = Rotation(self.skeleton.head_dim, self.seed + 1)
@@ -186,6 +191,7 @@ class Rotated(Source):
         if module.startswith(stem):
             index, _, local = module.removeprefix(stem).partition(".")
             block = f"{stem}{index}."
+            local = NUMBER.sub("*", self.skeleton.architecture.loaded(f".{local}"))[1:]
         part = self._parts.get(local)
         tied = self.skeleton.tied and module == residual.head
         stored = self.float_source.read(f"{residual.embedding}.{kind}" if tied else name)

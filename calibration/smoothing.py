@@ -53,7 +53,7 @@ class Smooth:
         """Smooth every group of ``block`` in place; return threshold, losses and the largest scale per group."""
         report = {}
         for group in block.groups:
-            if all(name in dict(block.linears()) for name in group.consumers):
+            if not any(name in block.refused for name in group.consumers):
                 scales, report[group.name] = self._search(block, group, stream, context)
                 fold(block, group, scales)
         return report
@@ -95,14 +95,14 @@ def input_range(block: Block, group: ChannelGroup, stream: Stream) -> Tensor:
     The channels of a value head are read by several query heads under grouped-query attention; the producer has one
     row for all of them, so they share the largest value.
     """
-    first = group.consumers[0]
-    layer = block.linear(first)
-    largest = torch.zeros(layer.in_features, device=layer.weight.device)
+    first = (group.floats or group.consumers)[0]  # a router sees every token, an expert some
+    weight = block.linear(first).weight
+    largest = torch.zeros(weight.shape[1], device=weight.device)
 
     def update(x: Tensor) -> None:
-        torch.maximum(largest, x.abs().amax(dim=0), out=largest)
+        torch.maximum(largest, x.flatten(0, -2).abs().amax(dim=0), out=largest)
 
-    layer_inputs(block, stream, {first: update})
+    layer_inputs(block, stream, {first: update}, raw=True)
     if group.heads:
         heads = largest.view(-1, block.kv_repeats, block.head_dim)  # [kv heads, repeats, head_dim]
         largest = heads.amax(dim=1, keepdim=True).expand_as(heads).reshape(-1)
@@ -192,7 +192,7 @@ def fold(block: Block, group: ChannelGroup, scales: Tensor) -> None:
     A norm's gain and a linear layer's rows (and bias) are divided; for value heads shared by several query heads the
     producer's row takes the scale that all of them were given.
     """
-    for name in group.consumers:
+    for name in (*group.consumers, *group.floats):
         block.linear(name).weight.data.mul_(scales)
     if group.heads:
         scales = scales.view(-1, block.kv_repeats, block.head_dim)[:, 0].reshape(-1)  # [kv heads * head_dim]

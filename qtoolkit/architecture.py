@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from torch import nn
 
 from qtoolkit.device import CPU
 from qtoolkit.errors import ModelError
+from qtoolkit.experts import ExpertLayers, unfuse
 from qtoolkit.recipe import explain
 from qtoolkit.registry import suggest
 from qtoolkit.source import Source
@@ -34,6 +37,7 @@ class Residual(BaseModel):
         norms: in a block, the norms that read it; the consumers of a group that one of them produces see it through
             them. Only norms that keep an orthogonal turn (root mean square, gain, no bias) may stand here.
         writers: in a block, the linear layers whose outputs are added to it, each in its norm's place.
+        weighted: in a block, those whose outputs are weighted first, token by token, such as experts'.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,10 +47,15 @@ class Residual(BaseModel):
     head: str
     norms: tuple[str, ...]
     writers: tuple[str, ...]
+    weighted: tuple[str, ...] = ()
 
 
 class Architecture(BaseModel):
-    """One file of ``architectures/``: names relative to the language model (model, blocks) or to a block (the rest)."""
+    """One file of ``architectures/``: names relative to the language model (model, blocks) or to a block (the rest).
+
+    A ``*`` stands for every number, and what a block does not have does not count there: blocks may differ. A group
+    with a ``*`` in its name is one group for each number.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,6 +65,71 @@ class Architecture(BaseModel):
     targets: tuple[str, ...]
     residual: Residual
     groups: tuple[ChannelGroup, ...]
+    experts: ExpertLayers | None = None
+    renamed: Mapping[str, str] = {}  # part of a module's name to what stands in its place in stored names
+
+    def stored(self, name: str) -> str:
+        """Return what the tensor or module ``name`` of the model is called in its files."""
+        for module, stored in self.renamed.items():
+            name = name.replace(module, stored)
+        return name
+
+    def loaded(self, name: str) -> str:
+        """Return what a tensor or module is called in the model whose files call it ``name``."""
+        for module, stored in self.renamed.items():
+            name = name.replace(stored, module)
+        return name
+
+    def within(self, block: nn.Module) -> Layout:
+        """Return what ``block`` has of the names that the file lists."""
+        has = dict(block.named_modules())
+
+        def found(patterns: tuple[str, ...], number: str = "*") -> tuple[str, ...]:
+            names = (_matching(pattern.replace("*", number), has) for pattern in patterns)
+            return tuple(name for some in names for name in some)
+
+        groups = []
+        for group in self.groups:
+            for number in _numbers(group.consumers[0], has) if "*" in group.name else ["*"]:
+                producers, consumers = found(group.producers, number), found(group.consumers, number)
+                if producers and consumers:
+                    name, floats = group.name.replace("*", number), found(group.floats, number)
+                    groups.append(replace(group, name=name, producers=producers, consumers=consumers, floats=floats))
+        writers = zip(self.residual.writers, self.residual.norms, strict=False)  # behind a norm all may be weighted
+        return Layout(
+            targets=found(self.targets),
+            groups=tuple(groups),
+            residual={writer: norm for writer, norm in writers if writer in has},
+            experts=self.experts.module if self.experts and self.experts.module in has else "",
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one block has: see ``Block`` for the attributes."""
+
+    targets: tuple[str, ...]
+    groups: tuple[ChannelGroup, ...]
+    residual: dict[str, str]
+    experts: str
+
+    @property
+    def floats(self) -> tuple[str, ...]:
+        """Return the layers that are never quantized, such as routers."""
+        return tuple(dict.fromkeys(name for group in self.groups for name in group.floats))
+
+
+def _matching(pattern: str, names: Collection[str]) -> list[str]:
+    if "*" not in pattern:
+        return [pattern] if pattern in names else []
+    wanted = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+    return [name for name in names if wanted.fullmatch(name)]
+
+
+def _numbers(pattern: str, names: Collection[str]) -> list[str]:
+    """Return what the ``*`` of ``pattern`` stands for among ``names``."""
+    before, _, after = pattern.partition("*")
+    return [name.removeprefix(before).removesuffix(after) for name in _matching(pattern, names)]
 
 
 @cache
@@ -122,19 +196,21 @@ class Skeleton:
         name = f"{self.architecture.blocks}.{index}"
         empty = self.blocks[index]
         module = copy.deepcopy(empty).to_empty(device="cpu")
-        state = {local: source.read_finite(f"{name}.{local}") for local in empty.state_dict()}
+        stored = self.architecture.stored
+        state = {local: source.read_finite(stored(f"{name}.{local}")) for local in empty.state_dict()}
         module.load_state_dict(state, strict=True)
         module.to(self.device, torch.float32).eval().requires_grad_(False)
         heads, kv_heads = self.config.num_attention_heads, getattr(self.config, "num_key_value_heads", None)
-        residual = self.architecture.residual
+        layout = self.architecture.within(module)
         return Block(
             name=name,
             module=module,
-            targets=self.architecture.targets,
-            groups=self.architecture.groups,
-            residual=dict(zip(residual.writers, residual.norms, strict=True)),
+            targets=layout.targets,
+            groups=layout.groups,
+            residual=layout.residual,
             kv_repeats=heads // (kv_heads or heads),
             head_dim=self.head_dim,
+            experts=layout.experts,
         )
 
 
@@ -144,7 +220,7 @@ def skeleton(source: Source) -> Skeleton:
     Raises:
         ModelError: unsupported architecture, a config that does not build, missing or mismatching tensors.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     model_type = str(source.config.get("model_type", ""))
     architecture = of(model_type)
@@ -153,12 +229,35 @@ def skeleton(source: Source) -> Skeleton:
         raise ModelError(f"{source.name} is already quantized ({method}).", "Give the float model.")
     try:
         config = AutoConfig.from_pretrained(source.path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = build(config, architecture, dtype=torch.float32, attn_implementation="sdpa")
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise ModelError(f"{source.name}: config.json does not describe a model: {_one_line(error)}.") from None
-    _check_shapes(model, source)
-    return Skeleton(model, config, architecture)
+    _check_shapes(model, source, architecture)
+    found = Skeleton(model, config, architecture)
+    for layer in _unknown(found):
+        raise ModelError(f"{source.name} has a linear layer {layer} that its architecture file does not name.")
+    return found
+
+
+def build(config: PreTrainedConfig, architecture: Architecture, **options: Any) -> PreTrainedModel:
+    """Return the model of ``config`` on the meta device, its experts as layers; ``options`` are transformers'."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **options)
+    if architecture.experts is not None:
+        unfuse(model.get_submodule(architecture.blocks), architecture.experts)
+    return model
+
+
+def _unknown(skeleton: Skeleton) -> Iterator[str]:
+    """Yield the linear layers of blocks that would stay in float without anybody's decision."""
+    for index, block in enumerate(skeleton.blocks):
+        layout = skeleton.architecture.within(block)
+        known = {*layout.targets, *layout.floats}
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear) and name not in known:
+                yield f"{skeleton.architecture.blocks}.{index}.{name}"
 
 
 def stored_dtype(source: Source) -> torch.dtype:
@@ -168,12 +267,13 @@ def stored_dtype(source: Source) -> torch.dtype:
     return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.bfloat16
 
 
-def _check_shapes(model: PreTrainedModel, source: Source) -> None:
+def _check_shapes(model: PreTrainedModel, source: Source, architecture: Architecture) -> None:
     stored = source.shapes()
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for module, parameter in model.named_parameters(remove_duplicate=False):
+        name = architecture.stored(module)
         if name not in stored:
-            if name in tied and model.config.tie_word_embeddings:
+            if module in tied and model.config.tie_word_embeddings:
                 continue
             raise ModelError(f"{source.name} has no tensor {name}.", "The model folder is incomplete.")
         if stored[name] != tuple(parameter.shape):

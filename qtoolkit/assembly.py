@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qtoolkit import __version__, checkpoint
+from qtoolkit.architecture import Skeleton
 from qtoolkit.job import Job, disk_errors
 from qtoolkit.recipe import Recipe
 from qtoolkit.source import Source
@@ -20,6 +21,7 @@ SHARD_BYTES = 4 * 10**9
 def assemble(
     job: Job,
     source: Source,
+    skeleton: Skeleton,
     recipe: Recipe,
     dtype: torch.dtype,
     blocks: Mapping[str, str],
@@ -33,6 +35,7 @@ def assemble(
     Args:
         job: holds the finished parts.
         source: the float model, whose config and companion files go with the weights.
+        skeleton: tells how its files name what the parts hold, and what is never quantized.
         recipe: what was done.
         dtype: in which floats are stored.
         blocks: name of every block and of the part that holds it, in order.
@@ -41,25 +44,33 @@ def assemble(
         choice: how outliers are treated, if that was measured.
         budget: what a size budget was spent on, if there was one.
     """
-    staging = job.staging
+    staging, stored = job.staging, skeleton.architecture.stored
     with disk_errors(job.output):
         staging.mkdir(exist_ok=True)
         for leftover in staging.iterdir():
             leftover.unlink()
         checkpoint.copy_companions(source.path, staging)
-        files = _write_shards(job, [*blocks.values(), rest], staging)
+        files = _write_shards(job, [*blocks.values(), rest], staging, stored)
         facts = {name: job.facts(part) for name, part in blocks.items()}
         unquantized = tuple(
-            checkpoint.Unquantized(name=f"{block}.{name}", reason=reason)
+            checkpoint.Unquantized(name=stored(f"{block}.{name}"), reason=reason)
             for block, fact in facts.items()
             for name, reason in fact["refused"].items()
         )
-        ignore = list(dict.fromkeys([*recipe.keep, *(row.name for row in unquantized)]))
+        floats = [
+            stored(f"{block}.{name}")
+            for block, module in zip(blocks, skeleton.blocks, strict=True)
+            for name in skeleton.architecture.within(module).floats
+        ]
+        ignore = list(dict.fromkeys([*recipe.keep, *(row.name for row in unquantized), *floats]))
         config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
         config["dtype"] = str(dtype).removeprefix("torch.")
-        layers = tuple(_layer_records(facts, recipe.scheme.name))
+        layers = tuple(_layer_records(facts, recipe.scheme.name, stored))
         others = {row.name: row.parsed_scheme for row in layers if row.scheme != recipe.scheme.name}
-        config["quantization_config"] = checkpoint.quantization_config(recipe.scheme, ignore, others)
+        experts = skeleton.architecture.experts
+        config["quantization_config"] = checkpoint.quantization_config(
+            recipe.scheme, ignore, others, stored(f".{experts.module}.") if experts else ""
+        )
         checkpoint.write_json(staging / "config.json", config)
         manifest = checkpoint.Manifest(
             source=source.name,
@@ -85,8 +96,11 @@ def assemble(
         checkpoint.write_json(staging / checkpoint.MANIFEST, manifest.model_dump(mode="json"))
 
 
-def _write_shards(job: Job, parts: list[str], folder: Path) -> dict[str, int]:
-    """Merge the parts into shards of at most ``SHARD_BYTES`` each, with an index when there are several."""
+def _write_shards(job: Job, parts: list[str], folder: Path, stored: Callable[[str], str]) -> dict[str, int]:
+    """Merge the parts into shards of at most ``SHARD_BYTES`` each, with an index when there are several.
+
+    ``stored`` gives the name under which a module's tensor is stored.
+    """
     from safetensors.torch import save_file
 
     shards: list[list[str]] = [[]]
@@ -102,7 +116,7 @@ def _write_shards(job: Job, parts: list[str], folder: Path) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for number, members in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {key: tensor for part in members for key, tensor in job.tensors(part).items()}
+        tensors = {stored(key): tensor for part in members for key, tensor in job.tensors(part).items()}
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         sizes[name] = (folder / name).stat().st_size
@@ -112,10 +126,10 @@ def _write_shards(job: Job, parts: list[str], folder: Path) -> dict[str, int]:
     return sizes
 
 
-def _layer_records(facts: Mapping[str, Any], scheme: str) -> list[checkpoint.LayerRecord]:
+def _layer_records(facts: Mapping[str, Any], scheme: str, stored: Callable[[str], str]) -> list[checkpoint.LayerRecord]:
     return [
         checkpoint.LayerRecord(
-            name=f"{block}.{name}",
+            name=stored(f"{block}.{name}"),
             scheme=fact.get("schemes", {}).get(name, scheme),
             shape=tuple(fact["shapes"][name]),
             error=figures["error"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -186,7 +187,7 @@ def verify(path: str | Path) -> Manifest:
 
 
 def quantization_config(
-    scheme: Scheme, ignore: list[str], others: Mapping[str, Scheme] = MappingProxyType({})
+    scheme: Scheme, ignore: list[str], others: Mapping[str, Scheme] = MappingProxyType({}), experts: str = ""
 ) -> dict[str, Any]:
     """Return the standard compressed-tensors entry for config.json: nothing in it is our own.
 
@@ -194,11 +195,16 @@ def quantization_config(
         scheme: of every linear layer that is named nowhere else.
         ignore: layers that stay in float.
         others: layers with another scheme than ``scheme``. A name is matched before the class ``Linear``.
+        experts: what stands in the name of every expert's layer, such as ``.mlp.experts.``, if there are any. Theirs
+            is a group that declares no integer inputs: with them vLLM looks for another layout of an expert's weights.
     """
     named: dict[Scheme, list[str]] = {}
     for name, other in others.items():
         named.setdefault(other, []).append(name)
-    groups = [_config_group(other, names) for other, names in named.items()] + [_config_group(scheme, ["Linear"])]
+    groups = [_config_group(other, names) for other, names in named.items()]
+    if experts:
+        groups.append({**_config_group(scheme, [f"re:.*{re.escape(experts)}\\d+\\..*"]), "input_activations": None})
+    groups.append(_config_group(scheme, ["Linear"]))
     formats = {group["format"] for group in groups}
     return {
         "quant_method": "compressed-tensors",

@@ -26,7 +26,7 @@ from qtoolkit import (
     recipe as recipes,
     registry,
 )
-from qtoolkit.calibration import budget, capture, choice
+from qtoolkit.calibration import budget, capture, choice, experts
 from qtoolkit.calibration.options import read as read_options
 from qtoolkit.errors import ModelError
 from qtoolkit.job import Job
@@ -193,7 +193,8 @@ class Run:
         blocks = {self._name(index): _part(index) for index in range(self.blocks)}
         tokens = job.tensors(CALIBRATION)["tokens"].numel()
         dtype, choice, budget = self.dtype, self.choice, self.budget
-        assembly.assemble(job, self.weights, self.recipe, dtype, blocks, REST, tokens, choice, budget)
+        skeleton = self.skeleton
+        assembly.assemble(job, self.weights, skeleton, self.recipe, dtype, blocks, REST, tokens, choice, budget)
 
     def _candidate(
         self, method: str | None, options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
@@ -223,9 +224,9 @@ class Run:
         return record
 
     def _refuse_if_nothing_fits(self) -> None:
-        reasons = [
-            self._reason(self._name(0), name, self.skeleton.blocks[0]) for name in self.skeleton.architecture.targets
-        ]
+        first = self.skeleton.blocks[0]
+        targets = self.skeleton.architecture.within(first).targets
+        reasons = [self._reason(self._name(0), name, first) for name in targets]
         if all(reasons):
             raise ModelError(
                 f"No layer of {self.source.name} can be quantized to {self.recipe.scheme.name}: {reasons[0]}.",
@@ -234,7 +235,8 @@ class Run:
 
     def _reason(self, block: str, name: str, module: nn.Module) -> str | None:
         """Return why the target ``name`` of a block stays in float, or None."""
-        if name in self.recipe.keep or f"{block}.{name}" in self.recipe.keep:
+        full = f"{block}.{name}"
+        if {name, full, self.skeleton.architecture.stored(full)} & {*self.recipe.keep}:
             return "the recipe keeps it"
         n, k = module.get_submodule(name).weight.shape  # type: ignore[misc]
         return self.packer.refuse(int(n), int(k), self.recipe.scheme)
@@ -265,13 +267,14 @@ class Run:
                 block.refused[name] = f"the budget of {self.recipe.budget.bits:g} bits a weight keeps it"
             elif kind != self.recipe.scheme.name:
                 block.schemes[name] = Scheme.named(kind)
+        experts.refuse_together(block)
         return block
 
     def _transform(self, block: Block, stream: Stream) -> dict[str, Any]:
         layers: dict[str, dict[str, float]] = {name: {} for name, _ in block.linears()}
         groups: list[dict[str, Any]] = []
         for step, transform in self.transforms.items():
-            for name, figures in transform.apply(block, stream, self.context).items():
+            for name, figures in experts.apply(transform, block, stream, self.context).items():
                 if name in layers:
                     layers[name] |= figures
                 else:

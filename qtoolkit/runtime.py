@@ -129,7 +129,7 @@ def _load_float(source: Source, device: str, dtype: torch.dtype | None) -> PreTr
 
 @torch.inference_mode()
 def _load_packed(source: Source, device: str, dtype: torch.dtype | None, activations: bool) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from qtoolkit import architecture
 
@@ -139,8 +139,8 @@ def _load_packed(source: Source, device: str, dtype: torch.dtype | None, activat
     config = AutoConfig.from_pretrained(source.path)
     del config.quantization_config  # transformers must build plain linear layers; ours replace them below
     dtype = dtype or architecture.stored_dtype(source)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    known = architecture.of(config.model_type)
+    model = architecture.build(config, known, dtype=dtype)
     quantized = {layer.name for layer in manifest.layers}
     parts: dict[str, list[str]] = {name: [] for name in quantized}
     for name in source.files:
@@ -154,8 +154,9 @@ def _load_packed(source: Source, device: str, dtype: torch.dtype | None, activat
         bias = source.read(f"{name}.bias").to(dtype) if f"{name}.bias" in source.files else None
         weight = packer.unpack(tensors)
         made = _packed_layer(tensors, weight, bias, scheme, dtype, device) if activations else None
-        model.set_submodule(name, made or _float_layer(weight, bias, dtype, device))
-    _fill(model, source, dtype, device, skip=quantized)
+        model.set_submodule(known.loaded(name), made or _float_layer(weight, bias, dtype, device))
+    floats = {known.loaded(name): name for name in source.files if name.rpartition(".")[0] not in quantized}
+    _fill(model, source, dtype, device, floats)
     return model.eval().requires_grad_(False)
 
 
@@ -198,9 +199,9 @@ def _float_layer(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtyp
     return layer
 
 
-def _fill(model: PreTrainedModel, source: Source, dtype: torch.dtype, device: str, skip: set[str]) -> None:
-    """Load everything that is not packed: embeddings, norms, layers left in float; and the buffers nobody stores."""
-    state = {name: source.read(name).to(device, dtype) for name in source.files if name.rpartition(".")[0] not in skip}
+def _fill(model: PreTrainedModel, source: Source, dtype: torch.dtype, device: str, floats: Mapping[str, str]) -> None:
+    """Load what is not packed, ``floats`` by the model's names to the stored; and the buffers nobody stores."""
+    state = {name: source.read(stored).to(device, dtype) for name, stored in floats.items()}
     missing = {name for name, parameter in model.named_parameters() if parameter.is_meta} - state.keys()
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else set()
     if missing - tied:

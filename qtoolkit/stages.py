@@ -30,6 +30,7 @@ class ChannelGroup:
         observe: module inside it whose *input* is compared; empty for the consumers' output.
         heads: the channels are attention heads' values, and several query heads read one key/value head.
         unit: consecutive channels that can only go together, such as those of an attention head.
+        floats: other readers, which stay in float, such as a router: they are scaled and turned with the consumers.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ChannelGroup:
     observe: str = ""
     heads: bool = False
     unit: int = 1
+    floats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Block:
         refused: targets that stay in float, with the reason in words.
         schemes: targets that become something else than the recipe's scheme.
         residual: targets whose output is added to the hidden stream, with the norm that read it before.
+        experts: name of the module whose children see a part of the tokens each; their layers are targets too.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Block:
     refused: dict[str, str] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
     residual: dict[str, str] = field(default_factory=dict)
+    experts: str = ""
 
     def layer(self, name: str) -> nn.Module:
         """Return the submodule ``name``."""

@@ -9,6 +9,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MIXTURES: dict[str, dict[str, Any]] = {  # config values of a model type beyond those of all
+    "qwen3_moe": EXPERTS,
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 128, "mlp_only_layers": [1]},  # block 1 is dense
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64},
+}
 CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
 
 
@@ -39,6 +45,7 @@ def save_random(folder: Path, model_type: str = "llama", **changes: Any) -> Path
         "tie_word_embeddings": False,
         "bos_token_id": 0,
         "eos_token_id": 1,
+        **MIXTURES.get(model_type, {}),
         **changes,
     }
     torch.manual_seed(0)

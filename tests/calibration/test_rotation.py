@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests_support import save_random
+from tests_support import MIXTURES, save_random
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,7 +22,8 @@ from qtoolkit.calibration import capture
 from qtoolkit.calibration.rotation import Rotate, Rotated, RotateOptions, Rotation
 from qtoolkit.source import resolve
 
-KINDS = [(kind, tied) for kind in ("llama", "mistral", "qwen2", "qwen3") for tied in (False, True)]
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+KINDS = [*((kind, tied) for kind in DENSE for tied in (False, True)), *((kind, True) for kind in MIXTURES)]
 QUICK = {
     "calibration.samples": 4,
     "calibration.length": 32,
@@ -53,16 +53,16 @@ def rotated(folder: Path, seed: int = 3, heads: bool = True) -> Rotated:
 
 def logits(folder: Path, state: dict[str, Tensor] | None, config: dict[str, Any] | None = None) -> Tensor:
     """Return the logits of a folder's model in float64, with other weights if given."""
-    if state is None:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    else:
-        (folder / "turned").mkdir()
-        (folder / "turned" / "config.json").write_text(json.dumps(config))
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "turned"), dtype=torch.float64)
-        missing, unexpected = model.load_state_dict({k: v.double() for k, v in state.items()}, strict=False)
-        assert not unexpected
-        assert not missing
-        shutil.rmtree(folder / "turned")
+    where = folder
+    if state is not None:
+        where = folder / "turned"
+        where.mkdir()
+        (where / "config.json").write_text(json.dumps(config))
+        save_file(state, where / "model.safetensors", metadata={"format": "pt"})
+    options = {"dtype": torch.float64, "experts_implementation": "eager"}  # fused experts have no float64 product
+    model, said = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+    assert not said["missing_keys"]
+    assert not said["unexpected_keys"]
     tokens = torch.randint(2, 258, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         return model.eval()(tokens).logits
