@@ -7,6 +7,7 @@
 | SR-STE | in the forward pass | one-shot | sr-ste |
 | MaxQ | in the forward pass, soft | linear | sr-ste |
 | OvSW | none (binary layers) | | ags-sad |
+| ReCU | none (binary layers) | | recu |
 | ADMM | none until the end | | admm |
 | DeBut | none (butterfly layers) | | none |
 
@@ -55,7 +56,7 @@ class RecoverOptions(Options):
     schedule: str = Field("one-shot", description="one-shot, linear, cosine, cubic or exponential")
     ramp: float = Field(0.5, ge=0, le=1, description="part of the training after which the pattern is complete")
     settle: float = Field(1.0, ge=0, le=1, description="part of the training after which removed filters stay away")
-    regularizer: Literal["none", "sr-ste", "cr-kl", "ags-sad", "admm"] = "none"
+    regularizer: Literal["none", "sr-ste", "cr-kl", "ags-sad", "recu", "admm"] = "none"
     strength: float = Field(2e-4, ge=0, description="the regularizer's factor")
     distill: float = Field(0.0, ge=0, le=1, description="part of the loss that is learnt from the float network")
     temperature: float = Field(4.0, gt=0, description="of its answers")
@@ -106,7 +107,7 @@ class Training:
             for weight in self.weights.values():  # a training from sparse weights starts from what they compute
                 weight.data = projections.latent(weight.data, *context.pattern.nm)
         self.masks: dict[str, Tensor] = {}
-        self.epoch = 0
+        self.progress = 0.0  # the part of the training that is done
         decayed = [p for p in self.network.parameters() if p.dim() > 1 or _is_flat_weight(p, self.network)]
         ids = {id(p) for p in decayed}
         plain = [p for p in self.network.parameters() if id(p) not in ids]
@@ -177,10 +178,10 @@ class Training:
             generator = torch.Generator().manual_seed(context.seed * 1000 + epoch)  # resuming needs no generator state
             batches = context.training.epoch(options.batch, architecture, generator, self.regularizer.views)
             for step, (views, y) in enumerate(batches):
-                progress = (epoch + step / steps) / options.epochs
-                self._set_rate(progress)
+                self.progress = (epoch + step / steps) / options.epochs
+                self._set_rate(self.progress)
                 if options.masks == "forward":
-                    self.refresh(progress)
+                    self.refresh(self.progress)
                 loss = self.regularizer.loss(self, views, y)
                 self.optimizer.zero_grad()
                 loss.backward()
@@ -188,6 +189,7 @@ class Training:
                 self.optimizer.step()
                 if options.masks == "epoch" and epoch / options.epochs >= options.settle:
                     self._remove()
+                context.step(epoch * steps + step + 1, options.epochs * steps)
                 total, seen = total + float(loss.detach()) * len(y), seen + len(y)
                 if not math.isfinite(total):
                     raise NumericError(

@@ -7,6 +7,7 @@ A regularizer may replace the loss of a batch, edit the gradients after the back
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -145,6 +146,25 @@ class Overcome(Plain):
             self.flips[name], self.signs[name] = state[f"{name}:flips"], state[f"{name}:signs"]
 
 
+class Revive(Plain):
+    """Clamps latent binary weights to +-q before each pass, so that far ones can flip again (ReCU, Xu et al. 2021).
+
+    q = -mean|w| ln(2 - 2 tau), the quantile tau of a Laplace distribution, for each layer; tau rises from 0.85 to 0.99.
+    """
+
+    first, last = 0.85, 0.99
+
+    def loss(self, trainer: Training, views: list[Tensor], y: Tensor) -> Tensor:
+        """Clamp, then return the loss of one batch."""
+        tau = self.first + (self.last - self.first) * trainer.progress
+        with torch.no_grad():
+            for module in trainer.network.modules():
+                if isinstance(module, Binary):
+                    q = -float(module.weight.abs().mean()) * math.log(2 - 2 * tau)
+                    module.weight.clamp_(-q, q)
+        return super().loss(trainer, views, y)
+
+
 class Multipliers(Plain):
     """ADMM: pull the weights towards the pattern, grad += rho (w - z + u), and move the target after every epoch.
 
@@ -190,5 +210,6 @@ REGULARIZERS: dict[str, type[Plain]] = {
     "sr-ste": SparseDecay,
     "cr-kl": Consistency,
     "ags-sad": Overcome,
+    "recu": Revive,
     "admm": Multipliers,
 }

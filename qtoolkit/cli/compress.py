@@ -61,7 +61,10 @@ def command(
 
     if model not in table():
         output.quiet_libraries()
-    result = compress(model, chosen, out, weights=weights or None, test=test or None, fresh=fresh, say=output.note)
+    with Steps() as bar:
+        result = compress(
+            model, chosen, out, weights=weights or None, test=test or None, fresh=fresh, say=bar.say, step=bar.step
+        )
     exported = to_onnx(out, onnx) if onnx else {}
     if as_json:
         output.emit({**result.to_json(), **exported})
@@ -79,6 +82,26 @@ def command(
     )
     if exported:
         output.result(_line(exported))
+
+
+class Steps:
+    """The run's lines; on a terminal a bar of training steps below them."""
+
+    def __enter__(self) -> Steps:
+        self.bar = output.bar()
+        self.say = output.note if self.bar is None else self.bar.console.print
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def step(self, done: int, total: int) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            if not self.bar.task_ids:
+                self.bar.add_task("training", total=total)
+            self.bar.update(self.bar.task_ids[0], completed=done)
 
 
 def to_onnx(folder: str, file: str) -> dict[str, str | float | None]:

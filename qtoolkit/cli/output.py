@@ -43,6 +43,19 @@ def quiet_libraries() -> None:
     quiet_datasets()
 
 
+def bar() -> Any:
+    """Return a running progress bar below the lines on stderr, or None where that is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    made = Progress(*columns, console=Console(stderr=True), transient=True)
+    made.start()
+    return made
+
+
 def megabytes(size: int) -> str:
     """Return a size in bytes as a person reads it."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

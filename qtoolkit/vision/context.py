@@ -18,11 +18,16 @@ from qtoolkit.vision.pattern import Pattern
 
 BATCH = 128
 Progress = Callable[[str], None]  # is given every line worth reading
+Step = Callable[[int, int], None]  # is told how many training steps are done, and of how many
+
+
+def unseen(done: int, total: int) -> None:
+    """Tell nobody: the default of the Python interface."""
 
 
 @dataclass(frozen=True)
 class VisionContext:
-    """The pattern to reach, the training images, the seed, a line to the user, and where a long step saves itself.
+    """The pattern to reach, the training images, the seed, words to the user, and where a long step saves itself.
 
     ``original`` makes the trained float network anew, as it was before any step; None if its weights are random.
     """
@@ -34,6 +39,7 @@ class VisionContext:
     say: Progress
     job: Job | None = None
     original: Callable[[], nn.Module] | None = None
+    step: Step = unseen
 
     def taught_by(self) -> nn.Module:
         """Return a copy of the float network that the weights were trained for, for a step to learn from.

@@ -20,7 +20,7 @@ from qtoolkit.pipeline import build_transforms, peak_rss_bytes
 from qtoolkit.source import Source
 from qtoolkit.stages import Block
 from qtoolkit.vision import data, measure, models, runtime, similarity
-from qtoolkit.vision.context import Progress, VisionContext, stream
+from qtoolkit.vision.context import Progress, Step, VisionContext, stream, unseen
 from qtoolkit.vision.layers import Binary, Butterfly
 from qtoolkit.vision.matrix import Geometry, to_matrix, weight_of
 from qtoolkit.vision.models import Model
@@ -67,6 +67,7 @@ def compress(
     changes: Mapping[str, Any] | None = None,
     fresh: bool = False,
     say: Progress | None = None,
+    step: Step = unseen,
 ) -> Compressed:
     """Compress an image classifier and write a checkpoint folder.
 
@@ -81,6 +82,7 @@ def compress(
         changes: recipe values by dotted key, such as ``{"recover.epochs": 3}``.
         fresh: forget an interrupted run, and replace a finished checkpoint.
         say: is given every line worth reading.
+        step: is told how many training steps are done, and of how many.
 
     Raises:
         QToolkitError: see ``qtoolkit.errors``; the message is one sentence, the hint says what to do.
@@ -113,7 +115,7 @@ def compress(
     try:
         if not job.published:
             run = Run(resolved, settings, training, held_out, say or _silent)
-            run.work(transforms, job)
+            run.work(transforms, job, step)
             run.assemble(job)
             job.publish()
     finally:
@@ -138,8 +140,8 @@ class Run:
         self.report: list[checkpoint.GroupRecord] = []
         self.layer_figures: dict[str, dict[str, float]] = {name: {} for name in self.block.targets}
 
-    def work(self, transforms: Mapping[str, Any], job: Job) -> None:
-        """Measure the network as it is, then apply every transform."""
+    def work(self, transforms: Mapping[str, Any], job: Job, watch: Step) -> None:
+        """Measure the network as it is, then apply every transform; ``watch`` is told of training steps."""
         original = self.model.original
         if self.test is not None and original is not None:
             self._measure("accuracy_before", original())
@@ -150,7 +152,7 @@ class Run:
         x, self.classes = next(calibration.batches(measure.batch_of(architecture, ALIKE), architecture))
         self.compared, self.dense = x, similarity.grams(self.model.network, self.block.targets, x)
         images = stream(calibration, architecture)
-        context = VisionContext(self.recipe.scheme, architecture, self.training, seed, self.say, job, original)
+        context = VisionContext(self.recipe.scheme, architecture, self.training, seed, self.say, job, original, watch)
         for step, transform in transforms.items():
             began = time.monotonic()
             for name, figures in transform.apply(self.block, images, context).items():

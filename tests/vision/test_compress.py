@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +232,21 @@ def test_the_command_prints_one_json_object(digits_weights: Path, tmp_path: Path
     assert (found["ok"], found["scheme"]) == (True, "4:8")
     assert CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "out")]).exit_code == 0
     assert torch.isfinite(torch.tensor(found["figures"]["parameters_after"]))
+
+
+def test_on_a_terminal_a_bar_shows_the_training_steps(tmp_path: Path) -> None:
+    words = ["compress", "digits", "-o", str(tmp_path / "out"), "--recipe", "ovsw", "--epochs", "1"]
+    ours, theirs = pty.openpty()
+    code = "from qtoolkit.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # the terminal's end is an error when the other side has gone
+            while part := os.read(ours, 1 << 16):
+                shown += part
+        os.close(ours)
+        assert process.wait(60) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())  # without colours
+    assert "epoch 1/1" in text
+    assert "training" in text
+    assert "10/10" in text  # 1297 images in whole batches of 128

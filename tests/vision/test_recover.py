@@ -54,11 +54,12 @@ def test_a_trained_network_has_the_pattern_and_a_lower_loss(method: str) -> None
             assert 0.49 < (matrix != 0).float().mean() < 0.51
 
 
-def test_binary_layers_learn_and_their_silent_weights_are_pulled() -> None:
+@pytest.mark.parametrize(("regularizer", "strength"), [("ags-sad", 9e-4), ("recu", 0.0)])
+def test_binary_layers_learn(regularizer: Any, strength: float) -> None:
     block, images, context = prepared(Pattern(pattern="binary"))
     for name in block.targets:
         block.module.set_submodule(name, layers.Binary(block.layer(name)))  # type: ignore[arg-type]
-    options = RecoverOptions(epochs=6, batch=32, lr=0.1, regularizer="ags-sad", strength=9e-4)
+    options = RecoverOptions(epochs=6, batch=32, lr=0.1, regularizer=regularizer, strength=strength)
     report = Recover(options).apply(block, images, context)
     assert report["epoch-6"]["loss"] < 0.95 * report["epoch-1"]["loss"]  # 48 steps from random weights
 
@@ -102,6 +103,31 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert said[0] == "going on after epoch 2 of 3"
     for name, tensor in block.module.state_dict().items():
         assert torch.equal(tensor, fresh.module.state_dict()[name]), name
+
+
+def test_the_tails_of_binary_weights_are_clamped_to_a_rising_quantile() -> None:
+    block, _, context = prepared(Pattern(pattern="binary"))
+    for name in block.targets:
+        block.module.set_submodule(name, layers.Binary(block.layer(name)))  # type: ignore[arg-type]
+    training = Training(block, RecoverOptions(regularizer="recu"), context)
+    views, y = next(context.training.epoch(64, context.architecture, context.generator()))
+    before = weight_of(block, "conv2").detach().clone()
+    for progress, tau in ((1.0, 0.99), (0.0, 0.85)):
+        weight_of(block, "conv2").data = before.clone()
+        training.progress = progress
+        training.regularizer.loss(training, views, y)
+        laplace = torch.distributions.Laplace(0.0, before.abs().mean())
+        q = float(laplace.icdf(torch.tensor(tau)))
+        torch.testing.assert_close(weight_of(block, "conv2").detach(), before.clamp(-q, q))
+    assert float(before.abs().max()) > q
+
+
+def test_every_training_step_is_told() -> None:
+    block, images, context = prepared(NM)
+    seen: list[tuple[int, int]] = []
+    watched = replace(context, step=lambda done, total: seen.append((done, total)))
+    Recover(RecoverOptions(epochs=2, batch=64, masks="forward")).apply(block, images, watched)
+    assert seen == [(done, 8) for done in range(1, 9)]  # 256 images, two epochs
 
 
 def test_sparse_decay_reaches_only_what_the_mask_removes() -> None:
