@@ -49,6 +49,8 @@ def main() -> None:
     as_json = "--json" in sys.argv[1:]
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # so says typer of Ctrl-C, without a word
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         output.error("Interrupted.", "", INTERRUPTED, as_json=as_json)
         code = INTERRUPTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -57,4 +58,4 @@ def command(
         if not running:
             raise
         output.note("stopped")
-        raise typer.Exit(0 if isinstance(stop, launcher.Terminated) else 130) from None
+        sys.exit(0 if isinstance(stop, launcher.Terminated) else 130)  # told above, and the one object is out

@@ -143,4 +143,8 @@ def test_an_interrupt_is_told_and_has_its_code(run: Run, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qtoolkit.checkpoint.verify", interrupted)
-    assert run("inspect", "x")[0] == 130
+    code, out, err = run("inspect", "x")
+    assert (code, out) == (130, "")
+    assert "Interrupted" in err
+    code, out, _ = run("inspect", "x", "--json")
+    assert (code, json.loads(out)["exit_code"]) == (130, 130)
