@@ -64,6 +64,12 @@ def _is_int4(weights: Mapping[str, Any] | None) -> bool:
     return weights is not None and weights.get("num_bits") == 4 and weights.get("type", "int") == "int"
 
 
+def _of_experts(group: Mapping[str, Any]) -> bool:
+    """Say whether a config group is that of experts: all its targets are patterns with a part ``experts``."""
+    targets = group.get("targets") or [""]
+    return all(target.startswith("re:") and ".experts" in target for target in targets)
+
+
 def is_token_int8(activations: Mapping[str, Any] | None) -> bool:
     """Say whether ``input_activations`` of a config group mean int8, symmetric, one dynamic scale a token."""
     return (
@@ -80,10 +86,11 @@ def declared(quantization_config: Mapping[str, Any] | None) -> Declared:
     """Read from a ``quantization_config`` whether its int4 layers are meant to run with int8 activations.
 
     Only compressed-tensors can say so; GPTQ files have no word for activations. Groups whose weights are not int4
-    do not count.
+    do not count, nor those of a mixture's experts, which engines do not run as linear layers.
     """
-    groups = (quantization_config or {}).get("config_groups") or {}
-    answers = {is_token_int8(g.get("input_activations")) for g in groups.values() if _is_int4(g.get("weights"))}
+    groups = ((quantization_config or {}).get("config_groups") or {}).values()
+    linear = [group for group in groups if not _of_experts(group) and _is_int4(group.get("weights"))]
+    answers = {is_token_int8(group.get("input_activations")) for group in linear}
     if answers == {True}:
         return Declared.ALL
     return Declared.SOME if True in answers else Declared.NONE

@@ -16,6 +16,7 @@ def register() -> None:
     """
     head()
     from qtoolkit.serve.process import die_with_engine
+    from qtoolkit.serve.vllm_experts import register_experts
     from qtoolkit.serve.vllm_gate import register_gate
     from qtoolkit.serve.vllm_head import register_head
     from qtoolkit.serve.vllm_kernel import place_first
@@ -28,4 +29,5 @@ def register() -> None:
     if mode() is not Mode.OFF:  # then nothing but vLLM's own code runs
         register_head()
         register_gate()
+        register_experts()
     report_after_loading()

@@ -11,6 +11,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -19,6 +20,7 @@ from qtoolkit.kernels.selection import Prepared
 from qtoolkit.scheme import Head
 from qtoolkit.serve import report
 from qtoolkit.serve.intent import HEAD
+from qtoolkit.serve.vllm_experts import W4A8ExpertsMethod
 from qtoolkit.serve.vllm_head import IntegerHeadMethod
 from qtoolkit.serve.vllm_kernel import W4A8LinearKernel, refuse
 
@@ -51,10 +53,22 @@ def report_after_loading() -> None:
 
 
 def describe(model: torch.nn.Module, config: VllmConfig) -> Iterator[report.Layer]:
-    """Yield each linear layer of a loaded model, fused ones (q, k, v; gate, up) as the one layer they are."""
+    """Yield each linear layer of a loaded model, fused ones (q, k, v; gate, up; experts) as the one layer they are."""
     for name, module in model.named_modules():
         if isinstance(module, (LinearBase, ParallelLMHead)):
             yield describe_layer(name, module, config)
+        elif isinstance(module, RoutedExperts):
+            yield describe_experts(module)
+
+
+def describe_experts(module: RoutedExperts) -> report.Layer:
+    """Return what runs a block's experts."""
+    method: Any = module.quant_method
+    if isinstance(method, W4A8ExpertsMethod):
+        return report.Layer(module.layer_name, f"w4a8-{method.down[0].backend}")
+    backend = getattr(method, "wna16_backend", None)
+    kernel = f"vllm-{backend.value.lower()}" if backend is not None else f"vllm-{type(method).__name__}"
+    return report.Layer(module.layer_name, kernel, getattr(method, "not_w4a8", "vLLM's own operator was asked for"))
 
 
 def describe_layer(name: str, module: torch.nn.Module, config: VllmConfig) -> report.Layer:
