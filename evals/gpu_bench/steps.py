@@ -20,6 +20,8 @@ from qtoolkit.evals.gpu_bench.contenders import DTYPE, Contender, Weight, random
 from qtoolkit.evals.gpu_bench.session import Run
 
 WRONG = 0.3  # |out - want| / |want| of a contender that does not compute the layer: another grid of int4 costs 0.1
+LARGE = 8192  # side of the layer that ceilings and names of kernels are taken on
+SERIES = ("4096x4096", "8192x8192")
 SLOW = ("gemlite",)  # compiles and tunes for minutes: one shape only
 
 
@@ -46,7 +48,7 @@ def environment(device: str) -> dict[str, str]:
 
 def ceilings(run: Run) -> dict[str, float]:
     """Measure copy bandwidth (bytes read and written), and the rates of large bf16, int8 and fp8 products."""
-    size = 8192 if run.device == "cuda" else 64
+    size = LARGE if run.device == "cuda" else 64
     found: dict[str, float] = {}
 
     def copy() -> None:
@@ -222,10 +224,10 @@ def spread(run: Run, shapes: Sequence[str], tokens: Sequence[int], repeats: int)
     return round(max(found), 4) if found else None
 
 
-def series(run: Run, shapes: Sequence[str] = ("4096x4096", "8192x8192"), most: int = 32) -> dict[str, dict[str, float]]:
+def series(run: Run, most: int = 32) -> dict[str, dict[str, float]]:
     """Time decoding inside CUDA graphs: a row of layers with weights of their own, 256 MB of int4 together."""
     found: dict[str, dict[str, float]] = {}
-    for n, k in map(sizes, shapes):
+    for n, k in map(sizes, SERIES):
         count = min(most, (1 << 29) // (n * k))
         weights = [random_weight(n, k, -1, run.device, seed) for seed in range(count)]
         for contender in (contenders.YARDSTICK, contenders.OURS, contenders.TWO_LAUNCHES, contenders.HUMMING):
@@ -239,10 +241,10 @@ def series(run: Run, shapes: Sequence[str] = ("4096x4096", "8192x8192"), most: i
     return found
 
 
-def kernel_names(run: Run, field: Iterable[Contender], shape: str = "8192x8192") -> dict[str, list[str]]:
+def kernel_names(run: Run, field: Iterable[Contender]) -> dict[str, list[str]]:
     """Return the device kernels that each contender launched at 16 and 1024 tokens."""
     found: dict[str, list[str]] = {}
-    n, k = sizes(shape)
+    n = k = LARGE
 
     def names(contender: Contender) -> None:
         on = contender.build(random_weight(n, k, contender.group_size, run.device))
@@ -252,7 +254,7 @@ def kernel_names(run: Run, field: Iterable[Contender], shape: str = "8192x8192")
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 call()
                 torch.cuda.synchronize()
-            on_device = [e.key[:120] for e in profile.key_averages() if e.device_type == torch.profiler.DeviceType.CUDA]
+            on_device = [e.key[:120] for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
             found[f"{contender.name} M={m}"] = on_device
 
     for contender in field:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
@@ -17,19 +17,25 @@ from qtoolkit.kernels.triton import layout
 LAYOUT, LAYOUT_CHAINED = "halves", "halves chained"
 CAPABILITY = (8, 0)  # the oldest: Ampere
 MULTIPROCESSORS = 108  # A100; only the split of the inputs depends on it
-COLUMNS = ("tokens", "rows", "split", "warps", "stages")
+COLUMNS = ("tokens", "rows", "split", "warps", "stages", "fused")
+FUSED_TOKENS = 16  # a tile of tokens that quantizes for itself holds all of them
+FUSED_FLOATS = 32768  # each program reads all tokens' floats once more: 64 KB from L2, about as long as a launch
 BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is cut: tokens x rows of a tile, shares of the inputs, warps and pipeline stages of a program."""
+    """How a product is cut: tokens x rows of a tile, shares of the inputs, warps and pipeline stages of a program.
+
+    With ``fused`` each program quantizes its tokens itself, and there is no launch for that.
+    """
 
     tokens: int
     rows: int
     split: int
     warps: int
     stages: int
+    fused: bool = False
 
 
 def refuse_tiling(cut: Tiling, n: int, k: int, grouped: bool) -> str | None:
@@ -39,6 +45,8 @@ def refuse_tiling(cut: Tiling, n: int, k: int, grouped: bool) -> str | None:
         return f"there is no such tile: {cut}"
     if grouped and cut.tokens == 128 and cut.rows == 128:
         return "the sums of a group and of all groups for 128 tokens and 128 rows do not fit into the registers"
+    if cut.fused and (cut.tokens > FUSED_TOKENS or k % 16):
+        return f"a program quantizes at most {FUSED_TOKENS} tokens of 16 inputs and multiples, not {cut.tokens} of {k}"
     if not 1 <= cut.split <= layout.padded(k) // layout.BLOCK:
         return f"{cut.split} programs cannot share {layout.padded(k) // layout.BLOCK} blocks of inputs"
     return None
@@ -54,9 +62,15 @@ def table(card: str, architecture: str) -> tables.Rows:
     """Return the measured tilings of ``card``; empty without a table."""
 
     def refuse_row(point: tables.Point, row: tuple[int, ...]) -> str | None:
-        return refuse_tiling(Tiling(*row), point.n, point.k, point.grouped)
+        return refuse_tiling(tiling_of(row), point.n, point.k, point.grouped)
 
     return tables.find("triton", card, architecture, COLUMNS, refuse_row)
+
+
+def tiling_of(row: tuple[int, ...]) -> Tiling:
+    """Return a table's row as a tiling; see ``COLUMNS``."""
+    tokens, rows, split, warps, stages, fused = row
+    return Tiling(tokens, rows, split, warps, stages, bool(fused))
 
 
 def choose(tokens: int, n: int, k: int, grouped: bool, device: torch.device) -> Tiling:
@@ -64,7 +78,8 @@ def choose(tokens: int, n: int, k: int, grouped: bool, device: torch.device) -> 
     card = torch.cuda.get_device_properties(device) if device.type == "cuda" else None  # else the interpreter
     rows = table(card.name, f"sm_{card.major}{card.minor}") if card else {}
     measured = rows.get(tables.Point(bucket(tokens), n, k, grouped))
-    return Tiling(*measured) if measured else tiling(tokens, n, k, grouped)
+    cut = tiling_of(measured) if measured else tiling(tokens, n, k, grouped)
+    return cut if tokens <= cut.tokens else replace(cut, fused=False)
 
 
 def tiling(tokens: int, n: int, k: int, grouped: bool) -> Tiling:
@@ -77,7 +92,8 @@ def tiling(tokens: int, n: int, k: int, grouped: bool) -> Tiling:
     split = 1
     while split < 8 and 2 * tiles * split <= 2 * MULTIPROCESSORS and layout.padded(k) // layout.BLOCK >= 8 * split:
         split *= 2
-    return Tiling(width, rows, split, 8 if width >= 64 and rows == 128 else 4, 4 if width <= 64 else 3)
+    fused = tokens <= FUSED_TOKENS and tokens * k <= FUSED_FLOATS and k % 16 == 0  # else registers are spilled
+    return Tiling(width, rows, split, 8 if width >= 64 and rows == 128 else 4, 4 if width <= 64 else 3, fused)
 
 
 def refuse(problem: Problem) -> str | None:
@@ -114,7 +130,9 @@ def quantize(x: Tensor, chained: bool = False) -> tuple[Tensor, Tensor]:
     tokens, k = x.shape
     codes = torch.empty(tokens, layout.padded(k), dtype=torch.int8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    kernels.quantize_tokens[(tokens,)](x, codes, scales, k, codes.shape[1], BLOCK=1024, CHAINED=chained, num_warps=4)
+    kernels.quantize_tokens[(tokens,)](
+        x, codes, scales, k, codes.shape[1], BLOCK=1024, CHAINED=chained, num_warps=4, enable_fp_fusion=False
+    )
     return codes, scales
 
 
@@ -139,21 +157,25 @@ def multiply(
     cut: Tiling,
     chained: bool = False,
 ) -> None:
-    """Launch the product of quantized tokens with a prepared weight into out [tokens, n]."""
+    """Launch the product of tokens with a prepared weight into out [tokens, n].
+
+    ``codes`` and ``token_scales`` are what ``quantize`` gives; where ``cut`` is fused they are the floats [tokens, k]
+    and memory that scales may be written to.
+    """
     from qtoolkit.kernels.triton import kernels
 
     tokens, n = out.shape
-    n_padded, k_padded = weight.shape[0], codes.shape[1]
+    n_padded, k_padded, k = weight.shape[0], 2 * weight.shape[1], codes.shape[1]
     grouped = group_size != -1
     shares = torch.float32 if grouped else torch.int32
     parts = torch.empty(cut.split, tokens, n, dtype=shares, device=out.device) if cut.split > 1 else out
     some_bias = bias if bias is not None else out  # a pointer that is not read
     grid = (n_padded // cut.rows * -(-tokens // cut.tokens), cut.split)
     kernels.linear[grid](
-        weight, scales, codes, token_scales, some_bias, out, parts, tokens, n, n_padded, k_padded, group_size,
+        weight, scales, codes, token_scales, some_bias, out, parts, tokens, n, n_padded, k_padded, k, group_size,
         TOKENS=cut.tokens, ROWS=cut.rows, SPLIT=cut.split, GROUPED=grouped, HALF_GROUPS=group_size == 64,
-        BIAS=bias is not None, ASM=os.environ.get("TRITON_INTERPRET") != "1", CHAINED=chained,
-        num_warps=cut.warps, num_stages=cut.stages,
+        BIAS=bias is not None, ASM=os.environ.get("TRITON_INTERPRET") != "1", CHAINED=chained, FUSED=cut.fused,
+        num_warps=cut.warps, num_stages=cut.stages, enable_fp_fusion=not cut.fused,
     )  # fmt: skip
     if cut.split > 1:
         kernels.add_shares[(tokens, -(-n // 1024))](
@@ -165,7 +187,10 @@ def multiply(
 def run(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int, chained: bool = False
 ) -> Tensor:
-    """Quantize tokens and multiply; see ``ops.w4a8_linear``. Launches on the current stream, no synchronization."""
+    """Quantize tokens and multiply; see ``ops.w4a8_linear``.
+
+    Launches on the current stream; no synchronization, and no memory but torch's own, so it may be captured in a graph.
+    """
     if layout.padded(x.shape[-1]) != 2 * weight.shape[1]:
         raise ValueError(f"{x.shape[-1]} inputs do not fit a weight of {2 * weight.shape[1]}")
     out = x.new_empty(*x.shape[:-1], n)
@@ -174,8 +199,11 @@ def run(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens, k = rows.shape
     with torch.cuda.device_of(x):  # Triton launches on the current device; a tensor of the CPU changes nothing
-        codes, token_scales = quantize(rows, chained)
         cut = choose(tokens, n, k, group_size != -1, x.device)
+        if cut.fused:
+            codes, token_scales = rows, torch.empty(tokens, dtype=torch.float32, device=x.device)
+        else:
+            codes, token_scales = quantize(rows, chained)
         multiply(codes, token_scales, weight, scales, bias, out.view(tokens, n), group_size, cut, chained)
     return out
 

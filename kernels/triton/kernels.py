@@ -11,6 +11,27 @@ import triton.language as tl
 
 
 @triton.jit
+def _grid_of(absmax, finite):  # type: ignore[no-untyped-def]
+    """Return what tokens' floats are multiplied with, and their scales, by their largest magnitudes."""
+    zero = absmax < 7.888609052210118e-31  # 2^-100
+    plain = finite & (absmax >= 7.888609052210118e-31)
+    usable = tl.where(plain, absmax, 1.0)
+    inverse = tl.where(plain, tl.math.div_rn(127.0, usable), 0.0)
+    scale = tl.where(finite, tl.where(zero, 0.0, tl.math.div_rn(usable, 127.0)), float("nan"))
+    return inverse, scale
+
+
+@triton.jit
+def _codes_of(x, inverse):  # type: ignore[no-untyped-def]
+    """Return the codes of floats; those of a token that is not finite are 0, as its ``inverse`` is.
+
+    To be compiled without fused multiply-add: a product that is not rounded before the sum gives other codes.
+    """
+    scaled = tl.where(tl.abs(x) <= 3.4028234663852886e38, x, 0.0) * inverse
+    return ((scaled + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2^23: the sum rounds half to even
+
+
+@triton.jit
 def quantize_tokens(  # type: ignore[no-untyped-def]
     x_ptr, codes_ptr, scales_ptr, k, k_padded, BLOCK: tl.constexpr, CHAINED: tl.constexpr
 ):  # fmt: skip
@@ -28,18 +49,12 @@ def quantize_tokens(  # type: ignore[no-untyped-def]
         bad |= (magnitude <= 3.4028234663852886e38).to(tl.int32) ^ 1  # NaN and Inf fail the comparison
         top = tl.maximum(top, magnitude)
     finite = tl.max(bad, 0) == 0
-    absmax = tl.max(top, 0)
-    zero = absmax < 7.888609052210118e-31  # 2^-100
-    usable = tl.where(finite & (absmax >= 7.888609052210118e-31), absmax, 1.0)
-    inverse = tl.where(finite & (absmax >= 7.888609052210118e-31), tl.math.div_rn(127.0, usable), 0.0)
-    scale = tl.where(finite, tl.where(zero, 0.0, tl.math.div_rn(usable, 127.0)), float("nan"))
+    inverse, scale = _grid_of(tl.max(top, 0), finite)
     tl.store(scales_ptr + row, scale)
     source = at // 128 * 128 + at % 64 * 2 + at % 128 // 64 if CHAINED else at
     for start in range(0, k_padded, BLOCK):
         x = tl.load(x_ptr + row * k + start + source, mask=start + source < k, other=0.0).to(tl.float32)
-        scaled = tl.where(finite, x, 0.0) * inverse
-        rounded = (scaled + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum rounds half to even
-        tl.store(codes_ptr + row * k_padded + start + at, rounded.to(tl.int8), mask=start + at < k_padded)
+        tl.store(codes_ptr + row * k_padded + start + at, _codes_of(x, inverse), mask=start + at < k_padded)
 
 
 @triton.jit
@@ -78,17 +93,33 @@ def _unpack(weight, ASM: tl.constexpr, CHAINED: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
+def _largest(x_ptr, columns, tokens, k, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the largest magnitude of each of the tokens ``columns`` of x [tokens, k], and whether all are finite."""
+    at = tl.arange(0, BLOCK)
+    row = x_ptr + columns[None, :].to(tl.int64) * k + at[:, None]
+    top = tl.zeros((BLOCK, TOKENS), tl.float32)
+    bad = tl.zeros((BLOCK, TOKENS), tl.int32)
+    for start in range(0, k, BLOCK):
+        present = (columns[None, :] < tokens) & (start + at[:, None] < k)
+        magnitude = tl.abs(tl.load(row + start, mask=present, other=0.0).to(tl.float32))
+        bad |= (magnitude <= 3.4028234663852886e38).to(tl.int32) ^ 1
+        top = tl.maximum(top, magnitude)
+    return tl.max(top, 0), tl.max(bad, 0) == 0
+
+
+@triton.jit
 def linear(  # type: ignore[no-untyped-def]
     weight_ptr, scales_ptr, codes_ptr, token_scales_ptr, bias_ptr, out_ptr, parts_ptr,
-    tokens, n, n_padded, k_padded, group_size,
+    tokens, n, n_padded, k_padded, k, group_size,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr, HALF_GROUPS: tl.constexpr,
-    BIAS: tl.constexpr, ASM: tl.constexpr, CHAINED: tl.constexpr,
+    BIAS: tl.constexpr, ASM: tl.constexpr, CHAINED: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Compute a ROWS x TOKENS tile of out^T, or with SPLIT > 1 the share ``program_id(1)`` of its sum into parts.
 
     weight int8 [n_padded, k_padded / 2], see layout; scales fp32 [groups, n_padded]; codes int8 [tokens, k_padded];
     token_scales fp32 [tokens]; parts [SPLIT, tokens, n], int32 per channel, fp32 per group. HALF_GROUPS: groups of 64.
-    CHAINED: weights of the chained grid, and codes in the quantizer's order for it.
+    CHAINED: weights of the chained grid, and codes in the quantizer's order for it. FUSED: codes are floats [tokens, k]
+    that each program quantizes for itself; with shares the first one writes the tokens' scales.
     """
     row_tiles = n_padded // ROWS
     tile = tl.program_id(0)
@@ -99,13 +130,30 @@ def linear(  # type: ignore[no-untyped-def]
     first = blocks * tl.program_id(1) // SPLIT
     last = blocks * (tl.program_id(1) + 1) // SPLIT
     weight = weight_ptr + rows[:, None].to(tl.int64) * (k_padded // 2) + first * 64 + inside[None, :]
-    x = codes_ptr + columns[None, :].to(tl.int64) * k_padded + first * 128 + inside[:, None]
     present = columns[None, :] < tokens
     total = tl.zeros((ROWS, TOKENS), tl.float32 if GROUPED else tl.int32)
+    if FUSED:
+        top, finite = _largest(codes_ptr, columns, tokens, k, TOKENS, 128)
+        inverse, token_scale = _grid_of(top, finite)
+        step = 2 if CHAINED else 1  # low nibbles are the even inputs of a block, or its first half
+        low_at = first * 128 + inside[:, None] * step
+        high_at = low_at + (1 if CHAINED else 64)
+        x = codes_ptr + columns[None, :].to(tl.int64) * k
+    else:
+        x = codes_ptr + columns[None, :].to(tl.int64) * k_padded + first * 128 + inside[:, None]
     for block in range(first, last):
         low, high = _unpack(weight, ASM, CHAINED)
-        x_low = tl.load(x, mask=present, other=0)
-        x_high = tl.load(x + 64, mask=present, other=0)
+        if FUSED:
+            floats = tl.load(x + low_at, mask=present & (low_at < k), other=0.0).to(tl.float32)
+            x_low = _codes_of(floats, inverse[None, :])
+            floats = tl.load(x + high_at, mask=present & (high_at < k), other=0.0).to(tl.float32)
+            x_high = _codes_of(floats, inverse[None, :])
+            low_at += 128
+            high_at += 128
+        else:
+            x_low = tl.load(x, mask=present, other=0)
+            x_high = tl.load(x + 64, mask=present, other=0)
+            x += 128
         if GROUPED:
             scale = scales_ptr + (block * 128 // group_size) * n_padded + rows
             part = tl.dot(low, x_low, out_dtype=tl.int32)
@@ -120,17 +168,22 @@ def linear(  # type: ignore[no-untyped-def]
             total = tl.dot(low, x_low, total, out_dtype=tl.int32)
             total = tl.dot(high, x_high, total, out_dtype=tl.int32)
         weight += 64
-        x += 128
     stored = present & (rows[:, None] < n)
     at = columns[None, :].to(tl.int64) * n + rows[:, None]
     if SPLIT > 1:
         share = tl.program_id(1).to(tl.int64) * tokens * n
         tl.store(parts_ptr + share + at, total, mask=stored)
+        if FUSED:
+            first_tile = columns < tokens - tokens * tl.minimum(tl.program_id(1) + tile, 1)  # none for the others
+            tl.store(token_scales_ptr + columns, token_scale, mask=first_tile)
     else:
         y = total.to(tl.float32)
         if not GROUPED:
             y *= tl.load(scales_ptr + rows)[:, None]
-        y *= tl.load(token_scales_ptr + columns, mask=columns < tokens, other=0.0)[None, :]
+        if FUSED:
+            y *= token_scale[None, :]
+        else:
+            y *= tl.load(token_scales_ptr + columns, mask=columns < tokens, other=0.0)[None, :]
         if BIAS:
             y += tl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
         tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=stored)

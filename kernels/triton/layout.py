@@ -35,10 +35,14 @@ def from_halves(weight: Tensor, n: int, k: int, chained: bool = False) -> Tensor
 
 
 def to_kernel_scales(scales: Tensor, group_size: int) -> Tensor:
-    """Return float32 [groups, n padded], divided by the factor 16 that unpacking leaves in (exact: a power of two)."""
+    """Return float32 [groups, n padded], divided by the factor 16 that unpacking leaves in (exact: a power of two).
+
+    Groups of half a block get a last one of zeros where the inputs end in the middle of a block: it is read, too.
+    """
     columns = scales[:, :1] if group_size == -1 else scales
-    n = columns.shape[0]
-    return torch.nn.functional.pad(columns.float().T / 16, (0, padded(n) - n)).contiguous()
+    n, groups = columns.shape
+    more = groups % 2 if group_size == BLOCK // 2 else 0
+    return torch.nn.functional.pad(columns.float().T / 16, (0, padded(n) - n, 0, more)).contiguous()
 
 
 def prepare(packed: Tensor, scales: Tensor, k: int, group_size: int, chained: bool = False) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,15 @@ def test_a_chained_word_is_its_eight_weights() -> None:
     assert np.array_equal((words << np.uint32(4)).view(np.int8), weights[:, 0::2])
 
 
+def test_groups_of_half_a_block_have_scales_for_whole_blocks() -> None:
+    """The product reads two a block; behind the last group lay what the memory held before."""
+    scales = torch.rand(40, 3)
+    own = layout.to_kernel_scales(scales, 64)
+    assert own.shape == (4, 128)
+    assert torch.equal(own[:3, :40].T * 16, scales)
+    assert not own[3].any()
+
+
 def test_what_the_kernels_cannot_do_is_refused_in_words() -> None:
     assert backend.refuse(Problem(128, 64, -1, torch.bfloat16, "cpu")) == "needs a CUDA device"
     assert "groups" in (backend.refuse(Problem(128, 64, 32, torch.bfloat16, "cuda")) or "")
@@ -44,7 +53,7 @@ def test_what_the_kernels_cannot_do_is_refused_in_words() -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("part", ["quantizer", "per_channel", "chained", "grouped"])
+@pytest.mark.parametrize("part", ["quantizer", "per_channel", "chained", "grouped", "fused", "whole"])
 def test_interpreted_kernels_follow_the_reference(part: str) -> None:
     """In a process of its own: the interpreter is chosen when Triton is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -19,37 +19,74 @@ SMALL, MIDDLE, LARGE, GROUPED = (16, 128, 4, False, 4, 4), (64, 128, 1, False, 8
 )  # fmt: skip
 
 
-def built(capability: int, case: tuple[Any, ...], chained: bool = False) -> Any:
-    """Return one compiled kernel."""
+CARDS = (80, 89, 90, 100, 120)
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have
+PRODUCT = {80: "IMMA.16832.S8.S8", 89: "IMMA.16832.S8.S8", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA.16832.S8.S8"}
+
+
+def compile_for(
+    capability: int,
+    kernel: Any,
+    pointers: tuple[str, ...],
+    numbers: dict[str, Any],
+    options: dict[str, Any],
+    one: bool = False,
+    aligned: bool = True,
+) -> Any:
+    """Return a kernel compiled for a card; its integers are multiples of 16, but for the first, the tokens.
+
+    ``one``: the tokens are 1, which Triton takes for a constant. ``aligned``: False if nothing is known of integers.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from qtoolkit.kernels.triton import kernels
-
-    tokens, rows, split, grouped, warps, stages = case
-    numbers = {"TOKENS": tokens, "ROWS": rows, "SPLIT": split, "GROUPED": grouped, "HALF_GROUPS": False}
-    numbers |= {"BIAS": True, "ASM": True, "CHAINED": chained}
-    pointers = ("*i8", "*fp32", "*i8", "*fp32", "*bf16", "*bf16", "*fp32" if grouped else "*i32")
-    signature = dict(zip(kernels.linear.arg_names, (*pointers, *["i32"] * 5, *["constexpr"] * 8), strict=True))
-    divisible = {(i,): [["tt.divisibility", 16]] for i in range(12) if i != 7}  # all but the number of tokens
-    source = ASTSource(fn=kernels.linear, signature=signature, constexprs=numbers, attrs=divisible)
-    options = {"num_warps": warps, "num_stages": stages}
+    names = kernel.arg_names
+    integers = [i for i, name in enumerate(names) if i >= len(pointers) and name not in numbers]
+    kinds = (*pointers, *["i32"] * len(integers), *["constexpr"] * len(numbers))
+    divisible = {(i,): [["tt.divisibility", 16]] for i in (*range(len(pointers)), *(integers[1:] if aligned else ()))}
+    signature = dict(zip(names, kinds, strict=True))
+    if one and "tokens" in names:
+        signature["tokens"], numbers = "constexpr", {**numbers, "tokens": 1}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=numbers, attrs=divisible)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def compiled(capability: int, case: tuple[Any, ...], folder: Path, chained: bool = False) -> tuple[str, str, int]:
-    """Return PTX, the assembler's resource line with the SASS listing, and the shared memory of one kernel."""
+def built(
+    capability: int,
+    case: tuple[Any, ...],
+    chained: bool = False,
+    fused: bool = False,
+    half_groups: bool = False,
+    one: bool = False,
+) -> Any:
+    """Return one compiled product; that of ``one`` token is of an odd layer, but for those that programs quantize."""
+    from qtoolkit.kernels.triton import kernels
+
+    tokens, rows, split, grouped, warps, stages = case
+    numbers = {"TOKENS": tokens, "ROWS": rows, "SPLIT": split, "GROUPED": grouped, "HALF_GROUPS": half_groups}
+    numbers |= {"BIAS": True, "ASM": True, "CHAINED": chained, "FUSED": fused}
+    pointers = ("*i8", "*fp32", "*bf16" if fused else "*i8", "*fp32", "*bf16", "*bf16", "*fp32" if grouped else "*i32")
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not fused}
+    return compile_for(capability, kernels.linear, pointers, numbers, options, one, fused or not one)
+
+
+def listing(kernel: Any, folder: Path) -> str:
+    """Return the assembler's resource line with the SASS listing."""
     import triton
 
-    kernel = built(capability, case, chained)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         pytest.skip("this Triton carries no cuobjdump")
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    listing = subprocess.run([str(tool), "-res-usage", "-sass", str(cubin)], capture_output=True, text=True, check=True)
-    return kernel.asm["ptx"], listing.stdout, kernel.metadata.shared
+    return subprocess.run([tool, "-res-usage", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+
+
+def compiled(capability: int, case: tuple[Any, ...], folder: Path, **how: bool) -> tuple[str, str, int]:
+    """Return PTX, SASS and the shared memory of one product."""
+    kernel = built(capability, case, **how)
+    return kernel.asm["ptx"], listing(kernel, folder), kernel.metadata.shared
 
 
 @pytest.mark.parametrize("case", [SMALL, MIDDLE, LARGE, GROUPED])
@@ -65,32 +102,96 @@ def test_hopper_products_take_weights_from_registers(case: tuple[Any, ...], tmp_
     assert logic <= 24 * products + 40  # the plain form, byte by byte, needs several hundred
 
 
-@pytest.mark.parametrize("case", [SMALL, LARGE])
-def test_ampere_products_use_the_integer_tensor_cores(case: tuple[Any, ...], tmp_path: Path) -> None:
-    ptx, sass, shared = compiled(80, case, tmp_path)
-    assert "mma.sync.aligned.m16n8k32.row.col" in ptx
-    assert "IMMA.16832.S8.S8" in sass
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("case", [SMALL, MIDDLE, LARGE, GROUPED])
+def test_every_card_gets_integer_products_that_fit(case: tuple[Any, ...], capability: int, tmp_path: Path) -> None:
+    ptx, sass, shared = compiled(capability, case, tmp_path)
+    products = sass.count(PRODUCT[capability])
+    assert products
+    assert "STL" not in sass  # no register is spilled
+    assert shared <= SHARED[capability] * 1024
+    if "mma.sync.aligned.m16n8k32.row.col" in ptx:
+        assert len(re.findall(r"\b(?:LOP3|PRMT)\b", sass)) <= 2 * products + 60
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_token_of_an_odd_layer_compiles(capability: int, fused: bool, tmp_path: Path) -> None:
+    for case in (SMALL, (16, 64, 1, True, 4, 4)):
+        _, sass, _ = compiled(capability, case, tmp_path, fused=fused, one=True)
+        assert PRODUCT[capability] in sass
+        assert "STL" not in sass
+
+
+@pytest.mark.parametrize("capability", CARDS)
+def test_groups_of_64_compile(capability: int, tmp_path: Path) -> None:
+    _, sass, shared = compiled(capability, GROUPED, tmp_path, half_groups=True)
+    assert PRODUCT[capability] in sass
     assert "STL" not in sass
-    assert shared <= 163 * 1024
+    assert shared <= SHARED[capability] * 1024
 
 
-@pytest.mark.parametrize("capability", [89, 100, 120])
-def test_other_cards_compile(capability: int, tmp_path: Path) -> None:
-    _, sass, shared = compiled(capability, MIDDLE, tmp_path)
-    assert "MMA" in sass
-    assert shared <= 99 * 1024
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("capability", CARDS)
+def test_a_program_that_quantizes_its_tokens_keeps_to_registers(capability: int, chained: bool, tmp_path: Path) -> None:
+    for case in (SMALL, (16, 128, 8, True, 4, 4)):
+        ptx, sass, shared = compiled(capability, case, tmp_path, chained=chained, fused=True)
+        assert PRODUCT[capability] in sass
+        assert "STL" not in sass
+        assert shared <= SHARED[capability] * 1024
+        assert re.search(r"FADD[^;]*12582912", sass)  # the product is rounded before the sum that rounds it to a code
+        assert not re.search(r"FFMA[^;]*12582912", sass)
+        if capability == 90:
+            products = len(re.findall(r"wgmma\.mma_async\S*m64n16k32\.s32\.s8\.s8", ptx))
+            in_registers = len(re.findall(r"wgmma\.mma_async[^;]*\{[^}]*\},\s*\{", ptx))
+            assert in_registers == (products // 2 if chained else products) > 0
+
+
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_the_quantizer_rounds_a_product_before_it_rounds_to_a_code(capability: int, dtype: str, tmp_path: Path) -> None:
+    from qtoolkit.kernels.triton import kernels
+
+    pointers = (f"*{dtype}", "*i8", "*fp32")
+    numbers, options = {"BLOCK": 1024, "CHAINED": False}, {"num_warps": 4, "enable_fp_fusion": False}
+    sass = listing(compile_for(capability, kernels.quantize_tokens, pointers, numbers, options), tmp_path)
+    assert "STL" not in sass
+    assert re.search(r"FADD[^;]*12582912", sass)
+    assert not re.search(r"FFMA[^;]*12582912", sass)
+
+
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_sum_of_shares_compiles(capability: int, grouped: bool, tmp_path: Path) -> None:
+    from qtoolkit.kernels.triton import kernels
+
+    pointers = ("*fp32" if grouped else "*i32", "*fp32", "*fp32", "*fp16", "*fp16")
+    numbers = {"SPLIT": 8, "GROUPED": grouped, "BIAS": True, "BLOCK": 1024}
+    kernel = compile_for(capability, kernels.add_shares, pointers, numbers, {"num_warps": 4})
+    assert "STL" not in listing(kernel, tmp_path)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
 @pytest.mark.parametrize("case", [SMALL, LARGE, GROUPED])
 def test_chained_words_are_four_neighbours_of_a_row(case: tuple[Any, ...], capability: int) -> None:
     """The shift joins the four bytes of one register of the product's operand: kWidth 4 are four inputs in order."""
-    listing = built(capability, case, chained=True).asm["ttgir"]
-    shifts = [line for line in listing.splitlines() if "elementwise_inline_asm" in line]
+    text = built(capability, case, chained=True).asm["ttgir"]
+    shifts = [line for line in text.splitlines() if "elementwise_inline_asm" in line]
     assert len(shifts) == 1
     assert "packed_element = 4" in shifts[0]
     assert "shl.b32" in shifts[0]
     assert shifts[0].count("#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>") == 2
+
+
+def test_chained_words_are_four_neighbours_of_a_row_on_blackwell_too() -> None:
+    """Its products read both operands from shared memory; the words pass through registers before."""
+    text = built(100, SMALL, chained=True).asm["ttgir"]
+    shifts = [line for line in text.splitlines() if "elementwise_inline_asm" in line]
+    assert shifts
+    for shift in shifts:
+        (layout,) = set(re.findall(r"tensor<128x64xi8, (#\w+)>", shift))
+        definition = next(line for line in text.splitlines() if line.startswith(f"{layout} ="))
+        assert "register = [[0, 1], [0, 2]" in definition or "sizePerThread = [1, " in definition
 
 
 @pytest.mark.parametrize("case", [SMALL, LARGE])
@@ -98,7 +199,7 @@ def test_chained_weights_reach_hopper_products_with_fewer_operations(case: tuple
     """Odd inputs need no register: their products read the words where they were copied to."""
 
     def logic(chained: bool) -> int:
-        ptx, sass, _ = compiled(90, case, tmp_path, chained)
+        ptx, sass, _ = compiled(90, case, tmp_path, chained=chained)
         products = len(re.findall(r"wgmma\.mma_async\S*m64n\d+k32\.s32\.s8\.s8", ptx))
         in_registers = len(re.findall(r"wgmma\.mma_async[^;]*\{[^}]*\},\s*\{", ptx))
         assert in_registers == (products // 2 if chained else products) > 0

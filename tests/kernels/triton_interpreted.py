@@ -1,10 +1,11 @@
 """Run by test_triton_interpreted in a process whose Triton is the interpreter; a difference is an error."""
 
 import sys
+from dataclasses import replace
 
 import torch
 
-from qtoolkit.kernels import chained, reference
+from qtoolkit.kernels import chained, ops, reference
 from qtoolkit.kernels.triton import backend, layout
 from qtoolkit.kernels.triton.backend import Tiling
 
@@ -50,12 +51,54 @@ def products(group_sizes: tuple[int, ...], exact: bool, is_chained: bool = False
             assert torch.allclose(out, want, rtol=1e-5, atol=1e-5), (out - want).abs().max()
 
 
+def fused() -> None:
+    """Programs that quantize for themselves give the bits of the two launches; also rows of zeros, NaN and Inf."""
+    for tokens, n, k, split, group_size, is_chained in [
+        (1, 8, 144, 1, -1, False), (5, 136, 528, 2, -1, False), (3, 72, 272, 1, -1, True), (4, 72, 528, 4, -1, True),
+        (16, 40, 384, 3, 128, False), (2, 24, 192, 1, 64, False),
+    ]:  # fmt: skip
+        x = torch.randn(tokens, k)
+        if tokens > 3:
+            x[0], x[1, 7], x[2, 3] = 0, torch.nan, torch.inf
+        codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+        scales = torch.rand(n, 1 if group_size == -1 else k // group_size) * 0.02
+        weight, own_scales = layout.to_halves(codes, is_chained), layout.to_kernel_scales(scales, group_size)
+        out, want = (torch.full((tokens, n), 7.0) for _ in range(2))
+        cut = Tiling(16, 64, split, 4, 3)
+        some = torch.full((tokens,), torch.nan)
+        backend.multiply(x, some, weight, own_scales, None, out, group_size, replace(cut, fused=True), is_chained)
+        backend.multiply(*backend.quantize(x, is_chained), weight, own_scales, None, want, group_size, cut, is_chained)
+        assert torch.equal(out.nan_to_num(-1), want.nan_to_num(-1)), (out - want).abs().max()
+        assert out.isnan().any(1).sum() == (2 if tokens > 3 else 0)
+
+
+def whole() -> None:
+    """The operator as a model calls it: any number of tokens, none too, bias, every dtype that activations have."""
+    n, k = 24, 144
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    scales = torch.rand(n, 1) * 0.02
+    weight, own_scales = layout.to_halves(codes), layout.to_kernel_scales(scales, -1)
+    for shape in ((0, k), (2, 0, k), (1, k), (3, k), (2, 9, k), (33, k)):
+        for bias in (None, torch.randn(n)):
+            x = torch.randn(shape)
+            want = reference.w4a8_linear(x, codes, scales, bias, -1)
+            assert torch.equal(ops.w4a8_linear(x, weight, own_scales, bias, n, -1, "halves"), want)
+    for dtype, unit in ((torch.float16, 2**-10), (torch.bfloat16, 2**-7)):  # bfloat16 is narrowed by truncation here
+        x, bias = torch.randn(3, k).to(dtype), torch.randn(n).to(dtype)
+        got = ops.w4a8_linear(x, weight, own_scales, bias, n, -1, "halves")
+        want = reference.w4a8_linear(x, codes, scales, bias, -1)
+        assert got.dtype == dtype
+        assert torch.allclose(got.float(), want.float(), rtol=unit, atol=0)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     cases = {
         "quantizer": quantizer,
         "per_channel": lambda: products((-1,), exact=True),
         "chained": lambda: products((-1,), exact=True, is_chained=True),
+        "fused": fused,
+        "whole": whole,
         "grouped": lambda: products((64, 128, 256), exact=False),
     }
     cases[sys.argv[1]]()
