@@ -45,6 +45,12 @@ def test_groups_of_other_widths_do_not_count() -> None:
     assert declared(config((INT4, INT8), ({**INT4, "num_bits": 8}, None))) is Declared.ALL
 
 
+def test_a_mixture_s_experts_do_not_count() -> None:
+    ours = quantization_config(Scheme(), ["lm_head"], experts=".mlp.experts.")
+    assert [group["input_activations"] is None for group in ours["config_groups"].values()] == [False, True]
+    assert declared(ours) is Declared.ALL
+
+
 @pytest.mark.parametrize("other", [None, {}, {"quant_method": "gptq", "bits": 4, "group_size": 128}])
 def test_a_config_without_groups_declares_nothing(other: dict[str, Any] | None) -> None:
     assert declared(other) is Declared.NONE

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from serving_support import Start, own_greedy, own_logprobs, rewrite
+from tests_support import save_random
 from torch import Tensor, nn
 
 import qtoolkit
@@ -127,6 +128,28 @@ def test_without_the_plugin_it_is_the_float_simulation_of_the_weights(
     assert_close(stock.logprobs[0], w4a16, w4a8)
     floating = runtime.load(packed, dtype=torch.float32, activations=False)
     assert stock.texts[0] == own_greedy(floating, tokens, 32)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "group_size", "eager"),
+    [("qwen3_moe", 128, True), ("qwen2_moe", 128, False), ("mixtral", "channel", True)],
+)
+def test_a_mixture_of_experts_equals_our_own_runtime(
+    model_type: str, group_size: int | str, eager: bool, tokens: list[int], tmp_path: Path
+) -> None:
+    inner = "intermediate_size" if model_type == "mixtral" else "moe_intermediate_size"
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, inner: 128}
+    folder = save_random(tmp_path / "float", model_type, **sizes, initializer_range=0.1)
+    changes = {"calibration.samples": 1, "calibration.length": 16, "scheme.group_size": group_size}
+    qtoolkit.quantize(folder, "rtn", tmp_path / "packed", changes=changes)
+    prompts = [tokens[start : start + 8] for start in range(0, 160, 8)]  # see the test of compiled code
+    ran = run(tmp_path / "packed", prompts, tmp_path / "report", eager=eager)
+    experts = [layer for layer in ran.layers if layer.name.endswith(".experts")]
+    assert len(experts) == (1 if model_type == "qwen2_moe" else 2)  # block 1 of that one is dense
+    assert all(layer.kernel == ran.layers[0].kernel for layer in experts)
+    w4a8, w4a16 = (torch.cat(rows) for rows in zip(*(both(tmp_path / "packed", ids) for ids in prompts), strict=True))
+    difference, noise = (torch.cat(ran.logprobs) - w4a8).abs().median(), (w4a16 - w4a8).abs().median()
+    assert difference < 0.01 * noise
 
 
 def as_gptq(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
