@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from qtoolkit import __version__, checkpoint, runtime, source
+from qtoolkit import __version__, checkpoint, device as devices, runtime, source
 from qtoolkit.errors import ModelError, RequestError, said
 from qtoolkit.evals import compare, divergence, endpoint as endpoints, latency as latencies, perplexity, texts
 from qtoolkit.evals.divergence import Divergence
@@ -86,7 +86,7 @@ def evaluate(
         raise RequestError("vLLM is not installed.", "Choose --backend hf, or install qtoolkit[serve].")
     if limit is not None and limit < 1:
         raise RequestError(f"A limit of {limit} documents leaves nothing to score.", "Give --limit 1 or more.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(devices.choose(device))
     wanted = [texts.load(name) for name in dict.fromkeys(ppl)]
     plan = _plan(tasks, task_dir, over_http=endpoint is not None)
     server = endpoints.connect(endpoint) if endpoint else None

@@ -41,3 +41,10 @@ def test_servers_refuse_what_they_cannot_run_on(monkeypatch: pytest.MonkeyPatch)
         vllm_server.refuse_device("cuda")
     with pytest.raises(RequestError, match="classifiers are served on the CPU"):
         vision_server.serve_vision(Order(Path("model"), "model", device="cuda"), lambda ready: None, print)
+
+
+def test_an_evaluation_refuses_a_device_that_is_not_there() -> None:
+    from qtoolkit.evals.run import evaluate
+
+    with pytest.raises(RequestError, match="There is no cuda:99"):
+        evaluate("tiny", device="cuda:99")

@@ -17,6 +17,7 @@ from qtoolkit.evals.gpu_bench.steps import environment, sizes
 from qtoolkit.kernels import tables
 from qtoolkit.kernels.cuda import backend, layout, plan
 from qtoolkit.kernels.cuda.source import Tiling
+from qtoolkit.kernels.selection import Problem
 
 SHARE = 0.4  # of the remaining time, at most
 
@@ -30,7 +31,13 @@ def tune(run: Run, shapes: Sequence[str], tokens: Sequence[int], folder: Path) -
     """Time quantization and product with every tiling; write the best to ``folder`` after each shape; return the file.
 
     Shapes that the time does not allow are left to the estimate, and noted.
+
+    Raises:
+        RuntimeError: this card runs other kernels, which nothing tunes yet.
     """
+    n, k = sizes(shapes[0])
+    if reason := backend.refuse(Problem(k, n, -1, DTYPE, run.device)):
+        raise RuntimeError(reason)
     card = torch.cuda.get_device_name()
     path = folder / f"cuda-{tables.name_of(card)}.json"
     until = time.monotonic() + SHARE * (run.until - time.monotonic())

@@ -273,13 +273,16 @@ def test_tuning_writes_a_table_that_the_choice_then_follows(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 80GB")
     monkeypatch.setattr(tuning, "environment", lambda device: {"date": "2026-11-21"})
+    run = Run("cpu", CpuClock(), time.monotonic() + 100)
+    with pytest.raises(RuntimeError, match="needs a CUDA device"):
+        tuning.tune(run, ["256x256"], [1, 32], tmp_path)
+    monkeypatch.setattr(backend, "refuse", lambda problem: None)
 
     def measured(run: Run, own: object, scales: object, m: int, n: int, k: int, group_size: int) -> dict[Tiling, float]:
         found = plan.candidates(m, n, k, group_size != -1)
         return {tiling: 1.0 if tiling == found[0] else 2.0 for tiling in found}
 
     monkeypatch.setattr(tuning, "measure", measured)
-    run = Run("cpu", CpuClock(), time.monotonic() + 100)
     path = tuning.tune(run, ["256x256"], [1, 32], tmp_path)
     assert run.result["tuning"] == {"points": 4, "estimate_over_best": 2.0}
     assert len(tables.read(path, "cuda", plan.COLUMNS, plan.refuse_row)) == 4
