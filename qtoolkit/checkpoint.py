@@ -172,10 +172,15 @@ def verify(path: str | Path) -> Manifest:
             raise CheckpointError(f"{folder / name} {state}.", "Copy the checkpoint again, or quantize again.")
     if manifest.kind == "vision":
         return manifest  # each packer checks its own tensors when they are unpacked
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder / 'config.json'} is missing.", "Copy the checkpoint again, or quantize again.")
     shapes = Source(folder, str(folder)).shapes()
     for layer in manifest.layers:
         n, k = layer.shape
-        scheme = layer.parsed_scheme
+        try:
+            scheme = layer.parsed_scheme
+        except ValueError as error:
+            raise CheckpointError(f"{folder / MANIFEST} is damaged: {layer.name}: {error}.", "Quantize again.") from None
         codes = {"weight": (n, k)} if scheme.weight_bits == 8 else {"weight_packed": (n, (k + 7) // 8)}
         expected = {**codes, "weight_scale": (n, scheme.groups(k))}
         for tensor, shape in expected.items():

@@ -325,15 +325,20 @@ def test_a_damaged_checkpoint_is_one_clear_error(quantized: Path, tmp_path: Path
     manifest = json.loads((quantized / "qtoolkit.json").read_text())
     weights = (quantized / "model.safetensors").read_bytes()
     newer = json.dumps({**manifest, "schema_version": 99}).encode()
+    odd = {**manifest, "layers": [{**manifest["layers"][0], "scheme": "W4"}]}
     strange = json.dumps({**manifest, "surprise": 1}).encode()
     for words, folder in (
         ("schema version 99", damaged("newer", "qtoolkit.json", newer)),
         ("surprise", damaged("strange", "qtoolkit.json", strange)),
         ("damaged", damaged("half", "qtoolkit.json", b'{"schema_version": 1')),
         ("bytes instead of", damaged("short", "model.safetensors", weights[:-7])),
+        ("not the name of a scheme", damaged("odd", "qtoolkit.json", json.dumps(odd).encode())),
     ):
         with pytest.raises(CheckpointError, match=words):
             qtoolkit.load(folder)
+    (damaged("headless", "config.json", b"") / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        checkpoint.verify(tmp_path / "headless")
     with pytest.raises(RequestError, match="no such folder"):
         qtoolkit.load(tmp_path / "nowhere")
 

@@ -20,7 +20,7 @@ class ImageCalibration(BaseModel):
     data: str = Field("digits-train", description=".npz file, folder with one subfolder a class, hub data set, digits")
     samples: int = Field(512, ge=1, description="calibration images")
     select: str = Field("first", description="which of the data they are: first, random, kcore")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
 
 class VisionRecipe(Recipe):
