@@ -87,6 +87,9 @@ def evaluate(
     if limit is not None and limit < 1:
         raise RequestError(f"A limit of {limit} documents leaves nothing to score.", "Give --limit 1 or more.")
     device = str(devices.choose(device))
+    for name in (target, reference):
+        if name is not None:
+            source.resolve(name)  # what is not there is told before anything is measured
     wanted = [texts.load(name) for name in dict.fromkeys(ppl)]
     plan = _plan(tasks, task_dir, over_http=endpoint is not None)
     server = endpoints.connect(endpoint) if endpoint else None

@@ -98,6 +98,7 @@ def test_gate_that_fails_exits_3_with_the_numbers(
         (["--backend", "tgi"], 2, "hf or vllm"),
         (["--limit", "0"], 2, "--limit 1"),
         (["--window", "4096"], 2, "256"),
+        (["--reference", "nowhere"], 2, "'nowhere'"),
         (["--endpoint", "http://127.0.0.1:9"], 1, "No answer"),
     ],
 )
@@ -110,6 +111,7 @@ def test_wrong_request_is_one_sentence(
     assert data["ok"] is False
     assert said in data["error"] + data["hint"]
     assert "Traceback" not in err
+    assert "perplexity of" not in err  # told before anything is measured
 
 
 def test_text_shorter_than_a_window_is_a_data_error(run: Any, random_llama: Path, tmp_path: Path) -> None:
