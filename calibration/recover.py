@@ -11,6 +11,9 @@
 | ADMM | none until the end | | admm |
 | DeBut | none (butterfly layers) | | none |
 
+Any row may learn from the float network besides the labels (``distill``, see ``teaching.py``), which keeps what many
+images taught it, and start from weights that already have the pattern: MaxQ's soft mask is divided out of those.
+
 A filter that grows again after an epoch is small, but its batch norm brings it to full size at once, so that the next
 removal hurts anew; published trainings take 200 epochs to settle. With ``settle`` a short one ends with removed
 filters, batch-norm shifts included, staying away.
