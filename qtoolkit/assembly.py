@@ -87,7 +87,7 @@ def assemble(
             groups=tuple(_group_records(facts)),
             unquantized=unquantized,
             choice=choice,
-            budget=budget,
+            budget=budget and _with_stored_names(budget, stored),
             notes=source.notes,
             bytes_before=source.bytes,
             bytes_after=sum(files.values()),
@@ -124,6 +124,11 @@ def _write_shards(job: Job, parts: list[str], folder: Path, stored: Callable[[st
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         checkpoint.write_json(folder / "model.safetensors.index.json", index)
     return sizes
+
+
+def _with_stored_names(budget: checkpoint.BudgetRecord, stored: Callable[[str], str]) -> checkpoint.BudgetRecord:
+    rows = [row.model_copy(update={"layers": tuple(map(stored, row.layers))}) for row in budget.rows]
+    return budget.model_copy(update={"rows": tuple(rows)})
 
 
 def _layer_records(facts: Mapping[str, Any], scheme: str, stored: Callable[[str], str]) -> list[checkpoint.LayerRecord]:

@@ -17,7 +17,7 @@ from qtoolkit import architecture, checkpoint
 from qtoolkit.architecture import Skeleton
 from qtoolkit.calibration import capture, experts, smoothing
 from qtoolkit.calibration.compensation import Compensate, CompensateOptions
-from qtoolkit.errors import ModelError
+from qtoolkit.errors import ModelError, RequestError
 from qtoolkit.experts import Experts
 from qtoolkit.scheme import Scheme
 from qtoolkit.source import Source, resolve
@@ -32,6 +32,7 @@ QUICK = {
     "scheme.group_size": 32,
     "outliers.method": "smooth",
 }
+ROUNDED = QUICK | {"gptq.compensate": False, "gptq.scale_search": False}  # column by column takes long
 
 
 @pytest.fixture(scope="module", params=list(MIXTURES))
@@ -183,7 +184,7 @@ def test_an_expert_nobody_asks_for_is_quantized_too_and_said(tmp_path: Path) -> 
 
 def test_experts_are_stored_as_hub_checkpoints_name_them(model: tuple[Source, Skeleton], tmp_path: Path) -> None:
     source, skeleton = model
-    result = qtoolkit.quantize(source.path, "w4a8", tmp_path / "out", changes=QUICK)
+    result = qtoolkit.quantize(source.path, "w4a8", tmp_path / "out", changes=ROUNDED)
     packed = resolve(tmp_path / "out")
     layers = {name.rpartition(".")[0] for name in packed.files if name.endswith("weight_packed")}
     assert layers == {row["name"] for row in result.layers}
@@ -214,7 +215,7 @@ def test_experts_are_stored_as_hub_checkpoints_name_them(model: tuple[Source, Sk
 
 def test_experts_that_no_group_fits_stay_in_float_together(tmp_path: Path) -> None:
     folder = save_random(tmp_path / "model", "qwen3_moe", moe_intermediate_size=48)  # no multiple of 32
-    result = qtoolkit.quantize(folder, "w4a8", tmp_path / "out", changes=QUICK)
+    result = qtoolkit.quantize(folder, "w4a8", tmp_path / "out", changes=ROUNDED)
     assert len(result.layers) == 8  # attention
     assert len(result.unquantized) == 2 * 24
     assert any("experts are quantized together" in row["reason"] for row in result.unquantized)
@@ -223,9 +224,34 @@ def test_experts_that_no_group_fits_stay_in_float_together(tmp_path: Path) -> No
     assert served.isfinite().all()
 
 
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", "mixtral")
+
+    class Stop:
+        def start(self, blocks: int, done: int) -> None: ...
+        def say(self, text: str) -> None: ...
+        def block(self, name: str, error: float) -> None:
+            raise KeyboardInterrupt
+
+    qtoolkit.quantize(folder, "w4a8", tmp_path / "whole", changes=ROUNDED)
+    with pytest.raises(KeyboardInterrupt):
+        qtoolkit.quantize(folder, "w4a8", tmp_path / "out", changes=ROUNDED, progress=Stop())
+    assert (tmp_path / "out.partial").is_dir()
+    qtoolkit.quantize(folder, "w4a8", tmp_path / "out", changes=ROUNDED)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_chained_grid_is_not_for_experts(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", "mixtral")
+    changes = {**QUICK, "scheme.group_size": "channel", "gptq.chained": True}
+    with pytest.raises(RequestError, match="engines run experts alike"):
+        qtoolkit.quantize(folder, "w4a8", tmp_path / "out", changes=changes)
+
+
 def test_a_size_budget_gives_experts_the_recipe_s_scheme(tmp_path: Path) -> None:
     folder = save_random(tmp_path / "model", "qwen2_moe")
-    changes = {**QUICK, "scheme.group_size": 64, "budget.bits": 4.6}
+    changes = {**ROUNDED, "scheme.group_size": 64, "budget.bits": 4.6}
     qtoolkit.quantize(folder, "w4a8", tmp_path / "out", changes=changes)
     manifest = checkpoint.verify(tmp_path / "out")
     assert manifest.budget is not None

@@ -139,6 +139,7 @@ def test_a_mixture_of_experts_equals_our_own_runtime(
 ) -> None:
     inner = "intermediate_size" if model_type == "mixtral" else "moe_intermediate_size"
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, inner: 128}
+    sizes |= {"max_position_embeddings": 512}
     folder = save_random(tmp_path / "float", model_type, **sizes, initializer_range=0.1)
     changes = {"calibration.samples": 1, "calibration.length": 16, "scheme.group_size": group_size}
     qtoolkit.quantize(folder, "rtn", tmp_path / "packed", changes=changes)
