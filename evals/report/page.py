@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+HALF, GAP = 61, 2  # characters of a table that half the page takes, and of the room between two columns
+
 
 @dataclass(frozen=True)
 class Table:
@@ -19,6 +21,14 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     folded: str = ""
     prose: bool = False
+
+    @property
+    def fits_beside(self) -> bool:
+        """Tell whether half the page is wide enough: cells take one line, heads wrap at spaces."""
+        longest = [max(map(len, head.split()), default=0) for head in self.head]
+        for row in self.rows:
+            longest = [max(width, len(cell)) for width, cell in zip(longest, row, strict=True)]
+        return not self.prose and sum(longest) + GAP * len(longest) <= HALF
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 from qtoolkit.errors import DataError, RequestError
 from qtoolkit.evals import report
 from qtoolkit.evals.report import facts, language_model, plots, render
-from qtoolkit.evals.report.page import Page, Section, Table
+from qtoolkit.evals.report.page import Figure, Page, Section, Table
 from qtoolkit.evals.results import EvalResult, read_result
 
 
@@ -164,6 +164,19 @@ def test_other_pipelines_write_their_own_sections(tmp_path: Path) -> None:
     _, markdown, html = report.write_page(page, "{}", tmp_path)
     assert "| resnet | 91.2 % |" in markdown.read_text("utf-8")
     assert "91.2 %" in read(html.read_text("utf-8")).text
+
+
+def test_a_table_too_wide_for_half_the_page_stands_below_its_figure(tmp_path: Path) -> None:
+    figure = Figure(lambda: "<svg></svg>", "a figure")
+    narrow = Table(("model", "same top token"), (("W4A8-g128", "89.47 %"),))
+    wide = Table(("task", "float", "W4A8-g128", "change"), (("lambada_openai, perplexity", *["56.0 ± 10.1"] * 3),))
+    assert (narrow.fits_beside, wide.fits_beside) == (True, False)
+    for table, places in ((narrow, "two"), (wide, "one")):
+        page = Page("m", "b", "lead", (), (Section("s", figures=(figure,), tables=(table,)),), (), "")
+        text = next(path for path in report.write_page(page, "{}", tmp_path) if path.suffix == ".html").read_text(
+            "utf-8"
+        )
+        assert f'<div class="{places}">' in text
 
 
 def test_terminal_shows_the_same_figures(result: EvalResult) -> None:
