@@ -24,31 +24,41 @@ VARIANCE_FLOOR = 1e-5
 
 
 class Signs(torch.autograd.Function):
-    """Sign with sign(0) = +1; the gradient is the Bi-Real polynomial's, g * max(0, 2 - 2|x|)."""
+    """Sign with sign(0) = +1; the gradient is the Bi-Real polynomial's, g * max(0, 2 - 2|x|), at x / s.
+
+    s is the deviation of x's sample: positive, so it changes no sign. As in OvSW the gradient passes through s, too.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Return -1 or +1 of x."""
-        ctx.save_for_backward(x)
+        """Return -1 or +1 of x [samples, ...]."""
+        ctx.dims, ctx.count = tuple(range(1, x.dim())), x[0].numel()
+        mean = x.mean(ctx.dims, keepdim=True)
+        squares = torch.linalg.vector_norm(x, dim=ctx.dims, keepdim=True).square()  # in one pass, without a copy
+        variance = (squares - ctx.count * mean.square()) / max(ctx.count - 1, 1)
+        ctx.save_for_backward(x, mean, (variance.clamp_min(0) + VARIANCE_FLOOR).sqrt())
         return signs(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """Return the gradient for x."""
-        (x,) = ctx.saved_tensors
-        return grad * (2 - 2 * x.abs()).clamp_min(0)
+        """Return the gradient for x: (h - (x - mean) sum(h x / s) / ((n - 1) s)) / s, h = g max(0, 2 - 2|x / s|)."""
+        x, mean, s = ctx.saved_tensors
+        scaled = x / s
+        local = scaled.abs().mul_(-2).add_(2).clamp_min_(0).mul_(grad)
+        total = scaled.mul_(local).sum(ctx.dims, keepdim=True)
+        return local.div_(s).sub_((x - mean).mul_(total / (max(ctx.count - 1, 1) * s.square())))
 
 
 def signs(x: Tensor) -> Tensor:
-    """Return +1 where x >= 0 and -1 elsewhere (torch.sign has a third value, 0)."""
-    return torch.where(x >= 0, 1.0, -1.0)
+    """Return +1 where x >= 0 and -1 elsewhere, NaN included (torch.sign has a third value, 0)."""
+    return (x >= 0).to(x.dtype).mul_(2).sub_(1)
 
 
 class Binary(nn.Module):
     """Signs of the input times signs of the weight times a scale per output; trained as in OvSW (Xiang et al. 2024).
 
     The latent weight is standardised for its scale, the gradient passes its sign unchanged, and in training the
-    input is divided by its sample's deviation, which is positive and therefore changes no sign. Once a norm and a sign
+    signs' gradient is that at an input divided by its sample's deviation (``Signs``). Once a norm and a sign
     are folded in (``calibration/fold.py``), ``thresholds`` and ``turned``, the outputs whose signs all change, replace
     scale and bias, and the layer's output is a sign.
     """
@@ -81,12 +91,9 @@ class Binary(nn.Module):
         """Return the layer's output for x."""
         if self.thresholds is not None:
             return PackedBinary(self.packed(), cast(Layer, self))(x)
-        if self.training:
-            x = x / (x.flatten(1).var(dim=1) + VARIANCE_FLOOR).sqrt().view(-1, *[1] * (x.dim() - 1))
         hard = self.weight + (signs(self.weight) - self.weight).detach()
-        return scaled(
-            self.geometry.product(Signs.apply(x), hard), self.scales(), self.bias, linear=self.geometry.linear
-        )
+        binary = Signs.apply(x) if self.training else signs(x)
+        return scaled(self.geometry.product(binary, hard), self.scales(), self.bias, linear=self.geometry.linear)
 
 
 class PackedBinary(nn.Module):

@@ -1,4 +1,4 @@
-"""Training-free compression of ResNet-20 against one-shot magnitude pruning with plain batch-norm re-estimation."""
+"""Compression of ResNet-20: training-free against one-shot magnitude pruning, trained against training-free."""
 
 from __future__ import annotations
 
@@ -18,19 +18,33 @@ FLOORS: dict[str, tuple[str, dict[str, Any], float]] = {
 }
 
 
+# recipe -> its accuracy without training, which a few minutes of it must pass by 1.5 points; seen: 0.914 and 0.904
+UNTRAINED = {"sr-ste": 0.881, "sfp": 0.868}  # masks by magnitude; filters removed, their readers refitted
+
+
+def accuracy(recipe: str, changes: dict[str, Any], vision: Path, output: Path) -> float:
+    result = compress(
+        "cifar-resnet20",
+        recipe,
+        output,
+        weights=vision / "weights/resnet20_cifar10.npz",
+        test=str(vision / "cifar10_test_5k.npz"),
+        changes={**changes, "calibration.data": str(vision / "cifar10_train_10k.npz")},
+    )
+    return result.figures["accuracy_after"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FLOORS)
 def test_training_free_compression_beats_magnitude_by_three_points(
     name: str, shared_data: Path, tmp_path: Path
 ) -> None:
     recipe, changes, floor = FLOORS[name]
-    vision = shared_data / "vision"
-    result = compress(
-        "cifar-resnet20",
-        recipe,
-        tmp_path / "out",
-        weights=vision / "weights/resnet20_cifar10.npz",
-        test=str(vision / "cifar10_test_5k.npz"),
-        changes={**changes, "calibration.data": str(vision / "cifar10_train_10k.npz")},
-    )
-    assert result.figures["accuracy_after"] > floor + 0.03
+    assert accuracy(recipe, changes, shared_data / "vision", tmp_path / "out") > floor + 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", UNTRAINED)
+def test_training_beats_no_training_by_one_and_a_half_points(recipe: str, shared_data: Path, tmp_path: Path) -> None:
+    changes = {"recover.bfloat16": True}
+    assert accuracy(recipe, changes, shared_data / "vision", tmp_path / "out") > UNTRAINED[recipe] + 0.015

@@ -181,3 +181,14 @@ def test_a_pupil_of_its_own_float_network_moves_towards_it_without_labels(method
     assert report["epoch-4"]["loss"] < 0.8 * report["epoch-1"]["loss"]
     with pytest.raises(RequestError, match="random weights"):
         Training(block, settings, context)
+
+
+def test_the_gradient_of_signs_is_the_polynomials_at_the_standardised_input() -> None:
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    aim = torch.randn(3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    out = layers.Signs.apply(x)
+    assert torch.equal(out, torch.where(x >= 0, 1.0, -1.0).double())
+    (found,) = torch.autograd.grad((out * aim).sum(), x)
+    scaled = x / (x.flatten(1).var(dim=1) + layers.VARIANCE_FLOOR).sqrt().view(3, 1, 1, 1)
+    smooth = torch.where(scaled.abs() < 1, 2 * scaled - scaled * scaled.abs(), scaled.sign())  # derivative 2 - 2 |x|
+    torch.testing.assert_close(found, torch.autograd.grad((smooth * aim).sum(), x)[0])
