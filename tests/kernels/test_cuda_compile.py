@@ -44,6 +44,15 @@ def assemble(kernel: source.Kernel, folder: Path) -> tuple[str, Path]:
     return done.stdout + done.stderr, cubin
 
 
+def instructions(cubin: Path) -> list[str]:
+    """Return the machine code, a line an instruction."""
+    listing = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    return [line for line in listing.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line)]
+
+
+LEFT_IN_REGISTERS = r"IGMMA\.64x{}x32\.S8\.S8 R\d+, R\d+, gdesc"
+
+
 @needs_nvcc
 @pytest.mark.parametrize(
     ("tiling", "grouped", "chained"),
@@ -53,9 +62,26 @@ def assemble(kernel: source.Kernel, folder: Path) -> tuple[str, Path]:
 def test_products_keep_to_registers_and_run_asynchronously(
     tiling: Tiling, grouped: bool, chained: bool, tmp_path: Path
 ) -> None:
-    report, _ = assemble(kernel_of(tiling, grouped, chained), tmp_path)
+    kernel = kernel_of(tiling, grouped, chained)
+    report, cubin = assemble(kernel, tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
     assert "C75" not in report, report  # the assembler's warnings that it waits after every product
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    assert registers * kernel.threads * tiling.resident <= 65536
+    if cuobjdump():
+        products = [line for line in instructions(cubin) if "GMMA" in line]
+        assert len(products) >= 4
+        assert all(re.search(LEFT_IN_REGISTERS.format(tiling.tokens), line) for line in products)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("tiling", [Tiling(8, 1, 1, 2, fused=True), Tiling(64, 1, 1, 2), Tiling(128, 2, 1, 1)], ids=str)
+def test_float16_products_keep_to_registers_too(tiling: Tiling, tmp_path: Path) -> None:
+    for grouped in (False, True):
+        kernel = source.linear(tiling, grouped, True, False, source.MAX_SHARE if tiling.fused else 0)
+        report, _ = assemble(kernel, tmp_path)
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+        assert "C75" not in report, report
 
 
 def test_every_kernel_fits_into_shared_memory() -> None:
@@ -80,11 +106,9 @@ def test_the_quantizer_keeps_a_row_in_registers(k: int, fp16: bool, tmp_path: Pa
 def logic_between_products(kernel: source.Kernel, folder: Path) -> int:
     """Return how many operations on whole words stand in the main loop of a 128 x 256 tile: 16 words of weights."""
     _, cubin = assemble(kernel, folder)
-    listing = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    lines = [line for line in listing.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line)]
+    lines = instructions(cubin)
     products = [i for i, line in enumerate(lines) if "IGMMA.64x128x32.S8.S8" in line]
     assert len(products) == 8
-    assert all(re.search(r"IGMMA\S+ R\d+, R\d+, gdesc", lines[i]) for i in products)  # the left operand is a register
     between = lines[products[0] : products[-1]]
     return sum(bool(re.search(r"\b(LOP3|SHF|IMAD\.SHL|PRMT|MOV|IMAD\.MOV)\b", line)) for line in between)
 
@@ -125,9 +149,13 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(compiler.nvrtc() is None, reason="needs NVRTC")
-def test_nvrtc_compiles_without_any_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvrtc_compiles_every_kernel_without_any_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOLKIT_CACHE", str(tmp_path))
-    for kernel in (source.linear(Tiling(16, 1, 1, 2), True, True), source.quantize(4096, False)):
+    kernels = [kernel_of(*variant) for variant in VARIANTS] + [source.linear(Tiling(16, 1, 1, 2), True, True)]
+    kernels += [
+        source.quantize(k, fp16, chained) for k in (64, 65536) for fp16 in (False, True) for chained in (False, True)
+    ]
+    for kernel in kernels:
         assert compiler.cubin(kernel.text()).startswith(b"\x7fELF")
     with pytest.raises(RuntimeError, match="refused"):
         compiler.cubin("this is no CUDA")
