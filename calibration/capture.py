@@ -24,8 +24,10 @@ class _Reached(Exception):
 
 
 @torch.inference_mode()
-def embed(skeleton: Skeleton, source: Source, tokens: Tensor) -> Stream:
+def embed(skeleton: Skeleton, source: Source, tokens: Tensor, at_once: int = TOKENS) -> Stream:
     """Return what the first block receives for ``tokens`` int64 [sequences, length], with its keyword arguments.
+
+    A batch has about ``at_once`` tokens.
 
     Only the embedding is loaded; everything else the decoder computes before its first block (positions, masks) is
     computed by the decoder itself, so no architecture is described twice.
@@ -48,7 +50,7 @@ def embed(skeleton: Skeleton, source: Source, tokens: Tensor) -> Stream:
 
     handle = skeleton.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        for batch in tokens.split(max(1, TOKENS // tokens.shape[1])):
+        for batch in tokens.split(max(1, at_once // tokens.shape[1])):
             try:
                 decoder(input_ids=batch.to(device), use_cache=False)
             except _Reached:

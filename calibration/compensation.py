@@ -7,11 +7,14 @@ is rounded, in the dtype they are stored in, and refitted afterwards together wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtoolkit.calibration import chained, coupled, grid, losses, outputs, twin
+from qtoolkit.calibration import chained, grid, losses, outputs, rows, starts, twin
 from qtoolkit.calibration.hessian import Hessian, shared_inputs
 from qtoolkit.calibration.moments import Seen
 from qtoolkit.calibration.options import Options
@@ -35,9 +38,8 @@ class CompensateOptions(Options):
     sequential: bool = Field(True, description="a layer sees its block's earlier layers quantized; false: in float")
     aim: bool = Field(True, description="aim at the float network's outputs, as far as held-out tokens support it")
     refine: int = Field(2, ge=0, description="rounds of new scales and new codes after compensation")
-    couple: bool = Field(
-        True, description="round a head's queries, keys and values together, as the block's output asks"
-    )
+    starts: int = Field(2, ge=1, description="orders of the inputs that a small layer is rounded in; the best is kept")
+    couple: bool = Field(True, description="round a layer's outputs together, as the loss of the whole model asks")
     chained: bool = Field(False, description="int8 weights of the chained grid, which a GPU kernel holds in four bits")
 
 
@@ -49,6 +51,7 @@ class Compensate:
     def __init__(self, options: CompensateOptions) -> None:
         self.options = options
         self.reads_floats = options.aim and options.compensate
+        self.reads_gradients = options.couple and options.compensate and not options.chained
 
     @torch.inference_mode()
     def apply(self, block: Block, stream: Stream, context: Context) -> dict[str, dict[str, float]]:
@@ -58,8 +61,7 @@ class Compensate:
         stored Q; the other errors are those of ``losses.parts``.
         """
         originals = {name: layer.weight.data for name, layer in block.linears()}
-        couple = self.options.couple and self.options.compensate and not self.options.chained
-        metrics = outputs.metrics(block, stream) if couple else {}
+        metrics = outputs.metrics(block) if self.reads_gradients else {}
         report = {}
         for first, names in shared_inputs(block).items():
             layer = block.linear(first)
@@ -75,7 +77,8 @@ class Compensate:
                     quantized = solved.quantize_chained(aim, scheme, context.scale_dtype)
                     block.schemes[name] = INT8
                 else:
-                    quantized = solved.quantize(aim, scheme, context.scale_dtype, metrics.get(name))
+                    several = rows.parts(len(aim), outputs.heads(block, name), aim.device)
+                    quantized = solved.quantize(aim, scheme, context.scale_dtype, metrics.get(name), several)
                 served = quantized.dequantize()
                 if not served.isfinite().all():
                     raise NumericError(f"The scales of {block.name}.{name} overflow {context.scale_dtype}.")
@@ -112,18 +115,19 @@ class Solved:
         if options.chained and self.order is not None and len(diagonal) % chained.WORD == 0:
             self.order = chained.in_words(self.order)
         self.damping = options.damping
-        self.factor = self._factor() if options.compensate else None
+        self.factor = self._factor(self.order) if options.compensate else None
+        self._more: list[tuple[Tensor, Tensor]] = []  # further orders with their factors, made when a layer wants them
 
-    def _factor(self) -> Tensor:
-        """Return the upper Cholesky factor of the inverse of the damped, reordered Hessian.
+    def _factor(self, order: Tensor | None) -> Tensor:
+        """Return the upper Cholesky factor of the inverse of the damped Hessian in ``order``.
 
         Raises:
             NumericError: it is singular even with a large damping.
         """
         for _ in range(RETRIES):
             matrix = self.hessian.damped(self.damping)
-            if self.order is not None:
-                matrix = matrix[self.order][:, self.order]
+            if order is not None:
+                matrix = matrix[order][:, order]
             lower, failed = torch.linalg.cholesky_ex(matrix)
             if not failed:
                 upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -133,11 +137,17 @@ class Solved:
         raise NumericError(f"A Hessian of {len(self.matrix)} inputs is singular even with damping {self.damping:g}.")
 
     def quantize(
-        self, weight: Tensor, scheme: Scheme, dtype: torch.dtype, metric: Tensor | None = None
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        metric: Tensor | None = None,
+        several: Sequence[Tensor] = (),
     ) -> QuantizedWeight:
         """Return codes and scales for weight float32 [n, k]; scales are in ``dtype``.
 
-        ``metric`` [heads, head_dim, head_dim] says how errors of a head's outputs add up; None: each counts alone.
+        ``metric`` [n, n] says how errors of the outputs add up, and ``several`` in which parts they are rounded then;
+        without one each output counts alone.
         """
         weight = weight.masked_fill(self.dead, 0.0)
         if self.options.scale_search:
@@ -146,14 +156,27 @@ class Solved:
             scales = grid.minmax_scales(weight, scheme, dtype)
         if self.factor is None:
             return QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
-        codes = round_in_order(weight, self.factor, scales, scheme, self.order, metric)
-        quantized, rounds = QuantizedWeight(codes, scales), self.options.refine
-        if not rounds:
-            return quantized
-        matrix = self.hessian.damped(self.damping)
+        matrix, rounds = self.hessian.damped(self.damping), self.options.refine
+        orders, stretches = starts.count(weight.shape[0], weight.shape[1], self.options.starts)
+        sweeps = [partial(round_in_order, *each, scheme) for each in self._orders(orders)]
+
+        begin = partial(starts.best, matrix=matrix, scheme=scheme, sweeps=sweeps, stretches=stretches)
         if metric is None:
-            return refined(weight, matrix, quantized, scheme, rounds)
-        return coupled.refined(weight, matrix, metric, quantized, scheme, rounds)
+            return begin(weight, scales, rounds=rounds)
+        first = min(rounds, 1)  # every part is refined once more below
+        found = rows.rounded(weight, metric, several, lambda part, which: begin(part, scales[which], rounds=first))
+        if not rounds:
+            return found
+        return rows.refined(weight, matrix, metric, several, found, lambda aim, q: refined(aim, matrix, q, scheme, 1))
+
+    def _orders(self, wanted: int) -> list[tuple[Tensor, Tensor]]:
+        """Return so many orders of the inputs with the factor in each."""
+        assert self.factor is not None
+        diagonal = self.matrix.diagonal()
+        if len(self._more) < wanted - 1:
+            self._more = [(order, self._factor(order)) for order in starts.orders(diagonal, wanted - 1)]
+        own = torch.arange(len(diagonal), device=diagonal.device) if self.order is None else self.order
+        return [(own, self.factor), *self._more[: wanted - 1]]
 
     def quantize_chained(self, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
         """Return int8 weights of the chained grid, and their scales in ``dtype``: sixteenths of int4 steps.
@@ -190,30 +213,20 @@ class Solved:
         return lost / total if total > 0 else 0.0
 
 
-def round_in_order(
-    weight: Tensor,
-    factor: Tensor,
-    scales: Tensor,
-    scheme: Scheme,
-    order: Tensor | None,
-    metric: Tensor | None = None,
-) -> Tensor:
+def round_in_order(order: Tensor, factor: Tensor, scheme: Scheme, weight: Tensor, scales: Tensor) -> Tensor:
     """Round weight [n, k] column by column in ``order``, spreading each error over the columns still to come.
 
     Args:
-        weight: float32 [n, k].
+        order: int64 [k] permutation of the inputs.
         factor: float32 [k, k], upper Cholesky factor of the inverse Hessian, rows and columns in ``order``.
-        scales: [n, groups], fixed.
         scheme: gives group size and code range.
-        order: int64 [k] permutation of the inputs, or None.
-        metric: of the outputs, see ``coupled``; None: rows are rounded one by one.
+        weight: float32 [n, k].
+        scales: [n, groups], fixed.
 
     Returns:
         int8 codes [n, k], in the weight's own column order.
     """
     n, k = weight.shape
-    together = None if metric is None else coupled.Column(metric, scheme)
-    order = torch.arange(k, device=weight.device) if order is None else order
     size = k if scheme.group_size == CHANNEL else scheme.group_size
     work = weight[:, order].T.contiguous()  # [k, n]: a column of the weight is a contiguous row here
     steps = scales.float().T[order // size]  # [k, n]
@@ -221,10 +234,7 @@ def round_in_order(
     low, high = scheme.code_range
 
     def decide(column: int, rest: Tensor) -> Tensor:
-        if together is None:
-            code = (rest[0] / steps[column]).round_().clamp_(low, high)
-        else:
-            code = together(rest[0], steps[column])
+        code = (rest[0] / steps[column]).round_().clamp_(low, high)
         codes[column] = code.to(torch.int8)
         return code * steps[column]
 

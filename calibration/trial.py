@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtoolkit.architecture import Skeleton
 from qtoolkit.calibration import capture
@@ -58,10 +58,9 @@ def divergence(skeleton: Skeleton, source: Source, truth: Stream, streams: Mappi
     The vocabulary goes by in parts, so that memory holds neither all logits nor a float32 head:
     ``KL = sum p (zp - zq) - lse(zp) + lse(zq)`` for logits zp and zq.
     """
-    hidden = {key: _normed(skeleton, source, stream) for key, stream in streams.items()}
-    before = _normed(skeleton, source, truth)
-    residual = skeleton.architecture.residual
-    head = source.read(f"{residual.embedding if skeleton.tied else residual.head}.weight")
+    norm, head = ending(skeleton, source)
+    hidden = {key: _normed(norm, stream) for key, stream in streams.items()}
+    before = _normed(norm, truth)
     bottom = before.new_full(before.shape[:1], -torch.inf)
     lse_p, lse_q = bottom, dict.fromkeys(hidden, bottom)
     gap = {key: torch.zeros_like(bottom) for key in hidden}  # sum of p (zp - zq), by the p of the rows seen so far
@@ -78,11 +77,16 @@ def divergence(skeleton: Skeleton, source: Source, truth: Stream, streams: Mappi
     return {key: float((gap[key] - lse_p + lse_q[key]).mean()) for key in hidden}
 
 
-def _normed(skeleton: Skeleton, source: Source, stream: Stream) -> Tensor:
+def ending(skeleton: Skeleton, source: Source) -> tuple[nn.Module, Tensor]:
+    """Return what comes behind the last block: the norm in float32, and the head's weight [vocabulary, hidden]."""
+    residual = skeleton.architecture.residual
+    empty = skeleton.model.get_submodule(residual.norm)
+    norm = copy.deepcopy(empty).to_empty(device=skeleton.device).float()
+    norm.load_state_dict({local: source.read_finite(f"{residual.norm}.{local}") for local in empty.state_dict()})
+    return norm.requires_grad_(False), source.read(f"{residual.embedding if skeleton.tied else residual.head}.weight")
+
+
+def _normed(norm: nn.Module, stream: Stream) -> Tensor:
     """Return what the head reads: float32 [tokens, hidden]."""
     states = torch.cat([batch.flatten(0, 1) for batch in stream.batches])
-    name = skeleton.architecture.residual.norm
-    empty = skeleton.model.get_submodule(name)
-    norm = copy.deepcopy(empty).to_empty(device=states.device).float()
-    norm.load_state_dict({local: source.read_finite(f"{name}.{local}") for local in empty.state_dict()})
-    return norm(states)
+    return norm.to(states.device)(states)

@@ -27,6 +27,7 @@ from qtoolkit import (
     registry,
 )
 from qtoolkit.calibration import budget, capture, choice, experts
+from qtoolkit.calibration.gradients import Gradients
 from qtoolkit.calibration.options import read as read_options
 from qtoolkit.errors import ModelError
 from qtoolkit.job import Job
@@ -167,6 +168,10 @@ class Run:
             return
         tokens = job.tensors(CALIBRATION)["tokens"]
         self.progress.start(self.blocks, done)
+        gradients = None
+        if any(getattr(transform, "reads_gradients", False) for transform in self.transforms.values()):
+            gradients = Gradients(self.skeleton, self.weights, self._block, tokens, job)
+            gradients.measure()
         stream = capture.embed(self.skeleton, self.weights, tokens)
         compared = any(getattr(transform, "reads_floats", False) for transform in self.transforms.values())
         floats = Stream(stream.batches, stream.kwargs, device=stream.device)
@@ -179,7 +184,9 @@ class Run:
                 block.schemes |= {name: Scheme.named(kind) for name, kind in job.facts(_part(index))["schemes"].items()}
                 self._restore(block, job.tensors(_part(index)))
             else:
+                block.probe = gradients.probe(index) if gradients else None
                 figures = self._transform(block, stream)
+                block.probe = None
                 job.save(_part(index), self._pack(block), figures)
                 errors = [row["error"] for row in figures["layers"].values()]
                 self.progress.block(block.name, sum(errors) / len(errors) if errors else 0.0)

@@ -73,6 +73,7 @@ class Block:
         schemes: targets that become something else than the recipe's scheme.
         residual: targets whose output is added to the hidden stream, with the norm that read it before.
         experts: name of the module whose children see a part of the tokens each; their layers are targets too.
+        probe: what the model's loss asks of the block's output, where that was measured.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Block:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     residual: dict[str, str] = field(default_factory=dict)
     experts: str = ""
+    probe: Probe | None = None
 
     def layer(self, name: str) -> nn.Module:
         """Return the submodule ``name``."""
@@ -119,6 +121,14 @@ class Stream:
         """Yield each batch, on the block's device, with its keywords."""
         for batch, kwargs in zip(self.batches, self.kwargs, strict=True):
             yield (batch if self.device is None else batch.to(self.device)), kwargs
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Some tokens' hidden states before a block, and the gradient of the model's loss behind it, batch by batch."""
+
+    stream: Stream
+    gradients: list[Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""The gradient of the whole model's loss behind every block: what an error there costs the next token.
+
+One block at a time, so that memory holds no model: forward over probe tokens, writing down what every block receives;
+at the end a token is drawn from the model's own distribution; then backward through the blocks in turn. With tokens
+drawn so, the gradient's second moment is the Fisher information, the curvature of the divergence from this model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qtoolkit.architecture import Skeleton
+from qtoolkit.calibration import capture, trial
+from qtoolkit.source import Source
+from qtoolkit.stages import Block, Probe, Stream
+
+TOKENS = 8192  # that are probed, about
+AT_ONCE = 1024  # tokens that go through a block, or whose logits are held, at once: autograd keeps a lot
+
+
+class Store(Protocol):
+    """Where the probes wait for their blocks: a job."""
+
+    def has(self, part: str) -> bool:
+        """Tell whether ``part`` is there."""
+        ...
+
+    def save(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors as ``part``."""
+        ...
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Return what was kept."""
+        ...
+
+
+class Gradients:
+    """The probes of all blocks of a float model, two bfloat16 numbers a token and channel, in a store."""
+
+    def __init__(
+        self, skeleton: Skeleton, source: Source, load: Callable[[Source, int], Block], tokens: Tensor, store: Store
+    ) -> None:
+        """Take sequences from all of ``tokens`` int64 [sequences, length]; ``load`` gives block i of a source."""
+        self.skeleton, self.source, self.load, self.store = skeleton, source, load, store
+        self.start = capture.embed(skeleton, source, tokens[:: -(-tokens.numel() // TOKENS)], at_once=AT_ONCE)
+
+    def measure(self) -> None:
+        """Run forward and backward once, unless a run before this one has."""
+        count = len(self.skeleton.blocks)
+        if self.store.has(_behind(0)):
+            return
+        stream = self.start
+        for index in range(count):
+            self._save(_before(index), stream.batches)
+            stream = capture.advance(self.load(self.source, index), stream)
+        found = at_the_end(self.skeleton, self.source, stream)
+        for index in reversed(range(count)):
+            self._save(_behind(index), found)
+            if index:
+                found = [each[0] for each in backward(self.load(self.source, index), self.probe(index), ())]
+
+    def probe(self, index: int) -> Probe:
+        """Return the probe of block ``index``."""
+        return Probe(Stream(self._read(_before(index)), self.start.kwargs), self._read(_behind(index)))
+
+    def _save(self, part: str, batches: list[Tensor]) -> None:
+        self.store.save(part, {f"{i:05d}": batch.to("cpu", torch.bfloat16) for i, batch in enumerate(batches)})
+
+    def _read(self, part: str) -> list[Tensor]:
+        return [batch.to(self.skeleton.device).float() for _, batch in sorted(self.store.tensors(part).items())]
+
+
+def at_the_end(skeleton: Skeleton, source: Source, stream: Stream) -> list[Tensor]:
+    """Return the gradient of -log p(drawn token) with respect to what the last block gives, batch by batch."""
+    norm, stored = trial.ending(skeleton, source)
+    draw = torch.Generator("cpu").manual_seed(0)
+    found = []
+    with torch.inference_mode(False), torch.enable_grad():
+        weight = stored.to(skeleton.device, torch.float32, copy=True)
+        for hidden, _ in stream.calls():
+            leaf = hidden.clone().requires_grad_()
+            logits = norm(leaf).flatten(0, -2) @ weight.T  # [tokens, vocabulary]
+            odds = logits.detach().softmax(dim=-1).cpu()
+            drawn = torch.multinomial(odds, 1, generator=draw).to(logits.device)
+            loss = logits.logsumexp(dim=-1).sum() - logits.gather(1, drawn).sum()
+            found.append(torch.autograd.grad(loss, leaf)[0])
+    return found
+
+
+def backward(block: Block, probe: Probe, names: tuple[str, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield, batch by batch, the gradient at the block's input and at the output of every layer in ``names``."""
+    caught: dict[str, Tensor] = {}
+
+    def catch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            caught[name] = out
+
+        return hook
+
+    handles = [block.layer(name).register_forward_hook(catch(name)) for name in names]
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            own = {name: tensor.clone() for name, tensor in block.module.state_dict().items()}
+            for (hidden, kwargs), gradient in zip(probe.stream.calls(), probe.gradients, strict=True):
+                leaf = hidden.clone().requires_grad_()
+                out = functional_call(block.module, own, (leaf,), _cloned(kwargs))
+                out = out[0] if isinstance(out, tuple) else out
+                wanted = [leaf, *(caught[name] for name in names)]
+                yield torch.autograd.grad(out, wanted, grad_outputs=gradient.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _before(index: int) -> str:
+    return f"probe-{index:05d}"
+
+
+def _behind(index: int) -> str:
+    return f"gradient-{index:05d}"
+
+
+def _cloned(value: Any) -> Any:
+    """Return tensors that autograd may keep: what was made in inference mode must be copied."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {name: _cloned(part) for name, part in value.items()}
+    return tuple(_cloned(part) for part in value) if isinstance(value, tuple) else value

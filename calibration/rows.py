@@ -1,0 +1,78 @@
+"""Rounding a layer under the metric of all its outputs: a part of the rows at a time, each making up for those before.
+
+The error is tr(G D H D^T) for D = Q - W, with H of the inputs and G of the outputs. Compensation spreads a column's
+error over the columns to come, as H says; here a part of the rows is rounded so, and its error is then spread over the
+rows to come, as G says: the same elimination on the other side, block by block. Compare YAQA (Tseng et al. 2025).
+Rows of one part do not make up for each other, so a part takes rows far from each other: one of every head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qtoolkit.stages import QuantizedWeight
+
+ROWS = 64  # of a part away from attention heads; 8 rows would gain 3 % more of a layer's error, in eight times the time
+PARTS = 32  # at most, there: each is a whole sweep over the columns
+
+Rounder = Callable[[Tensor, Tensor], QuantizedWeight]
+Refiner = Callable[[Tensor, QuantizedWeight], QuantizedWeight]
+
+
+def parts(n: int, head_dim: int = 0, device: torch.device | None = None) -> list[Tensor]:
+    """Return the rows of every part, int64; of heads' outputs one channel of every head after another."""
+    count = head_dim or min(PARTS, -(-n // ROWS))
+    return [torch.arange(first, n, count, device=device) for first in range(count)]
+
+
+def rounded(weight: Tensor, metric: Tensor, several: Sequence[Tensor], rounder: Rounder) -> QuantizedWeight:
+    """Return codes and scales of weight float32 [n, k], its rows rounded part by part under ``metric`` [n, n].
+
+    ``rounder`` gets the weight that a part is to have, and which rows these are.
+    """
+    order = torch.cat(list(several))
+    lower = torch.linalg.cholesky(metric[order][:, order])
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)  # G^-1 = F^T F
+    work, found, start = weight[order], [], 0
+    for rows in several:
+        stop = start + len(rows)
+        made = rounder(work[start:stop], rows)
+        lost = work[start:stop] - made.dequantize()
+        inside, later = factor[start:stop, start:stop], factor[start:stop, stop:]
+        work[stop:].addmm_(later.T, torch.linalg.solve_triangular(inside.T, lost, upper=False), alpha=-1.0)
+        found.append(made)
+        start = stop
+    back = torch.argsort(order)
+    codes, scales = (torch.cat(each)[back] for each in zip(*((m.codes, m.scales) for m in found), strict=True))
+    return QuantizedWeight(codes, scales)
+
+
+def refined(
+    weight: Tensor, matrix: Tensor, metric: Tensor, several: Sequence[Tensor], start: QuantizedWeight, refiner: Refiner
+) -> QuantizedWeight:
+    """Return codes and scales with at most the error of ``start``: every part improved once, beside all the others.
+
+    With the other rows' errors given, the best that a part can have is W_b - G_bb^-1 G_b,rest D_rest; ``refiner``
+    brings the part nearer to it under H, and what does not lower the error under G is not taken.
+    """
+    codes, scales = start.codes.clone(), start.scales.clone()
+    lost = start.dequantize() - weight
+    for rows in several:
+        inside = metric[rows][:, rows]
+        others = metric[rows] @ lost - inside @ lost[rows]
+        target = weight[rows] - torch.linalg.solve(inside, others)
+        before = QuantizedWeight(codes[rows], scales[rows])
+        after = refiner(target, before)
+        if error(target, matrix, inside, after) < error(target, matrix, inside, before):
+            codes[rows], scales[rows] = after.codes, after.scales
+            lost[rows] = after.dequantize() - weight[rows]
+    return QuantizedWeight(codes, scales)
+
+
+def error(weight: Tensor, matrix: Tensor, metric: Tensor, quantized: QuantizedWeight) -> float:
+    """Return tr(G D H D^T) for D = Q - W."""
+    difference = quantized.dequantize() - weight
+    return float(((metric @ difference @ matrix) * difference).sum())

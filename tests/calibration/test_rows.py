@@ -1,0 +1,94 @@
+"""Rounding under a metric of the outputs, against float64 formulations of what it should do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtoolkit.calibration import grid, rows
+from qtoolkit.calibration.compensation import CompensateOptions, Solved
+from qtoolkit.calibration.hessian import Hessian
+from qtoolkit.scheme import Scheme
+from qtoolkit.stages import QuantizedWeight
+
+N, K, HEAD = 24, 40, 6
+
+
+def made(seed: int = 0) -> tuple[Tensor, Hessian, Tensor]:
+    """Return a weight, its Hessian and a metric with strong coupling between outputs."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, K, generator=draw) @ torch.randn(K, K, generator=draw)
+    hessian = Hessian(K)
+    hessian.update(x)
+    root = torch.randn(10, N, generator=draw)
+    metric = root.T @ root / 10 + 0.2 * torch.eye(N)
+    return torch.randn(N, K, generator=draw), hessian, metric
+
+
+def test_later_rows_make_up_for_earlier_ones_as_least_squares_would() -> None:
+    """What rows still to come should be, given those rounded, is the minimum of tr(G D D^T), solved in float64."""
+    weight, _, metric = made()
+    scheme, several = Scheme(group_size=-1), rows.parts(N, HEAD)
+    scales = grid.minmax_scales(weight, scheme, torch.float32)
+    found = rows.rounded(
+        weight,
+        metric,
+        several,
+        lambda part, which: QuantizedWeight(grid.to_codes(part, scales[which], scheme), scales[which]),
+    )
+    g, w, done = metric.double(), weight.double(), torch.tensor([], dtype=torch.int64)
+    lost, codes = torch.zeros(N, K, dtype=torch.float64), torch.zeros(N, K)
+    for number, part in enumerate(several):
+        later = torch.cat(several[number:])
+        wish = w[later]
+        if len(done):
+            wish = wish - torch.linalg.solve(g[later][:, later], g[later][:, done] @ lost[done])
+        wish = wish[: len(part)]
+        codes[part] = (wish / scales[part].double()).round().clamp(-8, 7).float()
+        lost[part] = codes[part].double() * scales[part].double() - w[part]
+        done = torch.cat([done, part])
+    assert (found.codes != codes.to(torch.int8)).float().mean() < 0.01  # near ties may fall either way in fp32
+
+
+def test_every_row_is_in_one_part_and_a_part_takes_one_channel_of_every_head() -> None:
+    assert torch.equal(torch.cat(rows.parts(1000)).sort().values, torch.arange(1000))
+    assert [part.tolist() for part in rows.parts(6, 3)] == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_refining_never_raises_the_error() -> None:
+    weight, hessian, metric = made(1)
+    scheme, matrix, several = Scheme(group_size=8), hessian.damped(0.01), rows.parts(N, HEAD)
+    scales = grid.minmax_scales(weight, scheme, torch.bfloat16)
+    before = QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
+    solved = Solved(hessian, CompensateOptions())
+    after = rows.refined(
+        weight, matrix, metric, several, before, lambda aim, q: solved.quantize(aim, scheme, torch.bfloat16)
+    )
+    errors = [float(_error(weight, matrix, metric, each)) for each in (before, after)]
+    assert errors[1] < 0.5 * errors[0]
+    noise = rows.refined(weight, matrix, metric, several, after, lambda aim, q: QuantizedWeight(-q.codes, q.scales))
+    assert torch.equal(noise.codes, after.codes)  # nothing that raises it is taken
+
+
+def test_coupling_loses_less_under_the_metric_than_rounding_rows_alone() -> None:
+    for group_size in (8, -1):
+        weight, hessian, metric = made(2)
+        solved, scheme = Solved(hessian, CompensateOptions()), Scheme(group_size=group_size)
+        alone = solved.quantize(weight, scheme, torch.float32)
+        together = solved.quantize(weight, scheme, torch.float32, metric, rows.parts(N, HEAD))
+        lost = [float(_error(weight, hessian.matrix, metric, each)) for each in (together, alone)]
+        assert lost[0] < 0.8 * lost[1]
+
+
+def test_a_metric_without_coupling_changes_nothing() -> None:
+    weight, hessian, _ = made(3)
+    solved, scheme = Solved(hessian, CompensateOptions(refine=0)), Scheme(group_size=8)
+    plain = solved.quantize(weight, scheme, torch.float32)
+    unit = solved.quantize(weight, scheme, torch.float32, torch.eye(N), rows.parts(N, HEAD))
+    assert (plain.codes != unit.codes).float().mean() < 0.01  # products of other shapes sum in another order
+
+
+def _error(weight: Tensor, matrix: Tensor, metric: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """tr(G D H D^T) in float64."""
+    lost = quantized.dequantize().double() - weight.double()
+    return torch.trace(metric.double() @ lost @ matrix.double() @ lost.T)
