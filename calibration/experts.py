@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.calibration.capture import quantized_activations
+from qtoolkit.calibration.gradients import backward
 from qtoolkit.errors import NumericError, RequestError
-from qtoolkit.stages import Block, Context, Stream, Transform
+from qtoolkit.stages import Block, Context, Probe, Stream, Transform
 
 FEW = 256  # routed tokens below which an expert is calibrated on all tokens: what was routed to it says too little
 TOKENS = 4096  # that go through an expert at once
@@ -23,15 +24,24 @@ TOKENS = 4096  # that go through an expert at once
 
 @dataclass
 class Arrivals:
-    """What a block's experts are given, batch by batch: hidden [tokens, k] and the chosen experts [tokens, top_k]."""
+    """What a block's experts are given, batch by batch: hidden [tokens, k], and how tokens are routed.
+
+    ``chosen`` are the experts of each token [tokens, top_k], ``weights`` what their outputs are multiplied with.
+    """
 
     hidden: list[Tensor]
     chosen: list[Tensor]
+    weights: list[Tensor]
 
     def rows(self, expert: int, hidden: list[Tensor]) -> list[Tensor]:
         """Return the tokens of ``hidden`` that are routed to an expert, as batches of sequences of one: [n, 1, k]."""
         found = [x[(index == expert).any(dim=-1)] for x, index in zip(hidden, self.chosen, strict=True)]
         return list(torch.cat(found).unsqueeze(1).split(TOKENS))
+
+    def shares(self, expert: int) -> list[Tensor]:
+        """Return what an expert's output counts for each token, batch by batch: [tokens, 1]."""
+        both = zip(self.weights, self.chosen, strict=True)
+        return [(weights * (index == expert)).sum(dim=-1, keepdim=True) for weights, index in both]
 
 
 def apply(transform: Transform, block: Block, stream: Stream, context: Context) -> dict[str, dict[str, float]]:
@@ -47,6 +57,7 @@ def apply(transform: Transform, block: Block, stream: Stream, context: Context) 
     compared = getattr(transform, "reads_floats", False) and bool(stream.floats)
     floats = Stream(stream.floats, stream.kwargs, device=stream.device)
     wanted = arrivals(block, floats).hidden if compared else []  # before anything is changed
+    asked = _asked(block, block.probe) if block.probe is not None else {}
     report = transform.apply(around(block), stream, context)
     with quantized_activations(block, context.scheme.activation_bits):
         seen = arrivals(block, stream)
@@ -57,6 +68,7 @@ def apply(transform: Transform, block: Block, stream: Stream, context: Context) 
         else:
             batches, exact = (seen.rows(number, hidden) if hidden else [] for hidden in (seen.hidden, wanted))
         tokens = sum(len(batch) for batch in batches)
+        expert.probe = asked.get(number)
         found = transform.apply(expert, Stream(batches, [{}] * len(batches), exact, stream.device), context)
         if expert.schemes:
             raise RequestError(
@@ -128,17 +140,17 @@ def arrivals(block: Block, stream: Stream) -> Arrivals:
     Raises:
         NumericError: it holds NaN or Inf.
     """
-    found = Arrivals([], [])
+    found = Arrivals([], [], [])
 
     def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        hidden, index = args[:2]
+        hidden = args[0]
         if not hidden.isfinite().all():
             raise NumericError(
                 f"The input of {block.name}.{block.experts} holds NaN or Inf on the calibration text.",
                 "The weights or the calibration data are damaged.",
             )
-        found.hidden.append(hidden if stream.device is None else hidden.to("cpu"))
-        found.chosen.append(index if stream.device is None else index.to("cpu"))
+        for kept, given in zip((found.hidden, found.chosen, found.weights), args, strict=True):
+            kept.append(given if stream.device is None else given.to("cpu"))
         raise _Arrived
 
     handle = block.layer(block.experts).register_forward_pre_hook(catch)
@@ -150,6 +162,19 @@ def arrivals(block: Block, stream: Stream) -> Arrivals:
                 continue
     finally:
         handle.remove()
+    return found
+
+
+def _asked(block: Block, probe: Probe) -> dict[int, Probe]:
+    """Return what the model's loss asks of each expert's output, on the probe's tokens that are routed to it."""
+    given = arrivals(block, probe.stream)
+    behind = [gradient for _, gradient in backward(block, probe, (block.experts,))]  # [tokens, hidden]
+    found = {}
+    for number, _ in parts(block):
+        each = [gradient * share for gradient, share in zip(behind, given.shares(number), strict=True)]
+        batches = given.rows(number, given.hidden)
+        if sum(map(len, batches)):
+            found[number] = Probe(Stream(batches, [{}] * len(batches)), given.rows(number, each))
     return found
 
 

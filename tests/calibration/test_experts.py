@@ -17,11 +17,12 @@ from qtoolkit import architecture, checkpoint
 from qtoolkit.architecture import Skeleton
 from qtoolkit.calibration import capture, experts, smoothing
 from qtoolkit.calibration.compensation import Compensate, CompensateOptions
+from qtoolkit.calibration.gradients import backward
 from qtoolkit.errors import ModelError, RequestError
 from qtoolkit.experts import Experts
 from qtoolkit.scheme import Scheme
 from qtoolkit.source import Source, resolve
-from qtoolkit.stages import Block, Context, Stream
+from qtoolkit.stages import Block, Context, Probe, Stream
 
 CONTEXT = Context(Scheme(group_size=32), torch.bfloat16, print)
 TOKENS = torch.randint(2, 258, (4, 24), generator=torch.Generator().manual_seed(1))
@@ -152,6 +153,31 @@ def test_each_expert_is_fitted_to_its_own_tokens_or_to_all_if_those_are_few(
         else:
             torch.testing.assert_close(seen, routed_tokens(block, stream, number), rtol=1e-5, atol=1e-6)
             assert 0 < float((seen - wanted).abs().mean()) < 0.2 * float(seen.abs().mean())
+
+
+def test_what_the_loss_asks_of_an_expert_is_the_gradient_at_its_output(model: tuple[Source, Skeleton]) -> None:
+    source, skeleton = model
+    block, stream = skeleton.block(0, source), capture.embed(skeleton, source, TOKENS)
+    draw = torch.Generator().manual_seed(2)
+    block.probe = Probe(stream, [torch.randn(batch.shape, generator=draw) for batch in stream.batches])
+    asked: dict[str, Probe | None] = {}
+
+    class Watch:
+        """Notes the probe of every block it is given."""
+
+        def apply(self, inner: Block, given: Stream, context: Context) -> dict[str, dict[str, float]]:
+            asked[inner.name] = inner.probe
+            return {}
+
+    experts.apply(Watch(), block, stream, CONTEXT)
+    assert asked["model.layers.0"] is block.probe
+    for number in range(8):
+        down = f"mlp.experts.{number}.{skeleton.architecture.experts.down}"
+        expected = torch.cat([found for _, found in backward(block, block.probe, (down,))])
+        probe = asked[f"model.layers.0.mlp.experts.{number}"]
+        torch.testing.assert_close(torch.cat(probe.gradients)[:, 0], expected, rtol=1e-4, atol=1e-6)
+        inside = torch.cat([x.flatten(0, 1) for x in probe.stream.batches])
+        assert inside.shape == (len(expected), 128)
 
 
 def test_compensation_beats_rounding_on_every_expert(model: tuple[Source, Skeleton]) -> None:
