@@ -68,3 +68,18 @@ def test_an_epoch_sees_every_image_of_its_full_batches_once() -> None:
     seen = [y for _, y in images.epoch(4, LENET, torch.Generator().manual_seed(0))]
     assert sorted(torch.cat(seen).tolist()) == sorted(set(torch.cat(seen).tolist()))
     assert len(seen) == 2
+
+
+def test_a_data_set_in_the_hubs_form_gives_pixels_and_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)  # a data set of that name on the disk is read as one of the hub is
+    pictures = [Image.new("L", (28, 28), level) for level in (0, 100, 255)]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"img": pictures, "label": [0, 1, 1]}, features=features)
+    (tmp_path / "owner" / "shades").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "owner" / "shades" / "test-00000-of-00001.parquet")
+    images = data.load("owner/shades:test", LENET)
+    assert images.y.tolist() == [0, 1, 1]
+    assert images.x.flatten(1).float().mean(dim=1).tolist() == [0, 100, 255]
