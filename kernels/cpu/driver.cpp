@@ -13,8 +13,11 @@
 
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 504;   // rows quantized at a time: bounds the scratch, and keeps codes in L2/L3
+// Rows quantized at a time: bounds the scratch, and keeps codes in L2/L3. A multiple of 12, and not below 512, so that
+// a prompt of that length does not leave 8 rows for which all weights are read once more.
+constexpr int64_t BLOCK_ROWS = 516;
 constexpr int64_t SERIAL_CODES = 1 << 15;  // fewer activations than this are quantized before the threads are woken
+constexpr int64_t GATE_COST = 6;  // silu(gate) * up takes as long as quantizing this many activations
 constexpr int MAX_THREADS = 1024;
 
 #if defined(__x86_64__)
@@ -87,7 +90,7 @@ void run_block(const Path& path, const Job& job, int threads) {
   const int64_t chunk = std::max<int64_t>(12, round_up((job.m + wanted - 1) / wanted, 12));
   const int64_t chunks = (job.m + chunk - 1) / chunk, tasks = panels * chunks;
   threads = int(std::min<int64_t>(threads, tasks));
-  const bool serial = job.m * job.k <= SERIAL_CODES;
+  const bool serial = job.m == 1 || job.m * job.k * (job.gated ? GATE_COST : 1) <= SERIAL_CODES;
   if (serial) path.quantize(job, 0, job.m);
   if (!shares) shares.reset(new Share[MAX_THREADS]);
   Share* share = shares.get();
