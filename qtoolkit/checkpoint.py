@@ -180,7 +180,9 @@ def verify(path: str | Path) -> Manifest:
         try:
             scheme = layer.parsed_scheme
         except ValueError as error:
-            raise CheckpointError(f"{folder / MANIFEST} is damaged: {layer.name}: {error}.", "Quantize again.") from None
+            raise CheckpointError(
+                f"{folder / MANIFEST} is damaged: {layer.name}: {error}.", "Quantize again."
+            ) from None
         codes = {"weight": (n, k)} if scheme.weight_bits == 8 else {"weight_packed": (n, (k + 7) // 8)}
         expected = {**codes, "weight_scale": (n, scheme.groups(k))}
         for tensor, shape in expected.items():
