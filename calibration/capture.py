@@ -15,7 +15,7 @@ from qtoolkit.source import Source
 from qtoolkit.stages import Block, Stream
 from qtoolkit.vision.matrix import Geometry
 
-TOKENS = 4096  # tokens that go through a block at once: bounds the memory of activations inside a block
+TOKENS = 2048  # tokens that go through a block at once: bounds the memory of activations inside a block
 STREAMS = 4  # that exist at once: float and quantized, before and behind a block
 
 
@@ -70,14 +70,14 @@ def fits(numbers: int, device: torch.device) -> bool:
 
 
 @torch.inference_mode()
-def advance(block: Block, stream: Stream) -> Stream:
-    """Return the stream behind ``block``.
+def advance(block: Block, stream: Stream, *, spent: bool = False) -> Stream:
+    """Return the stream behind ``block``; if ``stream`` is ``spent``, every batch of it is let go once it is used.
 
     Raises:
         NumericError: an output is NaN or Inf.
     """
     batches = []
-    for hidden, kwargs in stream.calls():
+    for number, (hidden, kwargs) in enumerate(stream.calls()):
         out = block.module(hidden, **kwargs)
         out = out[0] if isinstance(out, tuple) else out
         if not out.isfinite().all():
@@ -86,6 +86,8 @@ def advance(block: Block, stream: Stream) -> Stream:
                 "The weights or the calibration data are damaged.",
             )
         batches.append(out if stream.device is None else out.to("cpu"))
+        if spent:
+            stream.batches[number] = out.new_empty(0)
     return Stream(batches, stream.kwargs, stream.floats, stream.device)
 
 

@@ -57,7 +57,7 @@ class Gradients:
         stream = self.start
         for index in range(count):
             self._save(_before(index), stream.batches)
-            stream = capture.advance(self.load(self.source, index), stream)
+            stream = capture.advance(self.load(self.source, index), stream, spent=True)
         found = at_the_end(self.skeleton, self.source, stream)
         for index in reversed(range(count)):
             self._save(_behind(index), found)

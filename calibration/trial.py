@@ -16,6 +16,7 @@ from qtoolkit.stages import Block, Stream
 
 FIT, HELD_OUT = 4096, 2048  # tokens that a trial is calibrated on, and those it is judged on
 VOCABULARY = 4096  # rows of the head that are multiplied at once
+AT_ONCE = 512  # tokens whose logits for those rows are held
 K = TypeVar("K", bound=Hashable)
 
 
@@ -55,12 +56,24 @@ def advance_all(block: Block, streams: Mapping[K, Stream]) -> dict[K, Stream]:
 def divergence(skeleton: Skeleton, source: Source, truth: Stream, streams: Mapping[K, Stream]) -> dict[K, float]:
     """Return, for each stream behind the last block, the mean KL divergence of its next token from ``truth``'s in nats.
 
-    The vocabulary goes by in parts, so that memory holds neither all logits nor a float32 head:
+    Tokens and vocabulary go by in parts, so that memory holds neither all logits nor a float32 head:
     ``KL = sum p (zp - zq) - lse(zp) + lse(zq)`` for logits zp and zq.
     """
     norm, head = ending(skeleton, source)
-    hidden = {key: _normed(norm, stream) for key, stream in streams.items()}
-    before = _normed(norm, truth)
+    sums = dict.fromkeys(streams, 0.0)
+    tokens = 0
+    for number, batch in enumerate(truth.batches):
+        before = norm(batch.flatten(0, 1)).split(AT_ONCE)
+        behind = {key: norm(stream.batches[number].flatten(0, 1)).split(AT_ONCE) for key, stream in streams.items()}
+        for place, states in enumerate(before):
+            found = _divergence(head, states, {key: parts[place] for key, parts in behind.items()})
+            sums = {key: total + found[key] for key, total in sums.items()}
+            tokens += len(states)
+    return {key: total / tokens for key, total in sums.items()}
+
+
+def _divergence(head: Tensor, before: Tensor, hidden: Mapping[K, Tensor]) -> dict[K, float]:
+    """Return the sum over tokens for what the head reads, float32 [tokens, hidden] each."""
     bottom = before.new_full(before.shape[:1], -torch.inf)
     lse_p, lse_q = bottom, dict.fromkeys(hidden, bottom)
     gap = {key: torch.zeros_like(bottom) for key in hidden}  # sum of p (zp - zq), by the p of the rows seen so far
@@ -74,7 +87,7 @@ def divergence(skeleton: Skeleton, source: Source, truth: Stream, streams: Mappi
             gap[key] = gap[key] * (lse_p - seen).exp() + (p * (zp - zq)).sum(dim=-1)
             lse_q[key] = torch.logaddexp(lse_q[key], zq.logsumexp(dim=-1))
         lse_p = seen
-    return {key: float((gap[key] - lse_p + lse_q[key]).mean()) for key in hidden}
+    return {key: float((gap[key] - lse_p + lse_q[key]).sum()) for key in hidden}
 
 
 def ending(skeleton: Skeleton, source: Source) -> tuple[nn.Module, Tensor]:
@@ -84,9 +97,3 @@ def ending(skeleton: Skeleton, source: Source) -> tuple[nn.Module, Tensor]:
     norm = copy.deepcopy(empty).to_empty(device=skeleton.device).float()
     norm.load_state_dict({local: source.read_finite(f"{residual.norm}.{local}") for local in empty.state_dict()})
     return norm.requires_grad_(False), source.read(f"{residual.embedding if skeleton.tied else residual.head}.weight")
-
-
-def _normed(norm: nn.Module, stream: Stream) -> Tensor:
-    """Return what the head reads: float32 [tokens, hidden]."""
-    states = torch.cat([batch.flatten(0, 1) for batch in stream.batches])
-    return norm.to(states.device)(states)

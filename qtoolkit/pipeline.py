@@ -174,12 +174,10 @@ class Run:
             gradients.measure()
         stream = capture.embed(self.skeleton, self.weights, tokens)
         compared = any(getattr(transform, "reads_floats", False) for transform in self.transforms.values())
-        floats = Stream(stream.batches, stream.kwargs, device=stream.device)
+        floats = Stream(list(stream.batches), stream.kwargs, device=stream.device)
         for index in range(self.blocks):
             block = self._block(self.weights, index)
-            if compared:  # both streams go through the block: the float one before anything is changed in it
-                stream.floats = floats.batches
-                floats = capture.advance(block, floats)
+            stream.floats = floats.batches if compared else []
             if index < done:
                 block.schemes |= {name: Scheme.named(kind) for name, kind in job.facts(_part(index))["schemes"].items()}
                 self._restore(block, job.tensors(_part(index)))
@@ -190,8 +188,11 @@ class Run:
                 job.save(_part(index), self._pack(block), figures)
                 errors = [row["error"] for row in figures["layers"].values()]
                 self.progress.block(block.name, sum(errors) / len(errors) if errors else 0.0)
+            stream.floats = []
             with capture.quantized_activations(block, self.recipe.scheme.activation_bits):
-                stream = capture.advance(block, stream)
+                stream = capture.advance(block, stream, spent=True)
+            if compared and index + 1 < self.blocks:  # a stream in memory costs more than reading a block again
+                floats = capture.advance(self._block(self.weights, index), floats, spent=True)
         rest = {name: self._stored(name) for name in self.weights.files if not self._in_block(name)}
         job.save(REST, rest)
 
