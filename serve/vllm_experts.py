@@ -8,6 +8,7 @@ meant to run W4A8 is what qtoolkit.json says.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, wraps
 from typing import Any, cast
 
@@ -27,9 +28,12 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from qtoolkit.checkpoint import MANIFEST
-from qtoolkit.kernels import ops, selection
+from qtoolkit.kernels import selection
+from qtoolkit.kernels.experts import w4a8_experts
 from qtoolkit.scheme import CHANNEL
 from qtoolkit.serve.intent import MODE, Mode, mode
+
+PARTS = ("weight_packed", "weight_scale")
 
 
 def register_experts() -> None:
@@ -92,28 +96,26 @@ def _w4a8_layers(model: str, revision: str | None) -> frozenset[str]:
 
 
 class W4A8ExpertsMethod(CompressedTensorsWNA16MoEMethod):
-    """Loads packed int4 experts as vLLM's own method does, and runs those that have tokens one after another."""
+    """Loads packed int4 experts as vLLM's own method does, and runs them on ``w4a8_experts``."""
 
     def __init__(self, weights: Any, layer: RoutedExperts) -> None:
         FusedMoEMethodBase.__init__(self, layer.moe_config)  # the parent's own looks for a kernel of vLLM's
         self.strategy, self.num_bits, self.symmetric = weights.strategy, 4, True
         self.packed_factor = 8  # codes in an int32
         self.group_size = weights.group_size or CHANNEL
-        self.gate_up: list[selection.Prepared] = []
-        self.down: list[selection.Prepared] = []
+        self.prepared: dict[str, selection.Prepared] = {}  # of one expert: the others have the same layout
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Permute each expert's weights once into the layout of the chosen backend, and drop what was loaded."""
-        for prepared, name in ((self.gate_up, "w13"), (self.down, "w2")):
-            packed, scales = (
-                cast(Tensor, getattr(layer, f"{name}_{part}")) for part in ("weight_packed", "weight_scale")
-            )
-            _, n, words = packed.shape
-            k, device = 8 * words, current_platform.device_type
-            problem = selection.Problem(k, n, self.group_size, self.moe.in_dtype, device)
-            prepared += [selection.prepare(*expert, problem) for expert in zip(packed.data, scales.data, strict=True)]
-            for part in ("weight_packed", "weight_scale"):
-                replace_parameter(layer, f"{name}_{part}", packed.data.new_empty(0))
+        """Permute each expert's weights once into the layout of the chosen backend."""
+        for name in ("w13", "w2"):
+            codes, scales = (cast(Tensor, getattr(layer, f"{name}_{part}")) for part in PARTS)
+            _, n, words = codes.shape
+            device = current_platform.device_type
+            problem = selection.Problem(8 * words, n, self.group_size, self.moe.in_dtype, device)
+            made = [selection.prepare(*expert, problem) for expert in zip(codes.data, scales.data, strict=True)]
+            for part, tensors in zip(PARTS, ([m.weight for m in made], [m.scales for m in made]), strict=True):
+                replace_parameter(layer, f"{name}_{part}", torch.stack(tensors))
+            self.prepared[name] = replace(made[0], weight=codes.new_empty(0), scales=scales.new_empty(0))
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
         """Return None: no kernel of vLLM's runs here."""
@@ -137,28 +139,26 @@ class W4A8ExpertsMethod(CompressedTensorsWNA16MoEMethod):
         shared_experts: Any,
         shared_experts_input: Tensor | None,
     ) -> Tensor:
-        """Return the weighted sum of the chosen experts' outputs [tokens, hidden] for x [tokens, hidden].
+        """Return the weighted sum of the chosen experts' outputs, [tokens, hidden] in the dtype of x.
 
         Args:
-            layer: not needed, the weights are here.
-            x: bfloat16, float16 or float32.
+            layer: has the weights.
+            x: bfloat16, float16 or float32 [tokens, hidden].
             topk_weights: [tokens, top_k].
             topk_ids: integers [tokens, top_k].
             shared_experts: run elsewhere.
             shared_experts_input: likewise.
         """
-        chosen, order = topk_ids.flatten().sort(stable=True)
-        tokens = order // topk_ids.shape[1]
-        counts = torch.bincount(chosen, minlength=len(self.down)).tolist()
-        rows = x[tokens].split(counts)
-        made = torch.cat([self._expert(number, some) for number, some in enumerate(rows) if len(some)])
-        weighted = made.float() * topk_weights.flatten()[order].float().unsqueeze(1)
-        return torch.zeros_like(x, dtype=torch.float32).index_add_(0, tokens, weighted).to(x.dtype)
-
-    def _expert(self, number: int, x: Tensor) -> Tensor:
-        first, second = self.gate_up[number], self.down[number]
-        inner = 2 * self.moe.intermediate_size_per_partition
-        both = ops.w4a8_linear(x, first.weight, first.scales, None, inner, self.group_size, first.layout)
-        return ops.w4a8_gated_linear(
-            both, second.weight, second.scales, None, x.shape[1], self.group_size, second.layout
+        return w4a8_experts(
+            x,
+            topk_ids,
+            topk_weights,
+            cast(Tensor, layer.w13_weight_packed),
+            cast(Tensor, layer.w13_weight_scale),
+            cast(Tensor, layer.w2_weight_packed),
+            cast(Tensor, layer.w2_weight_scale),
+            self.moe.intermediate_size_per_partition,
+            self.group_size,
+            self.prepared["w13"].layout,
+            self.prepared["w2"].layout,
         )

@@ -65,7 +65,7 @@ def describe_experts(module: RoutedExperts) -> report.Layer:
     """Return what runs a block's experts."""
     method: Any = module.quant_method
     if isinstance(method, W4A8ExpertsMethod):
-        return report.Layer(module.layer_name, f"w4a8-{method.down[0].backend}")
+        return report.Layer(module.layer_name, f"w4a8-{method.prepared['w2'].backend}")
     backend = getattr(method, "wna16_backend", None)
     kernel = f"vllm-{backend.value.lower()}" if backend is not None else f"vllm-{type(method).__name__}"
     return report.Layer(module.layer_name, kernel, getattr(method, "not_w4a8", "vLLM's own operator was asked for"))

@@ -102,7 +102,9 @@ def test_chosen_experts_outputs_are_weighted_and_summed(group_size: int | None) 
     strategy = "group" if group_size else "channel"
     method = W4A8ExpertsMethod(SimpleNamespace(strategy=strategy, group_size=group_size), layer())
     method.process_weights_after_loading(loaded)
-    assert all(parameter.numel() == 0 for parameter in loaded.parameters())  # one copy of the weights, not two
+    assert {name for name, _ in loaded.named_parameters()} == {
+        f"{name}_{part}" for name in ("w13", "w2") for part in ("weight_packed", "weight_scale")
+    }  # one copy of the weights, not two
 
     x = torch.randn(7, HIDDEN, generator=draw)
     chosen = torch.stack([torch.randperm(EXPERTS - 1, generator=draw)[:TOP] for _ in x])  # the last expert has none
@@ -113,7 +115,7 @@ def test_chosen_experts_outputs_are_weighted_and_summed(group_size: int | None) 
             both = reference.w4a8_linear(row[None], first[e], first_scales[e], None, size)
             made = reference.w4a8_linear(reference.silu_and_mul(both), second[e], second_scales[e], None, size)
             expected[token] += share[token, place] * made[0]
-    found = method.apply(layer(), x, share, chosen.to(torch.int32), None, None)
+    found = method.apply(loaded, x, share, chosen.to(torch.int32), None, None)
     torch.testing.assert_close(
         found, expected, rtol=1e-5, atol=1e-6
     )  # the two sums of TOP terms may be in other orders
