@@ -70,7 +70,9 @@ class Compensate:
                 batches = twin.inputs(block, first, stream, originals, bits, both=self.reads_floats)
                 seen = Seen(layer.in_features, batches, layer.weight.device)
             aimed = self._aims(seen, [originals[name] for name in names])
-            solved = Solved(seen.fit.hessian, self.options)
+            hessian, sample = seen.fit.hessian, seen.sample
+            del seen  # three more matrices as large as the Hessian
+            solved = Solved(hessian, self.options)
             for name, (aim, choice) in zip(names, aimed, strict=True):
                 scheme = block.schemes.get(name, context.scheme)
                 if self.options.chained and scheme.weight_bits == 4:
@@ -89,8 +91,8 @@ class Compensate:
                     "aim_damping": choice.damping,
                     "aim_strength": choice.strength,
                 }
-                if seen.sample is not None:
-                    report[name] |= losses.parts(seen.sample, originals[name], aim, served)
+                if sample is not None:
+                    report[name] |= losses.parts(sample, originals[name], aim, served)
                 block.quantized[name] = quantized
                 block.linear(name).weight.data = served
         return report
@@ -128,11 +130,12 @@ class Solved:
             matrix = self.hessian.damped(self.damping)
             if order is not None:
                 matrix = matrix[order][:, order]
-            lower, failed = torch.linalg.cholesky_ex(matrix)
+            matrix, failed = torch.linalg.cholesky_ex(matrix)  # one name: no more of these at once than must be
             if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                matrix = torch.cholesky_inverse(matrix)
+                matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
                 if not failed:
-                    return upper
+                    return matrix
             self.damping *= 10
         raise NumericError(f"A Hessian of {len(self.matrix)} inputs is singular even with damping {self.damping:g}.")
 

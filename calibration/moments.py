@@ -80,4 +80,5 @@ class Seen:
     def all(self) -> Moments:
         """Return the moments of all tokens; those for fitting are gone then."""
         self.fit.merge(self.check)
+        self.check = Moments(0, self.fit.hessian.matrix.device)
         return self.fit

@@ -101,6 +101,8 @@ class Bench:
         return str(path.resolve())
 
     def _cached(self, path: Path, weights: Path | None) -> dict[str, Any]:
+        if not self.settings.texts:
+            return {"ppl": {}, "kl": None, "tasks": {}}
         if not path.is_file():
             self._evaluator = self._evaluator or Evaluator(self.source.path, self.settings)
             say(f"measuring {weights.parent.name if weights else 'float'}")
@@ -134,7 +136,8 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--calibrate", help="text to calibrate on")
     add("--samples", type=int, default=128, help="calibration windows")
     add("--length", type=int, default=2048, help="tokens of a calibration window")
-    add("--texts", nargs="+", default=["wikitext2", "sample"], help="texts to score; the first is that of the KL")
+    add("--texts", nargs="*", default=["wikitext2", "sample"],
+        help="texts to score; the first is that of the KL; none: only seconds and memory")  # fmt: skip
     add("--windows", type=int, default=1 << 30, help="windows of each text, from its start")
     add("--window", type=int, default=2048, help="tokens of a window")
     add("--tasks", nargs="*", default=(), type=str, help=f"lm-eval tasks, such as {' '.join(TASKS)}")

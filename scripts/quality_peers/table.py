@@ -55,7 +55,7 @@ def markdown(model: str, layout: str, reference: Mapping[str, Any], rows: Sequen
             changes = [100 * (value / reference["ppl"][name] - 1) for value in values]
             cells += [spread(values, ".4f"), spread(changes, "+.3f") + " %"]
         cells += [
-            spread(row.values("kl"), ".5f"),
+            spread(row.values("kl"), ".5f") if names else "",
             *(spread(row.values("tasks", task), ".3f") for task in tasks),
             f"{mean(row.values('seconds')):.1f}",
             f"{mean(row.values('peak_rss_bytes')) / 1e6:.0f}",
@@ -70,7 +70,7 @@ def against_the_best(reference: Mapping[str, Any], rows: Sequence[Row]) -> list[
     ran = [row for row in rows if row.runs]
     ours = [row for row in ran if row.peer.partition(":")[0] == OURS]
     peers = [row for row in ran if row not in ours and row.peer not in BASELINES]
-    if not ours or not peers:
+    if not ours or not peers or not reference["ppl"]:
         return []
     lines = [""]
     for name, before in reference["ppl"].items():

@@ -219,6 +219,22 @@ def test_a_run_prints_the_table_and_goes_on_from_what_is_there(random_llama: Pat
     assert "rtn quantizes" not in again.stderr
 
 
+def test_without_texts_only_seconds_memory_and_bits_are_measured(
+    random_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    done = bench(
+        "--models", str(random_llama), "--calibrate", str(text), "--texts", "--samples", "2", "--length", "32",
+        "--seeds", "0", "--groups", "128", "--cache", str(tmp_path / "cache"), "--peers", "rtn",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("| rtn"))
+    _, _, kl, seconds, megabytes, bits, _ = (cell.strip() for cell in row.split("|"))
+    assert kl == ""
+    assert float(seconds) >= 0
+    assert float(megabytes) > 100  # torch alone takes more
+    assert float(bits) == 4.125
+
+
 def test_an_unknown_peer_is_refused_with_the_known_ones(text: Path) -> None:
     done = bench("--calibrate", str(text), "--peers", "awq")
     assert done.returncode == 2
