@@ -124,11 +124,14 @@ def parts(block: Block) -> Iterator[tuple[int, Block]]:
 
 
 def refuse_together(block: Block) -> None:
-    """Keep all experts of ``block`` in float if one of their layers is: engines run them as one operator."""
+    """Keep all experts of ``block`` in float if one of their layers is: engines run them as one operator.
+
+    Such a checkpoint is for this package and vLLM: transformers 5.19 takes all experts of a quantized model for packed.
+    """
     layers = [name for name in block.targets if block.experts and name.startswith(f"{block.experts}.")]
     for name in layers:
         if reason := block.refused.get(name):
-            others = f"experts are quantized together, but {name} is not: {reason}"
+            others = f"experts are quantized together (stock transformers loads no others), but not {name}: {reason}"
             block.refused |= {other: others for other in layers if other not in block.refused}
             return
 
