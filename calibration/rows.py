@@ -3,7 +3,7 @@
 The error is tr(G D H D^T) for D = Q - W, with H of the inputs and G of the outputs. Compensation spreads a column's
 error over the columns to come, as H says; here a part of the rows is rounded so, and its error is then spread over the
 rows to come, as G says: the same elimination on the other side, block by block. Compare YAQA (Tseng et al. 2025).
-Rows of one part do not make up for each other, so a part takes rows far from each other: one of every head.
+Rows of one part do not make up for each other, so a part takes rows far from each other: some of every head.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ Refiner = Callable[[Tensor, QuantizedWeight], QuantizedWeight]
 
 
 def parts(n: int, head_dim: int = 0, device: torch.device | None = None) -> list[Tensor]:
-    """Return the rows of every part, int64; of heads' outputs one channel of every head after another."""
-    count = head_dim or min(PARTS, -(-n // ROWS))
+    """Return the rows of every part, int64; of heads' outputs two channels of every head, half a head apart.
+
+    These two turn together in rotary embeddings, which leaves little coupling between them on the mean over places.
+    """
+    count = -(-head_dim // 2) or min(PARTS, -(-n // ROWS))
     return [torch.arange(first, n, count, device=device) for first in range(count)]
 
 

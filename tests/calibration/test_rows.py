@@ -50,9 +50,9 @@ def test_later_rows_make_up_for_earlier_ones_as_least_squares_would() -> None:
     assert (found.codes != codes.to(torch.int8)).float().mean() < 0.01  # near ties may fall either way in fp32
 
 
-def test_every_row_is_in_one_part_and_a_part_takes_one_channel_of_every_head() -> None:
+def test_every_row_is_in_one_part_and_a_part_takes_channels_of_every_head() -> None:
     assert torch.equal(torch.cat(rows.parts(1000)).sort().values, torch.arange(1000))
-    assert [part.tolist() for part in rows.parts(6, 3)] == [[0, 3], [1, 4], [2, 5]]
+    assert [part.tolist() for part in rows.parts(8, 4)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 def test_refining_never_raises_the_error() -> None:
