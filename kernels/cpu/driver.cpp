@@ -16,7 +16,7 @@ namespace {
 // Rows quantized at a time: bounds the scratch, and keeps codes in L2/L3. A multiple of 12, and not below 512, so that
 // a prompt of that length does not leave 8 rows for which all weights are read once more.
 constexpr int64_t BLOCK_ROWS = 516;
-constexpr int64_t SERIAL_CODES = 1 << 15;  // fewer activations than this are quantized before the threads are woken
+constexpr int64_t SERIAL_CODES = 1 << 13;  // fewer activations than this are quantized before the threads are woken
 constexpr int64_t GATE_COST = 6;  // silu(gate) * up takes as long as quantizing this many activations
 constexpr int MAX_THREADS = 1024;
 
