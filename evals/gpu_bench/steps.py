@@ -106,7 +106,7 @@ def compile_ahead(shapes: Sequence[str]) -> None:
     for chained in (False, True):
         kernels |= {source.quantize(k, False, chained) for k in depths}
         for shape in plan.SHAPES:
-            for grouped in (False, True) if shape.tokens < 256 else (False,):
+            for grouped in (False, True) if shape.tokens <= 128 else (False,):
                 if not shape.fused:
                     kernels.add(source.linear(shape, grouped, False, chained))
                     continue

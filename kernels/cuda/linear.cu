@@ -14,17 +14,28 @@
 // With SHARE > 0 tokens come as floats and the launch is the only one: each block quantizes its share of the inputs into
 // shared memory, where it stays, while the ring fills with weights; a cluster agrees on the maxima of a token first.
 //
-// Compile-time numbers: TOKENS (8..256), BLOCKS (1, 2), STAGES, GROUPED (a scale per row and k-group, applied in fp32),
-// FP16 (else bfloat16), MIN_BLOCKS (resident blocks per multiprocessor), CHAINED (nibbles of the chained grid), SHARE
-// (most k-blocks of a rank, or 0 for tokens that are quantized already). The wrapper `wgmma` is generated for TOKENS.
+// With PINGPONG each consumer warpgroup owns whole tiles of 128 rows, every other one of its block, and has a ring and a
+// producer warp of its own. A tile begins when the one before it, the other warpgroup's, is half done:
+//
+//     warpgroup 0   | products of tile 0        | store | products of tile 2        | store | ...
+//     warpgroup 1                 | products of tile 1        | store | products of tile 3        | ...
+//
+// so one stores, converts a group's sums, or unpacks, while the other's products keep the tensor core busy.
+//
+// Compile-time numbers: TOKENS (8..256), BLOCKS (1, 2), STAGES (of a ring), GROUPED (a scale per row and k-group, applied
+// in fp32), FP16 (else bfloat16), MIN_BLOCKS (resident blocks per multiprocessor), CHAINED (nibbles of the chained grid),
+// SHARE (most k-blocks of a rank, or 0 for tokens that are quantized already), PINGPONG (with split, BLOCKS and MIN_BLOCKS
+// 1 only). The wrapper `wgmma` is generated for TOKENS.
 
 constexpr bool LARGE = MIN_BLOCKS == 1;  // a block has the multiprocessor, and its registers, for itself
 constexpr int CONSUMERS = 256, THREADS = CONSUMERS + (LARGE ? 128 : 32);
-constexpr int ROWS = 128 * BLOCKS, PARTS = TOKENS / 2;  // PARTS: accumulators of a thread for 64 rows
+constexpr int RINGS = PINGPONG ? 2 : 1, ALL_STAGES = RINGS * STAGES;
+constexpr int ROWS = 128 * BLOCKS, HEIGHT = ROWS / 128 * RINGS;  // HEIGHT: a warpgroup's share of a tile, in 64 rows
+constexpr int PARTS = TOKENS / 2;                                // accumulators of a thread for 64 rows
 constexpr int WEIGHT_BYTES = BLOCKS * 8192, TOKEN_BYTES = TOKENS * 128, SCALE_BYTES = GROUPED ? ROWS * 4 : 0;
-constexpr int STAGE_BYTES = WEIGHT_BYTES + (SHARE ? 0 : TOKEN_BYTES), CODES_AT = STAGES * STAGE_BYTES;
-constexpr int SCALES_AT = CODES_AT + SHARE * TOKEN_BYTES, BARRIERS_AT = SCALES_AT + STAGES * SCALE_BYTES;
-constexpr int MAXIMA_AT = BARRIERS_AT + 16 * STAGES, TOKEN_SCALES_AT = MAXIMA_AT + 4 * TOKENS;  // only with SHARE
+constexpr int STAGE_BYTES = WEIGHT_BYTES + (SHARE ? 0 : TOKEN_BYTES), CODES_AT = ALL_STAGES * STAGE_BYTES;
+constexpr int SCALES_AT = CODES_AT + SHARE * TOKEN_BYTES, BARRIERS_AT = SCALES_AT + ALL_STAGES * SCALE_BYTES;
+constexpr int MAXIMA_AT = BARRIERS_AT + 16 * ALL_STAGES, TOKEN_SCALES_AT = MAXIMA_AT + 4 * TOKENS;  // only with SHARE
 
 struct Problem {
     const char* weight;        // [n / 128][k / 128][8192 bytes], fragment order
@@ -51,18 +62,19 @@ __device__ __forceinline__ Tile tile_at(int tile, int row_tiles, int token_tiles
     return Tile{inside / height * ROWS, (first + inside % height) * TOKENS};
 }
 
-// The ring position: stage, and the parity of the phase that the next wait on it refers to.
+// The position in a ring: stage, and the parity of the phase that the next wait on it refers to.
 struct Ring {
-    int stage = 0;
+    int first, stage;
     unsigned parity = 0;
+    __device__ __forceinline__ explicit Ring(int number) : first(number * STAGES), stage(first) {}
     __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) { stage = 0; parity ^= 1; }
+        if (++stage == first + STAGES) { stage = first; parity ^= 1; }
     }
 };
 
 __device__ __forceinline__ unsigned full_barrier(unsigned base, int stage) { return base + BARRIERS_AT + 8 * stage; }
 __device__ __forceinline__ unsigned empty_barrier(unsigned base, int stage) {
-    return base + BARRIERS_AT + 8 * (STAGES + stage);
+    return base + BARRIERS_AT + 8 * (ALL_STAGES + stage);
 }
 
 __device__ __forceinline__ void load_weights(const Problem& p, unsigned base, int stage, Tile tile, int k_block) {
@@ -135,20 +147,19 @@ __device__ __forceinline__ float bias_at(const Problem& p, int n) {
     return p.bias != nullptr && n < p.n ? widen(p.bias[n], FP16) : 0.0f;
 }
 
-// Fill the ring with the first tile's weights, which do not wait for the tokens.
-__device__ __forceinline__ void prefetch(const Problem& p, unsigned base, int first, int last, Tile start) {
-    for (int i = 0; i < last - first && i < STAGES; ++i) load_weights(p, base, i, start, first + i);
+// Fill a ring with the first tile's weights, which do not wait for the tokens.
+__device__ __forceinline__ void prefetch(const Problem& p, unsigned base, Ring ring, int first, int last, Tile start) {
+    for (int i = 0; i < last - first && i < STAGES; ++i) load_weights(p, base, ring.first + i, start, first + i);
 }
 
 // Load what `prefetch` has left, stage after stage, for all tiles.
-__device__ __forceinline__ void produce(const Problem& p, unsigned base, int first, int last, int tiles, int row_tiles,
-                                        int token_tiles, int tile, int stride) {
-    Ring ring;
+__device__ __forceinline__ void produce(const Problem& p, unsigned base, Ring ring, int first, int last, int tiles,
+                                        int row_tiles, int token_tiles, int tile, int stride) {
     const int ahead = last - first < STAGES ? last - first : STAGES;
     const Tile start = tile_at(tile, row_tiles, token_tiles);
     if (!SHARE) wait_for_previous_grid();
     for (int i = 0; i < ahead; ++i, ring.advance())
-        if (!SHARE) load_tokens(p, base, i, start, first + i);
+        if (!SHARE) load_tokens(p, base, ring.first + i, start, first + i);
     int k_block = first + ahead;
     bool refill = ahead == STAGES;  // from the second round on a stage must have been emptied
     for (; tile < tiles; tile += stride, k_block = first) {
@@ -158,7 +169,7 @@ __device__ __forceinline__ void produce(const Problem& p, unsigned base, int fir
             load_weights(p, base, ring.stage, place, k_block);
             if (!SHARE) load_tokens(p, base, ring.stage, place, k_block);
             ring.advance();
-            refill = refill || ring.stage == 0;
+            refill = refill || ring.stage == ring.first;
         }
     }
 }
@@ -225,26 +236,32 @@ __device__ __forceinline__ unsigned bits_of(Sum v) { return v; }
 __device__ __forceinline__ Sum sum_of(unsigned v) { return v; }
 #endif
 
-// Multiply one tile's k-blocks; leaves the sums of this thread's rows in `sums`.
-__device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks, int group, int warp, int lane,
-                                         Sum (&sums)[BLOCKS][PARTS]) {
+// The turn to begin a tile, handed from warpgroup to warpgroup; barrier 2 + g means that it is g's.
+__device__ __forceinline__ void turn_await(int group) { sync_pair(2 + group); }
+__device__ __forceinline__ void turn_pass(int group) { arrive_pair(3 - group); }
+
+// Multiply one tile's k-blocks; leaves the sums of this thread's rows in `sums`. `block` is the first of the warpgroup's
+// HEIGHT blocks of 64 rows. With PINGPONG the turn passes to the other warpgroup at k-block `turn`, if there is such.
+__device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks, int group, int block, int turn,
+                                         int warp, int lane, Sum (&sums)[HEIGHT][PARTS]) {
     const int thread = warp * 32 + lane;  // within the warpgroup
-    const unsigned mine = group * BLOCKS * 4096 + thread * 16;
+    const unsigned mine = block * 4096 + thread * 16;
 #if GROUPED
     int part[PARTS];
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b)
+    for (int b = 0; b < HEIGHT; ++b)
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) sums[b][i] = 0.0f;
     for (int k = 0; k < k_blocks; ++k) {
+        if (PINGPONG && k == turn) turn_pass(group);
         const unsigned stage = base + ring.stage * STAGE_BYTES;
         const unsigned long long tokens = descriptor(SHARE ? base + CODES_AT + k * TOKEN_BYTES : stage + WEIGHT_BYTES);
         barrier_wait(full_barrier(base, ring.stage), ring.parity);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) {
+        for (int b = 0; b < HEIGHT; ++b) {
             const Words low = load_shared(stage + mine + b * 4096), high = load_shared(stage + mine + b * 4096 + 2048);
             const unsigned scale_at = base + SCALES_AT + ring.stage * SCALE_BYTES
-                + ((group * BLOCKS + b) * 64 + warp * 16 + lane / 4) * 4;
+                + ((block + b) * 64 + warp * 16 + lane / 4) * 4;
             const float scale0 = __uint_as_float(load_shared_word(scale_at));
             const float scale1 = __uint_as_float(load_shared_word(scale_at + 32));
             unsigned a[4][4];
@@ -257,7 +274,7 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
             for (int s = 0; s < 4; ++s) wgmma(part, a[s], tokens + 2 * s, s > 0);
             products_commit();
             products_wait<0>();
-            if (b == BLOCKS - 1 && lane == 0) barrier_arrive(empty_barrier(base, ring.stage));
+            if (b == HEIGHT - 1 && lane == 0) barrier_arrive(empty_barrier(base, ring.stage));
 #pragma unroll
             for (int i = 0; i < PARTS; ++i)
                 sums[b][i] = fmaf((float)part[i], i / 2 % 2 ? scale1 : scale0, sums[b][i]);  // |part| < 2^21: exact
@@ -265,29 +282,30 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
         ring.advance();
     }
 #else
-    unsigned a[2][BLOCKS][4];  // two k-steps: one feeds the product under way while the other is unpacked
+    unsigned a[2][HEIGHT][4];  // two k-steps: one feeds the product under way while the other is unpacked
     int previous = -1;         // the stage whose last product may still be under way
     for (int k = 0; k < k_blocks; ++k) {
+        if (PINGPONG && k == turn) turn_pass(group);
         const unsigned stage = base + ring.stage * STAGE_BYTES;
         const unsigned long long tokens = descriptor(SHARE ? base + CODES_AT + k * TOKEN_BYTES : stage + WEIGHT_BYTES);
-        Words words[BLOCKS][2];
+        Words words[HEIGHT][2];
         barrier_wait(full_barrier(base, ring.stage), ring.parity);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) {
+        for (int b = 0; b < HEIGHT; ++b) {
             words[b][0] = load_shared(stage + mine + b * 4096);
             words[b][1] = load_shared(stage + mine + b * 4096 + 2048);
         }
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
 #pragma unroll
-            for (int b = 0; b < BLOCKS; ++b) unpack(words[b][s / 2], s % 2, a[s % 2][b]);
+            for (int b = 0; b < HEIGHT; ++b) unpack(words[b][s / 2], s % 2, a[s % 2][b]);
 #pragma unroll
-            for (int b = 0; b < BLOCKS; ++b) {
+            for (int b = 0; b < HEIGHT; ++b) {
                 products_fence();  // one a product, or the assembler inserts it and may wait after every product
                 wgmma(sums[b], a[s % 2][b], tokens + 2 * s, k > 0 || s > 0);
                 products_commit();
             }
-            products_wait<BLOCKS>();  // the step before has ended: its registers, and at s = 0 its stage, are free
+            products_wait<HEIGHT>();  // the step before has ended: its registers, and at s = 0 its stage, are free
             if (s == 0 && previous >= 0 && lane == 0) barrier_arrive(empty_barrier(base, previous));
         }
         previous = ring.stage;
@@ -300,15 +318,15 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
 
 // Split = 1: the sums are complete; scale and store them from registers.
 __device__ __forceinline__ void finish_alone(const Problem& p, unsigned base, Tile tile, int row, int lane,
-                                             const Sum (&sums)[BLOCKS][PARTS]) {
-    constexpr int AT_ONCE = TOKENS < 128 ? TOKENS / 8 : 16;
+                                             const Sum (&sums)[HEIGHT][PARTS]) {
+    constexpr int AT_ONCE = TOKENS > 128 ? TOKENS / 16 : TOKENS / 8;
 #pragma unroll
     for (int first = 0; first < TOKENS / 8; first += AT_ONCE) {
         Pair a[AT_ONCE];  // these loads go out before the first store, which the compiler must take for an alias
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) a[j] = token_scales_at(p, base, tile.token + 8 * (first + j), lane);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) {
+        for (int b = 0; b < HEIGHT; ++b) {
             const int r = tile.row + row + b * 64, mine = r + lane / 4;
             const float scale0 = GROUPED ? 1.0f : p.scales[mine], scale1 = GROUPED ? 1.0f : p.scales[mine + 8];
             const float bias0 = bias_at(p, mine), bias1 = bias_at(p, mine + 8);
@@ -328,15 +346,15 @@ __device__ __forceinline__ void finish_alone(const Problem& p, unsigned base, Ti
 // Split > 1: every block lays its part into its own stages, [accumulator][thread]; after all have, the blocks take turns
 // over units of 8 tokens x 64 rows, add the parts of all ranks in rank order, scale and store.
 __device__ __forceinline__ void finish_together(const Problem& p, unsigned base, Tile tile, int rank, int row, int lane,
-                                                const Sum (&sums)[BLOCKS][PARTS]) {
+                                                const Sum (&sums)[HEIGHT][PARTS]) {
     sync_some<1, CONSUMERS>();  // both warpgroups have read their last stage
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b)
+    for (int b = 0; b < HEIGHT; ++b)
 #pragma unroll
         for (int i = 0; i < PARTS; ++i)
             store_shared_word(base + ((b * PARTS + i) * CONSUMERS + threadIdx.x) * 4, bits_of(sums[b][i]));
     cluster_sync();
-    for (int unit = rank; unit < BLOCKS * TOKENS / 8; unit += p.split) {
+    for (int unit = rank; unit < HEIGHT * TOKENS / 8; unit += p.split) {
         const int b = unit / (TOKENS / 8), j = unit % (TOKENS / 8), r = tile.row + row + b * 64, mine = r + lane / 4;
         if (tile.token + 8 * j >= p.tokens) continue;
         const float scale0 = GROUPED ? 1.0f : p.scales[mine], scale1 = GROUPED ? 1.0f : p.scales[mine + 8];
@@ -366,39 +384,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) w4a8_linear(co
     const unsigned base = shared_base();
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
     const int row_tiles = p.n_padded / ROWS, token_tiles = (p.tokens + TOKENS - 1) / TOKENS;
-    const int tiles = row_tiles * token_tiles, stride = gridDim.x / p.split, rank = p.split > 1 ? cluster_rank() : 0;
+    const int tiles = row_tiles * token_tiles, blocks = gridDim.x / p.split, rank = p.split > 1 ? cluster_rank() : 0;
     const int first = p.k_blocks * rank / p.split, last = p.k_blocks * (rank + 1) / p.split;
-    int tile = blockIdx.x / p.split;
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; ++s) {
+        for (int s = 0; s < ALL_STAGES; ++s) {
             barrier_init(full_barrier(base, s), 1);
-            barrier_init(empty_barrier(base, s), CONSUMERS / 32);
+            barrier_init(empty_barrier(base, s), CONSUMERS / 32 / RINGS);
         }
         barrier_init_fence();
     }
     __syncthreads();
 
     if (warp >= CONSUMERS / 32) {
-        const bool producer = warp == CONSUMERS / 32 && lane == 0;
+        const int number = PINGPONG ? warp - CONSUMERS / 32 : 0, tile = blockIdx.x / p.split + number * blocks;
+        const bool producer = warp < CONSUMERS / 32 + RINGS && lane == 0 && (!PINGPONG || tile < tiles);
+        const Ring ring(number);
         if (LARGE) registers_give_back<40>();
-        if (producer) prefetch(p, base, first, last, tile_at(tile, row_tiles, token_tiles));
+        if (producer) prefetch(p, base, ring, first, last, tile_at(tile, row_tiles, token_tiles));
         if (SHARE && p.split > 1) cluster_sync();  // the maxima's: all threads of a cluster meet, see quantize_share
-        if (producer) produce(p, base, first, last, tiles, row_tiles, token_tiles, tile, stride);
+        if (producer) produce(p, base, ring, first, last, tiles, row_tiles, token_tiles, tile, RINGS * blocks);
         if (p.split > 1) {  // and twice in finish_together
             cluster_sync();
             cluster_sync();
         }
     } else {
         if (LARGE) registers_take<232>();
-        const int group = warp / 4, row = group * BLOCKS * 64 + warp % 4 * 16;  // the warp's first row inside the tile
-        Ring ring;
+        const int group = warp / 4, block = PINGPONG ? 0 : group * HEIGHT;
+        const int row = block * 64 + warp % 4 * 16;  // the warp's first row inside the tile
+        const int number = PINGPONG ? group : 0;
+        Ring ring(number);
 #if SHARE
         quantize_share(p, base, first, last, warp, lane);
 #endif
-        for (; tile < tiles; tile += stride) {
-            Sum sums[BLOCKS][PARTS];
-            multiply(base, ring, last - first, group, warp % 4, lane, sums);
+        for (int tile = blockIdx.x / p.split + number * blocks; tile < tiles; tile += RINGS * blocks) {
+            Sum sums[HEIGHT][PARTS];
+            if (PINGPONG && tile >= blocks) turn_await(group);  // a block's first tile waits for none
+            const int turn = tile + blocks < tiles ? p.k_blocks / 2 : -1;  // and behind its last one none waits
+            multiply(base, ring, last - first, group, block, turn, warp % 4, lane, sums);
             if (!SHARE) wait_for_previous_grid();  // the producer has waited; this makes token scales visible here
             const Tile place = tile_at(tile, row_tiles, token_tiles);
             if (p.split == 1) finish_alone(p, base, place, row, lane, sums);

@@ -10,13 +10,14 @@ from qtoolkit.kernels.cuda.layout import K_BLOCK, padded
 from qtoolkit.kernels.cuda.source import MAX_SHARE, Tiling, stage_bytes
 
 ARCHITECTURE = "sm_90"
-COLUMNS = ("tokens", "blocks", "split", "resident", "fused")
+COLUMNS = ("tokens", "blocks", "split", "resident", "fused", "pingpong")
 # A thread holds blocks * tokens / 2 sums, with groups tokens / 2 more; small tiles leave room for two blocks at once.
 SHAPES = tuple(
     [Tiling(tokens, 1, 1, 2) for tokens in (8, 16, 32, 48, 64)]
     + [Tiling(tokens, 1, 1, 1) for tokens in (96, 128, 256)]
     + [Tiling(tokens, 2, 1, 1) for tokens in (64, 96, 128)]
     + [Tiling(tokens, 1, 1, 2, fused=True) for tokens in (8, 16)]
+    + [Tiling(tokens, 1, 1, 1, pingpong=True) for tokens in (64, 96, 128, 160)]
 )
 SPLITS = (1, 2, 4, 8)  # 8 is the largest portable cluster
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 4096)
@@ -41,8 +42,10 @@ def refuse(tiling: Tiling, tokens: int, n: int, k: int, grouped: bool) -> str | 
         return f"there is no such tile: {astuple(tiling)}"
     if padded(n) % (128 * tiling.blocks):
         return f"{padded(n)} rows are no whole number of tiles of {128 * tiling.blocks}"
-    if grouped and tiling.tokens == 256:
-        return "the sums of a group and of all groups for 256 tokens do not fit into the registers"
+    if grouped and tiling.tokens > 128:
+        return f"the sums of a group and of all groups for {tiling.tokens} tokens do not fit into the registers"
+    if tiling.pingpong and tiling.split > 1:
+        return "warpgroups that own whole tiles do not share them with other blocks"
     if tiling.split > k_blocks:
         return f"{tiling.split} blocks cannot share {k_blocks} blocks of inputs"
     if tiling.tokens >= 2 * max(tokens, 8):
@@ -91,8 +94,8 @@ def refuse_row(point: tables.Point, row: tuple[int, ...]) -> str | None:
 
 def tiling_of(row: tuple[int, ...]) -> Tiling:
     """Return a table's row as a tiling; see ``COLUMNS``."""
-    tokens, blocks, split, resident, fused = row
-    return Tiling(tokens, blocks, split, resident, bool(fused))
+    tokens, blocks, split, resident, fused, pingpong = row
+    return Tiling(tokens, blocks, split, resident, bool(fused), bool(pingpong))
 
 
 @lru_cache(maxsize=8)
@@ -111,6 +114,10 @@ def choose(tokens: int, n: int, k: int, grouped: bool, card: str = "", multiproc
 
 
 def estimate(tokens: int, n: int, k: int, grouped: bool, multiprocessors: int = 132, fused: bool = True) -> Tiling:
-    """Return the tiling with the least estimated cost; ``fused`` False: among those for quantized tokens."""
-    found = [tiling for tiling in candidates(tokens, n, k, grouped) if fused or not tiling.fused]
+    """Return the tiling with the least estimated cost; ``fused`` False: among those for quantized tokens.
+
+    Ping-pong is not among them: a measured table alone can choose it.
+    """
+    every = (tiling for tiling in candidates(tokens, n, k, grouped) if not tiling.pingpong)
+    found = [tiling for tiling in every if fused or not tiling.fused]
     return min(found, key=lambda t: cost(t, tokens, n, k, grouped, multiprocessors))

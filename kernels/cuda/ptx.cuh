@@ -83,6 +83,16 @@ template <int barrier, int threads> __device__ __forceinline__ void sync_some() 
     asm volatile("bar.sync %0, %1;" :: "n"(barrier), "n"(threads) : "memory");
 }
 
+// Two warpgroups at barrier `id`: one waits until the other has come by, which does not wait itself.
+__device__ __forceinline__ void sync_pair(int id) {
+    __syncwarp();
+    asm volatile("bar.sync %0, 256;" :: "r"(id) : "memory");
+}
+__device__ __forceinline__ void arrive_pair(int id) {
+    __syncwarp();
+    asm volatile("bar.arrive %0, 256;" :: "r"(id) : "memory");
+}
+
 template <int registers> __device__ __forceinline__ void registers_take() {  // by all four warps of a warpgroup
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(registers));
 }

@@ -37,7 +37,8 @@ class Kernel:
 class Tiling:
     """How a linear is cut: ``tokens`` x ``128 * blocks`` tiles, ``split`` blocks share k, ``resident`` fit in an SM.
 
-    With ``fused`` the product quantizes its tokens itself, and there is no other launch.
+    With ``fused`` the product quantizes its tokens itself, and there is no other launch. With ``pingpong`` each of a
+    block's two consumer warpgroups owns whole tiles, else they share each tile.
     """
 
     tokens: int
@@ -45,6 +46,7 @@ class Tiling:
     split: int
     resident: int
     fused: bool = False
+    pingpong: bool = False
 
     def share(self, k_blocks: int) -> int:
         """Return the most k-blocks that one block of a cluster works on."""
@@ -81,7 +83,8 @@ def linear(tiling: Tiling, grouped: bool, fp16: bool, chained: bool = False, sha
     stage = stage_bytes(tiling.tokens, tiling.blocks, grouped) - (tiling.tokens * K_BLOCK if share else 0)
     fixed = share * tiling.tokens * K_BLOCK + 8 * tiling.tokens if share else 0  # codes; maxima and scales
     room = SHARED_PER_MULTIPROCESSOR // tiling.resident - 1024 - 2 * 8 * MAX_STAGES - fixed
-    stages = min(MAX_STAGES, room // stage)
+    rings = 2 if tiling.pingpong else 1
+    stages = min(MAX_STAGES, room // stage) // rings
     defines = {
         "TOKENS": tiling.tokens,
         "BLOCKS": tiling.blocks,
@@ -91,9 +94,10 @@ def linear(tiling: Tiling, grouped: bool, fp16: bool, chained: bool = False, sha
         "MIN_BLOCKS": tiling.resident,
         "CHAINED": int(chained),
         "SHARE": share,
+        "PINGPONG": int(tiling.pingpong),
     }
     threads = CONSUMERS + (128 if tiling.resident == 1 else 32)  # a whole warpgroup gives registers back, or one warp
-    shared = stages * (stage + 16) + fixed  # and two barriers a stage
+    shared = rings * stages * (stage + 16) + fixed  # and two barriers a stage
     return Kernel("w4a8_linear", tuple(defines.items()), "linear.cu", threads, shared)
 
 

@@ -35,7 +35,7 @@ struct Block {
     std::vector<unsigned char> shared, seen_by_products;
     std::map<unsigned, Barrier> barriers;
     std::vector<Warp> warps;
-    std::map<int, long> named;
+    std::map<int, long> named, ahead;  // threads that came to a named barrier; arrivals minus waits there
 };
 struct Fiber {
     ucontext_t context;
@@ -98,6 +98,14 @@ static void meet(int id, int threads) {
 }
 static void __syncthreads() { meet(0, block_threads); }
 template <int barrier, int threads> static void sync_some() { meet(barrier, threads); }
+static void sync_pair(int id) {
+    --block().ahead[id];
+    meet(id, 256);
+}
+static void arrive_pair(int id) {
+    if (++block().ahead[id] > 128) fail("a turn was passed that nobody took");
+    ++block().named[id];
+}
 static unsigned __shfl_sync(unsigned, unsigned value, int lane) { return exchange(value)[lane]; }
 
 static unsigned shared_base() { return SHARED_AT; }

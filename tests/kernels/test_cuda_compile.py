@@ -15,11 +15,12 @@ from qtoolkit.kernels.cuda.source import Tiling
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-GROUPED = [shape for shape in plan.SHAPES if shape.tokens < 256]
+GROUPED = [shape for shape in plan.SHAPES if shape.tokens <= 128]
 # Tiling, scales per group, chained grid; a fused product has the largest share that it may have.
 VARIANTS = [(shape, False, False) for shape in plan.SHAPES] + [(shape, True, False) for shape in GROUPED]
 VARIANTS += [(shape, False, True) for shape in (Tiling(16, 1, 1, 2), Tiling(256, 1, 1, 1), Tiling(128, 2, 1, 1))]
 VARIANTS += [(shape, True, True) for shape in (Tiling(16, 1, 1, 2, fused=True), Tiling(128, 2, 1, 1))]
+VARIANTS += [(Tiling(160, 1, 1, 1, pingpong=True), False, True), (Tiling(128, 1, 1, 1, pingpong=True), True, True)]
 
 
 def kernel_of(tiling: Tiling, grouped: bool, chained: bool) -> source.Kernel:
@@ -57,7 +58,11 @@ LEFT_IN_REGISTERS = r"IGMMA\.64x{}x32\.S8\.S8 R\d+, R\d+, gdesc"
 @pytest.mark.parametrize(
     ("tiling", "grouped", "chained"),
     VARIANTS,
-    ids=lambda v: f"{v.tokens}x{128 * v.blocks}{' fused' * v.fused}" if isinstance(v, Tiling) else str(int(v)),
+    ids=lambda v: (
+        f"{v.tokens}x{128 * v.blocks}{' fused' * v.fused}{' ping-pong' * v.pingpong}"
+        if isinstance(v, Tiling)
+        else str(int(v))
+    ),
 )
 def test_products_keep_to_registers_and_run_asynchronously(
     tiling: Tiling, grouped: bool, chained: bool, tmp_path: Path

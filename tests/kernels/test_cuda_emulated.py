@@ -131,9 +131,17 @@ FUSED = [
     (Layer(13, 136, 1352, dtype=torch.float16), Tiling(16, 1, 4, 2, fused=True)),
     (Layer(16, 128, 2176, chained=True), Tiling(16, 1, 2, 2, fused=True)),
 ]
+# Ping-pong on two multiprocessors: one tile in all, two or three a block, odd and even k-blocks, a ring that wraps.
+PINGPONG = [
+    (Layer(33, 128, 128), Tiling(64, 1, 1, 1, pingpong=True)),
+    (Layer(70, 264, 1160, dtype=torch.float16), Tiling(64, 1, 1, 1, pingpong=True)),
+    (Layer(97, 512, 512), Tiling(96, 1, 1, 1, pingpong=True)),
+    (Layer(129, 384, 392, dtype=torch.float16), Tiling(128, 1, 1, 1, pingpong=True)),
+    (Layer(161, 136, 640, chained=True), Tiling(160, 1, 1, 1, pingpong=True)),
+]
 
 
-@pytest.mark.parametrize(("layer", "tiling"), PER_CHANNEL + CHAINED + FUSED, ids=lambda v: f"{v.tokens}")
+@pytest.mark.parametrize(("layer", "tiling"), PER_CHANNEL + CHAINED + FUSED + PINGPONG, ids=lambda v: f"{v.tokens}")
 def test_per_channel_products_equal_the_reference_bit_for_bit(emulator: Emulator, layer: Layer, tiling: Tiling) -> None:
     assert torch.equal(product(emulator, layer, tiling), layer.want())
 
@@ -174,6 +182,16 @@ def test_a_fused_product_follows_the_rule_for_zero_and_non_finite_rows(emulator:
     assert got.isnan().all(dim=1).tolist() == [False, True, True, False]
 
 
+TWICE = [Layer(70, 264, 1152, 128), Layer(129, 512, 512, 256, torch.float16, chained=True)]
+
+
+@pytest.mark.parametrize("layer", TWICE, ids=lambda v: f"{v.tokens}")
+def test_whole_tiles_of_a_warpgroup_give_the_bits_of_shared_ones(emulator: Emulator, layer: Layer) -> None:
+    tokens = 64 if layer.tokens < 128 else 128
+    shared, owned = (product(emulator, layer, Tiling(tokens, 1, 1, 1, pingpong=own)) for own in (False, True))
+    assert torch.equal(owned, shared)
+
+
 # Each change plants a synchronization bug that a GPU might hide most of the time. The emulation must not.
 BUGS = {
     "a register operand is overwritten while it is read": ("products_wait<BLOCKS>()", "products_wait<2 * BLOCKS>()"),
@@ -184,6 +202,17 @@ BUGS = {
     "fused: stores are not fenced": ("shared_writes_fence();  //", "//"),
     "fused: products start before all codes are there": ("sync_some<1, CONSUMERS>();\n}", "}"),
     "fused: maxima are read before all ranks wrote theirs": ("cluster_sync();  // all ranks", "// all ranks"),
+    "ping-pong: a tile begins out of turn": ("if (PINGPONG && tile >= blocks) turn_await(group);", ""),
+    "ping-pong: the turn stays where it is": ("arrive_pair(3 - group)", "arrive_pair(2 + group)"),
+    "ping-pong: a stage is handed back to the other ring": (
+        "empty_barrier(base, previous)",
+        "empty_barrier(base, (previous + STAGES) % ALL_STAGES)",
+    ),
+    "ping-pong: a warpgroup reads the other's ring": (
+        "Ring ring(number);\n#if",
+        "Ring ring(RINGS - 1 - number);\n#if",
+    ),
+    "ping-pong: both warpgroups hand every stage back": ("CONSUMERS / 32 / RINGS);", "CONSUMERS / 32);"),
 }
 
 
@@ -199,6 +228,8 @@ def test_the_emulation_finds_planted_races(emulator: Emulator, bug: str, monkeyp
         return original(kernel, helpers).replace(*BUGS[bug])
 
     layer, tiling = Layer(16, 128, 4096, seed=3), Tiling(16 if fused else 64, 1, split, 2, fused)
+    if "ping-pong" in bug:
+        layer, tiling = Layer(16, 1024, 1024, seed=3), Tiling(64, 1, 1, 1, pingpong=True)  # four tiles a block
     want = layer.want()
     monkeypatch.setattr(source.Kernel, "text", broken)
     try:
