@@ -20,7 +20,8 @@ from qtoolkit.source import Source
 from qtoolkit.stages import Block, Probe, Stream
 
 TOKENS = 8192  # that are probed, about
-AT_ONCE = 1024  # tokens that go through a block, or whose logits are held, at once: autograd keeps a lot
+AT_ONCE = 1024  # tokens that go through a block at once: autograd keeps a lot
+LOGITS = 1 << 22  # that are held at once, with their gradients
 
 
 class Store(Protocol):
@@ -82,14 +83,20 @@ def at_the_end(skeleton: Skeleton, source: Source, stream: Stream) -> list[Tenso
     found = []
     with torch.inference_mode(False), torch.enable_grad():
         weight = stored.to(skeleton.device, torch.float32, copy=True)
+        rows = max(1, LOGITS // len(weight))
         for hidden, _ in stream.calls():
-            leaf = hidden.clone().requires_grad_()
-            logits = norm(leaf).flatten(0, -2) @ weight.T  # [tokens, vocabulary]
-            odds = logits.detach().softmax(dim=-1).cpu()
-            drawn = torch.multinomial(odds, 1, generator=draw).to(logits.device)
-            loss = logits.logsumexp(dim=-1).sum() - logits.gather(1, drawn).sum()
-            found.append(torch.autograd.grad(loss, leaf)[0])
+            found.append(torch.cat([_drawn(norm, weight, part, draw) for part in hidden.flatten(0, -2).split(rows)]))
+            found[-1] = found[-1].view(hidden.shape)
     return found
+
+
+def _drawn(norm: nn.Module, weight: Tensor, states: Tensor, draw: torch.Generator) -> Tensor:
+    """Return the gradient of -log p(drawn token) with respect to states [tokens, hidden]."""
+    leaf = states.clone().requires_grad_()
+    logits = norm(leaf) @ weight.T  # [tokens, vocabulary]
+    token = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=draw).to(logits.device)
+    loss = logits.logsumexp(dim=-1).sum() - logits.gather(1, token).sum()
+    return torch.autograd.grad(loss, leaf)[0]
 
 
 def backward(block: Block, probe: Probe, names: tuple[str, ...]) -> Iterator[tuple[Tensor, ...]]:
