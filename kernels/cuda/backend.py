@@ -40,6 +40,8 @@ class Arguments(ctypes.Structure):
         ("group_blocks", ctypes.c_int),
         ("split", ctypes.c_int),
         ("k", ctypes.c_int),
+        ("parts", ctypes.c_void_p),
+        ("arrived", ctypes.c_void_p),
     )
 
 
@@ -175,6 +177,15 @@ def _launch(
 ) -> None:
     tokens, n = out.shape
     row_chunks, k_blocks, _ = weight.shape
+    tiles = row_chunks // tiling.blocks * -(-tokens // tiling.tokens)
+    blocks = tiles * tiling.split if tiling.split > 1 else min(tiles, place.multiprocessors * tiling.resident)
+    parts: Tensor | None = None
+    arrived: Tensor | None = None
+    if tiling.streamed:
+        blocks = min(tiles * k_blocks, place.multiprocessors * tiling.resident)
+        words = tiling.blocks * tiling.tokens // 2 * source.CONSUMERS
+        parts = torch.empty(blocks, 2, words, dtype=torch.int32, device=out.device)
+        arrived = torch.zeros(tiles, dtype=torch.int32, device=out.device)
     arguments = Arguments(
         *tensors,
         bias.data_ptr() if bias is not None else None,
@@ -187,9 +198,9 @@ def _launch(
         k_blocks if group_size == -1 else group_size // layout.K_BLOCK,
         tiling.split,
         k,
+        parts.data_ptr() if parts is not None else None,
+        arrived.data_ptr() if arrived is not None else None,
     )
-    tiles = row_chunks // tiling.blocks * -(-tokens // tiling.tokens)
-    blocks = tiles * tiling.split if tiling.split > 1 else min(tiles, place.multiprocessors * tiling.resident)
     kernel = source.linear(tiling, group_size != -1, out.dtype == torch.float16, chained, share)
     place.load(kernel)(blocks, tiling.split, (arguments,), place.stream, True)
 

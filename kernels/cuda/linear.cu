@@ -22,10 +22,14 @@
 //
 // so one stores, converts a group's sums, or unpacks, while the other's products keep the tensor core busy.
 //
+// With STREAM the k-blocks of all tiles, one after the other, are dealt out to the grid in equal contiguous shares. A block
+// that has a part of a tile lays its sums into a workspace and counts itself in; the one that comes last adds all parts
+// in ascending order of inputs. Nobody waits for anybody, and results are the same in every run.
+//
 // Compile-time numbers: TOKENS (8..256), BLOCKS (1, 2), STAGES (of a ring), GROUPED (a scale per row and k-group, applied
 // in fp32), FP16 (else bfloat16), MIN_BLOCKS (resident blocks per multiprocessor), CHAINED (nibbles of the chained grid),
 // SHARE (most k-blocks of a rank, or 0 for tokens that are quantized already), PINGPONG (with split, BLOCKS and MIN_BLOCKS
-// 1 only). The wrapper `wgmma` is generated for TOKENS.
+// 1 only), STREAM (with split 1, without SHARE and PINGPONG). The wrapper `wgmma` is generated for TOKENS.
 
 constexpr bool LARGE = MIN_BLOCKS == 1;  // a block has the multiprocessor, and its registers, for itself
 constexpr int CONSUMERS = 256, THREADS = CONSUMERS + (LARGE ? 128 : 32);
@@ -35,6 +39,7 @@ constexpr int PARTS = TOKENS / 2;                                // accumulators
 constexpr int WEIGHT_BYTES = BLOCKS * 8192, TOKEN_BYTES = TOKENS * 128, SCALE_BYTES = GROUPED ? ROWS * 4 : 0;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + (SHARE ? 0 : TOKEN_BYTES), CODES_AT = ALL_STAGES * STAGE_BYTES;
 constexpr int SCALES_AT = CODES_AT + SHARE * TOKEN_BYTES, BARRIERS_AT = SCALES_AT + ALL_STAGES * SCALE_BYTES;
+constexpr int COUNT_AT = BARRIERS_AT + 16 * ALL_STAGES;  // only with STREAM
 constexpr int MAXIMA_AT = BARRIERS_AT + 16 * ALL_STAGES, TOKEN_SCALES_AT = MAXIMA_AT + 4 * TOKENS;  // only with SHARE
 
 struct Problem {
@@ -51,6 +56,8 @@ struct Problem {
     int group_blocks;          // k-blocks that share a scale
     int split;                 // blocks of a cluster
     int k;                     // inputs before padding, a multiple of 8; only with SHARE
+    unsigned* parts;           // only with STREAM: [blocks][2][accumulators][CONSUMERS]
+    unsigned* arrived;         // only with STREAM: [tiles], zeros
 };
 
 struct Tile { int row, token; };
@@ -61,6 +68,31 @@ __device__ __forceinline__ Tile tile_at(int tile, int row_tiles, int token_tiles
     const int height = token_tiles - first < 16 ? token_tiles - first : 16, inside = tile - band * 16 * row_tiles;
     return Tile{inside / height * ROWS, (first + inside % height) * TOKENS};
 }
+
+// What a worker multiplies, piece by piece: k-blocks first..last-1 of a tile.
+#if STREAM
+__device__ __forceinline__ int share_begin(int all, int block) { return (long long)all * block / gridDim.x; }
+__device__ __forceinline__ int share_of(int all, int k_block) { return ((k_block + 1ll) * gridDim.x - 1) / all; }
+
+struct Walk {
+    int tile, first, last, k_blocks, left;
+    __device__ __forceinline__ Walk(int k_blocks, int tiles) : k_blocks(k_blocks) {
+        const int begin = share_begin(tiles * k_blocks, blockIdx.x);
+        left = share_begin(tiles * k_blocks, blockIdx.x + 1) - begin, tile = begin / k_blocks, first = begin % k_blocks;
+        last = first + left < k_blocks ? first + left : k_blocks;
+    }
+    __device__ __forceinline__ bool more() const { return left > 0; }
+    __device__ __forceinline__ void next() {
+        left -= last - first, ++tile, first = 0, last = left < k_blocks ? left : k_blocks;
+    }
+};
+#else
+struct Walk {
+    int tile, first, last, stride, tiles;
+    __device__ __forceinline__ bool more() const { return tile < tiles; }
+    __device__ __forceinline__ void next() { tile += stride; }
+};
+#endif
 
 // The position in a ring: stage, and the parity of the phase that the next wait on it refers to.
 struct Ring {
@@ -153,18 +185,18 @@ __device__ __forceinline__ void prefetch(const Problem& p, unsigned base, Ring r
 }
 
 // Load what `prefetch` has left, stage after stage, for all tiles.
-__device__ __forceinline__ void produce(const Problem& p, unsigned base, Ring ring, int first, int last, int tiles,
-                                        int row_tiles, int token_tiles, int tile, int stride) {
-    const int ahead = last - first < STAGES ? last - first : STAGES;
-    const Tile start = tile_at(tile, row_tiles, token_tiles);
+__device__ __forceinline__ void produce(const Problem& p, unsigned base, Ring ring, Walk walk, int row_tiles,
+                                        int token_tiles) {
+    const int first = walk.first, ahead = walk.last - first < STAGES ? walk.last - first : STAGES;
+    const Tile start = tile_at(walk.tile, row_tiles, token_tiles);
     if (!SHARE) wait_for_previous_grid();
     for (int i = 0; i < ahead; ++i, ring.advance())
         if (!SHARE) load_tokens(p, base, ring.first + i, start, first + i);
     int k_block = first + ahead;
     bool refill = ahead == STAGES;  // from the second round on a stage must have been emptied
-    for (; tile < tiles; tile += stride, k_block = first) {
-        const Tile place = tile_at(tile, row_tiles, token_tiles);
-        for (; k_block < last; ++k_block) {
+    for (; walk.more(); walk.next(), k_block = walk.first) {
+        const Tile place = tile_at(walk.tile, row_tiles, token_tiles);
+        for (; k_block < walk.last; ++k_block) {
             if (refill) barrier_wait(empty_barrier(base, ring.stage), ring.parity ^ 1);
             load_weights(p, base, ring.stage, place, k_block);
             if (!SHARE) load_tokens(p, base, ring.stage, place, k_block);
@@ -380,6 +412,39 @@ __device__ __forceinline__ void finish_together(const Problem& p, unsigned base,
     cluster_sync();  // a block's shared memory must outlive its peers' reads
 }
 
+#if STREAM
+// Bring the part of a tile that `sums` is into the workspace. True for the block that came last: it has all parts' sums.
+__device__ __forceinline__ bool complete(const Problem& p, unsigned base, const Walk& walk, int tiles,
+                                         Sum (&sums)[HEIGHT][PARTS]) {
+    const int all = tiles * p.k_blocks, head = share_of(all, walk.tile * p.k_blocks);
+    const int tail = share_of(all, walk.tile * p.k_blocks + p.k_blocks - 1);
+    constexpr int WORDS = HEIGHT * PARTS * CONSUMERS;  // of a block's two parts: a tile's end, and a tile's beginning
+    unsigned* const mine = p.parts + (2ll * blockIdx.x + (walk.first == 0)) * WORDS + threadIdx.x;
+#pragma unroll
+    for (int b = 0; b < HEIGHT; ++b)
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) store_global_word(mine + (b * PARTS + i) * CONSUMERS, bits_of(sums[b][i]));
+    global_fence();
+    sync_some<1, CONSUMERS>();  // this block's part is written
+    if (threadIdx.x == 0) store_shared_word(base + COUNT_AT, count_up(p.arrived + walk.tile));
+    sync_some<1, CONSUMERS>();  // the count is known
+    if (load_shared_word(base + COUNT_AT) != tail - head) return false;
+    global_fence();
+#pragma unroll
+    for (int b = 0; b < HEIGHT; ++b)
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) sums[b][i] = 0;
+    for (int block = head; block <= tail; ++block) {
+        const unsigned* const part = p.parts + (2ll * block + (block == head)) * WORDS + threadIdx.x;
+#pragma unroll
+        for (int b = 0; b < HEIGHT; ++b)
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i) sums[b][i] += sum_of(load_global_word(part + (b * PARTS + i) * CONSUMERS));
+    }
+    return true;
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) w4a8_linear(const Problem p) {
     const unsigned base = shared_base();
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
@@ -397,13 +462,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) w4a8_linear(co
     __syncthreads();
 
     if (warp >= CONSUMERS / 32) {
-        const int number = PINGPONG ? warp - CONSUMERS / 32 : 0, tile = blockIdx.x / p.split + number * blocks;
-        const bool producer = warp < CONSUMERS / 32 + RINGS && lane == 0 && (!PINGPONG || tile < tiles);
+        const int number = PINGPONG ? warp - CONSUMERS / 32 : 0;
+#if STREAM
+        const Walk walk(p.k_blocks, tiles);
+#else
+        const Walk walk{(int)blockIdx.x / p.split + number * blocks, first, last, RINGS * blocks, tiles};
+#endif
+        const bool producer = warp < CONSUMERS / 32 + RINGS && lane == 0 && (!PINGPONG || walk.more());
         const Ring ring(number);
         if (LARGE) registers_give_back<40>();
-        if (producer) prefetch(p, base, ring, first, last, tile_at(tile, row_tiles, token_tiles));
+        if (producer) prefetch(p, base, ring, walk.first, walk.last, tile_at(walk.tile, row_tiles, token_tiles));
         if (SHARE && p.split > 1) cluster_sync();  // the maxima's: all threads of a cluster meet, see quantize_share
-        if (producer) produce(p, base, ring, first, last, tiles, row_tiles, token_tiles, tile, RINGS * blocks);
+        if (producer) produce(p, base, ring, walk, row_tiles, token_tiles);
         if (p.split > 1) {  // and twice in finish_together
             cluster_sync();
             cluster_sync();
@@ -417,14 +487,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) w4a8_linear(co
 #if SHARE
         quantize_share(p, base, first, last, warp, lane);
 #endif
-        for (int tile = blockIdx.x / p.split + number * blocks; tile < tiles; tile += RINGS * blocks) {
+#if STREAM
+        Walk walk(p.k_blocks, tiles);
+#else
+        Walk walk{(int)blockIdx.x / p.split + number * blocks, first, last, RINGS * blocks, tiles};
+#endif
+        for (; walk.more(); walk.next()) {
             Sum sums[HEIGHT][PARTS];
-            if (PINGPONG && tile >= blocks) turn_await(group);  // a block's first tile waits for none
-            const int turn = tile + blocks < tiles ? p.k_blocks / 2 : -1;  // and behind its last one none waits
-            multiply(base, ring, last - first, group, block, turn, warp % 4, lane, sums);
+            if (PINGPONG && walk.tile >= blocks) turn_await(group);  // a block's first tile waits for none
+            const int turn = walk.tile + blocks < tiles ? p.k_blocks / 2 : -1;  // and behind its last one none waits
+            multiply(base, ring, walk.last - walk.first, group, block, turn, warp % 4, lane, sums);
             if (!SHARE) wait_for_previous_grid();  // the producer has waited; this makes token scales visible here
-            const Tile place = tile_at(tile, row_tiles, token_tiles);
-            if (p.split == 1) finish_alone(p, base, place, row, lane, sums);
+            const Tile place = tile_at(walk.tile, row_tiles, token_tiles);
+#if STREAM
+            if (walk.last - walk.first < p.k_blocks && !complete(p, base, walk, tiles, sums)) continue;
+#endif
+            if (STREAM || p.split == 1) finish_alone(p, base, place, row, lane, sums);
             else finish_together(p, base, place, rank, row, lane, sums);
         }
     }

@@ -10,7 +10,7 @@ from qtoolkit.kernels.cuda.layout import K_BLOCK, padded
 from qtoolkit.kernels.cuda.source import MAX_SHARE, Tiling, stage_bytes
 
 ARCHITECTURE = "sm_90"
-COLUMNS = ("tokens", "blocks", "split", "resident", "fused", "pingpong")
+COLUMNS = ("tokens", "blocks", "split", "resident", "fused", "pingpong", "streamed")
 # A thread holds blocks * tokens / 2 sums, with groups tokens / 2 more; small tiles leave room for two blocks at once.
 SHAPES = tuple(
     [Tiling(tokens, 1, 1, 2) for tokens in (8, 16, 32, 48, 64)]
@@ -18,6 +18,8 @@ SHAPES = tuple(
     + [Tiling(tokens, 2, 1, 1) for tokens in (64, 96, 128)]
     + [Tiling(tokens, 1, 1, 2, fused=True) for tokens in (8, 16)]
     + [Tiling(tokens, 1, 1, 1, pingpong=True) for tokens in (64, 96, 128, 160)]
+    + [Tiling(tokens, 1, 1, 2, streamed=True) for tokens in (8, 16, 32)]
+    + [Tiling(64, 1, 1, 1, streamed=True)]
 )
 SPLITS = (1, 2, 4, 8)  # 8 is the largest portable cluster
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 4096)
@@ -46,6 +48,10 @@ def refuse(tiling: Tiling, tokens: int, n: int, k: int, grouped: bool) -> str | 
         return f"the sums of a group and of all groups for {tiling.tokens} tokens do not fit into the registers"
     if tiling.pingpong and tiling.split > 1:
         return "warpgroups that own whole tiles do not share them with other blocks"
+    if tiling.streamed and tiling.split > 1:
+        return "where all work is dealt out in equal shares, no cluster splits it again"
+    if tiling.streamed and tokens > 64:
+        return "parts of tiles go through memory, which is for few tokens"
     if tiling.split > k_blocks:
         return f"{tiling.split} blocks cannot share {k_blocks} blocks of inputs"
     if tiling.tokens >= 2 * max(tokens, 8):
@@ -94,8 +100,8 @@ def refuse_row(point: tables.Point, row: tuple[int, ...]) -> str | None:
 
 def tiling_of(row: tuple[int, ...]) -> Tiling:
     """Return a table's row as a tiling; see ``COLUMNS``."""
-    tokens, blocks, split, resident, fused, pingpong = row
-    return Tiling(tokens, blocks, split, resident, bool(fused), bool(pingpong))
+    tokens, blocks, split, resident, fused, pingpong, streamed = row
+    return Tiling(tokens, blocks, split, resident, bool(fused), bool(pingpong), bool(streamed))
 
 
 @lru_cache(maxsize=8)
@@ -116,8 +122,8 @@ def choose(tokens: int, n: int, k: int, grouped: bool, card: str = "", multiproc
 def estimate(tokens: int, n: int, k: int, grouped: bool, multiprocessors: int = 132, fused: bool = True) -> Tiling:
     """Return the tiling with the least estimated cost; ``fused`` False: among those for quantized tokens.
 
-    Ping-pong is not among them: a measured table alone can choose it.
+    Ping-pong and streams are not among them: a measured table alone can choose those.
     """
-    every = (tiling for tiling in candidates(tokens, n, k, grouped) if not tiling.pingpong)
+    every = (tiling for tiling in candidates(tokens, n, k, grouped) if not (tiling.pingpong or tiling.streamed))
     found = [tiling for tiling in every if fused or not tiling.fused]
     return min(found, key=lambda t: cost(t, tokens, n, k, grouped, multiprocessors))

@@ -123,6 +123,28 @@ __device__ __forceinline__ unsigned load_peer_word(unsigned address, unsigned ra
 __device__ __forceinline__ void let_dependents_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// ---- sums that blocks hand to each other through global memory -------------------------------------------------------
+
+__device__ __forceinline__ void store_global_word(unsigned* at, unsigned value) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(__cvta_generic_to_global(at)), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ unsigned load_global_word(const unsigned* at) {  // never from L1, which may be stale
+    unsigned v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(at)) : "memory");
+    return v;
+}
+
+// What this thread stored, other blocks see before anything that follows; and it sees what they stored so.
+__device__ __forceinline__ void global_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+__device__ __forceinline__ unsigned count_up(unsigned* at) {  // returns the count before
+    unsigned v;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+                 : "=r"(v) : "l"(__cvta_generic_to_global(at)) : "memory");
+    return v;
+}
+
 // ---- numbers ---------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ unsigned pack_pair(float low, float high, bool fp16) {  // two 16-bit floats, rounded to even

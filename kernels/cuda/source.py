@@ -38,7 +38,8 @@ class Tiling:
     """How a linear is cut: ``tokens`` x ``128 * blocks`` tiles, ``split`` blocks share k, ``resident`` fit in an SM.
 
     With ``fused`` the product quantizes its tokens itself, and there is no other launch. With ``pingpong`` each of a
-    block's two consumer warpgroups owns whole tiles, else they share each tile.
+    block's two consumer warpgroups owns whole tiles, else they share each tile. With ``streamed`` all k-blocks of
+    all tiles are dealt out in equal shares, which may begin and end amid a tile.
     """
 
     tokens: int
@@ -47,6 +48,7 @@ class Tiling:
     resident: int
     fused: bool = False
     pingpong: bool = False
+    streamed: bool = False
 
     def share(self, k_blocks: int) -> int:
         """Return the most k-blocks that one block of a cluster works on."""
@@ -83,6 +85,7 @@ def linear(tiling: Tiling, grouped: bool, fp16: bool, chained: bool = False, sha
     stage = stage_bytes(tiling.tokens, tiling.blocks, grouped) - (tiling.tokens * K_BLOCK if share else 0)
     fixed = share * tiling.tokens * K_BLOCK + 8 * tiling.tokens if share else 0  # codes; maxima and scales
     room = SHARED_PER_MULTIPROCESSOR // tiling.resident - 1024 - 2 * 8 * MAX_STAGES - fixed
+    fixed += 16 if tiling.streamed else 0  # the count of parts
     rings = 2 if tiling.pingpong else 1
     stages = min(MAX_STAGES, room // stage) // rings
     defines = {
@@ -95,6 +98,7 @@ def linear(tiling: Tiling, grouped: bool, fp16: bool, chained: bool = False, sha
         "CHAINED": int(chained),
         "SHARE": share,
         "PINGPONG": int(tiling.pingpong),
+        "STREAM": int(tiling.streamed),
     }
     threads = CONSUMERS + (128 if tiling.resident == 1 else 32)  # a whole warpgroup gives registers back, or one warp
     shared = rings * stages * (stage + 16) + fixed  # and two barriers a stage

@@ -46,6 +46,7 @@ struct Fiber {
     long meetings = 0, cluster_meetings = 0;
     std::map<int, long> named;
     std::vector<unsigned> stores;  // addresses of words that products do not see yet
+    std::vector<std::pair<unsigned*, unsigned>> parts;  // words that other blocks do not see yet
 };
 
 static std::vector<Block> blocks;
@@ -224,6 +225,13 @@ static unsigned load_peer_word(unsigned address, unsigned rank) {
     memcpy(&v, shared_at(blocks[rank], address, 4), 4);
     return v;
 }
+static void store_global_word(unsigned* at, unsigned v) { current->parts.push_back({at, v}); }
+static unsigned load_global_word(const unsigned* at) { return *at; }
+static void global_fence() {
+    for (auto& part : current->parts) *part.first = part.second;
+    current->parts.clear();
+}
+static unsigned count_up(unsigned* at) { return (*at)++; }
 static void let_dependents_start() {}
 static void wait_for_previous_grid() {}
 

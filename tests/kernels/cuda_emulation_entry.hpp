@@ -3,6 +3,9 @@ extern "C" const char* emulate(unsigned grid, unsigned cluster, unsigned threads
                                const void* const* pointers, const long* sizes, int count, void** arguments) {
     readable.clear();
     for (int i = 0; i < count; ++i) readable.push_back({(const char*)pointers[i], sizes[i]});
+#if defined(STREAM) && STREAM
+    cluster = grid;  // blocks that hand each other parts run at the same time
+#endif
     return launch(grid, cluster, threads, shared, seed, [arguments] {
 #ifdef STAGES
         w4a8_linear(*(const Problem*)arguments[0]);

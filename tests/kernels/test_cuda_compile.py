@@ -59,7 +59,7 @@ LEFT_IN_REGISTERS = r"IGMMA\.64x{}x32\.S8\.S8 R\d+, R\d+, gdesc"
     ("tiling", "grouped", "chained"),
     VARIANTS,
     ids=lambda v: (
-        f"{v.tokens}x{128 * v.blocks}{' fused' * v.fused}{' ping-pong' * v.pingpong}"
+        f"{v.tokens}x{128 * v.blocks}{' fused' * v.fused}{' ping-pong' * v.pingpong}{' stream' * v.streamed}"
         if isinstance(v, Tiling)
         else str(int(v))
     ),

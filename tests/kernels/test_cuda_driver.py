@@ -108,4 +108,5 @@ def test_a_launch_without_a_cluster_asks_for_none() -> None:
 def test_the_linear_kernels_argument_has_no_hidden_padding() -> None:
     """Seven pointers and eight ints, as in ``struct Problem``."""
     assert backend.Arguments.k.offset == 7 * 8 + 7 * 4
-    assert ctypes.sizeof(backend.Arguments) == 7 * 8 + 8 * 4
+    assert backend.Arguments.parts.offset == 7 * 8 + 8 * 4
+    assert ctypes.sizeof(backend.Arguments) == 7 * 8 + 8 * 4 + 2 * 8

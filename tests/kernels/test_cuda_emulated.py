@@ -139,9 +139,17 @@ PINGPONG = [
     (Layer(129, 384, 392, dtype=torch.float16), Tiling(128, 1, 1, 1, pingpong=True)),
     (Layer(161, 136, 640, chained=True), Tiling(160, 1, 1, 1, pingpong=True)),
 ]
+# Streams on two multiprocessors of two blocks: less work than blocks, tiles in two and in three parts, two token tiles.
+STREAMED = [
+    (Layer(3, 8, 264), Tiling(8, 1, 1, 2, streamed=True)),
+    (Layer(13, 264, 520, dtype=torch.float16), Tiling(16, 1, 1, 2, streamed=True)),
+    (Layer(30, 136, 2176), Tiling(32, 1, 1, 2, streamed=True)),
+    (Layer(9, 640, 384, chained=True), Tiling(8, 1, 1, 2, streamed=True)),
+]
+EVERY = PER_CHANNEL + CHAINED + FUSED + PINGPONG + STREAMED
 
 
-@pytest.mark.parametrize(("layer", "tiling"), PER_CHANNEL + CHAINED + FUSED + PINGPONG, ids=lambda v: f"{v.tokens}")
+@pytest.mark.parametrize(("layer", "tiling"), EVERY, ids=lambda v: f"{v.tokens}")
 def test_per_channel_products_equal_the_reference_bit_for_bit(emulator: Emulator, layer: Layer, tiling: Tiling) -> None:
     assert torch.equal(product(emulator, layer, tiling), layer.want())
 
@@ -153,6 +161,7 @@ GROUPED = [
     (Layer(150, 256, 512, 512), Tiling(128, 2, 1, 1)),
     (Layer(30, 256, 384, 128, chained=True), Tiling(32, 1, 1, 2)),
     (Layer(5, 256, 1024, 128), Tiling(8, 1, 4, 2, fused=True)),
+    (Layer(20, 384, 1280, 256), Tiling(16, 1, 1, 2, streamed=True)),
     (Layer(11, 136, 768, 256, torch.float16, chained=True), Tiling(16, 1, 2, 2, fused=True)),
 ]
 
@@ -168,10 +177,11 @@ def test_grouped_products_differ_by_fp32_rounding_only(emulator: Emulator, layer
 
 @pytest.mark.parametrize("seed", range(2))
 def test_any_order_of_copies_gives_the_same_bits(emulator: Emulator, seed: int) -> None:
-    layer = Layer(20, 256, 2048, 128, seed=7)
-    first = product(emulator, layer, Tiling(32, 1, 4, 2))
-    layer.seed = 100 + seed
-    assert torch.equal(product(emulator, layer, Tiling(32, 1, 4, 2)), first)
+    for tiling in (Tiling(32, 1, 4, 2), Tiling(16, 1, 1, 2, streamed=True)):
+        layer = Layer(20, 256, 2048, 128, seed=7)
+        first = product(emulator, layer, tiling)
+        layer.seed = 100 + seed
+        assert torch.equal(product(emulator, layer, tiling), first)
 
 
 def test_a_fused_product_follows_the_rule_for_zero_and_non_finite_rows(emulator: Emulator) -> None:
@@ -212,6 +222,9 @@ BUGS = {
         "Ring ring(number);\n#if",
         "Ring ring(RINGS - 1 - number);\n#if",
     ),
+    "stream: a part is counted before it is written": ("global_fence();\n    sync_some", "sync_some"),
+    "stream: the first to come adds the parts": (") != tail - head) return", ") != 0) return"),
+    "stream: both parts of a block lie in one place": ("+ (walk.first == 0)) * WORDS", "+ 1) * WORDS"),
     "ping-pong: both warpgroups hand every stage back": ("CONSUMERS / 32 / RINGS);", "CONSUMERS / 32);"),
 }
 
@@ -230,6 +243,8 @@ def test_the_emulation_finds_planted_races(emulator: Emulator, bug: str, monkeyp
     layer, tiling = Layer(16, 128, 4096, seed=3), Tiling(16 if fused else 64, 1, split, 2, fused)
     if "ping-pong" in bug:
         layer, tiling = Layer(16, 1024, 1024, seed=3), Tiling(64, 1, 1, 1, pingpong=True)  # four tiles a block
+    if "stream" in bug:
+        layer, tiling = Layer(16, 640, 1024, seed=3), Tiling(16, 1, 1, 2, streamed=True)  # ten k-blocks a block
     want = layer.want()
     monkeypatch.setattr(source.Kernel, "text", broken)
     try:

@@ -33,6 +33,8 @@ REFUSED = [
     (Tiling(160, 1, 1, 1, pingpong=True), 160, 4096, 4096, True, "registers"),
     (Tiling(128, 1, 2, 1, pingpong=True), 128, 4096, 4096, False, "whole tiles"),
     (Tiling(128, 2, 1, 1, pingpong=True), 128, 4096, 4096, False, "no such tile"),
+    (Tiling(8, 1, 2, 2, streamed=True), 8, 4096, 4096, False, "no cluster"),
+    (Tiling(64, 1, 1, 1, streamed=True), 65, 4096, 4096, False, "few tokens"),
 ]
 
 
@@ -62,10 +64,10 @@ def test_many_tokens_take_the_largest_tiles() -> None:
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_only_a_measured_table_chooses_ping_pong(grouped: bool) -> None:
-    for tokens in (65, 128, 160, 512, 4096):
-        assert any(tiling.pingpong for tiling in plan.candidates(tokens, 8192, 8192, grouped))
-        assert not plan.estimate(tokens, 8192, 8192, grouped).pingpong
+def test_only_a_measured_table_chooses_ping_pong_or_a_stream(grouped: bool) -> None:
+    for tokens, new in [(1, "streamed"), (16, "streamed"), (64, "streamed"), (65, "pingpong"), (4096, "pingpong")]:
+        assert any(getattr(tiling, new) for tiling in plan.candidates(tokens, 8192, 8192, grouped))
+        assert not getattr(plan.estimate(tokens, 8192, 8192, grouped), new)
 
 
 CARD = "NVIDIA Test 80GB"
@@ -91,7 +93,7 @@ def test_a_measured_choice_is_taken(folder: Path, name: str) -> None:
     estimated = plan.choose(9, 8192, 4096, False, CARD)
     plan.table.cache_clear()
     plan.choose.cache_clear()
-    write(folder, {tables.Point(16, 4096, 4096, False): (16, 1, 2, 2, 1, 0)}, name)
+    write(folder, {tables.Point(16, 4096, 4096, False): (16, 1, 2, 2, 1, 0, 0)}, name)
     assert plan.choose(9, 4096, 4096, False, CARD) == Tiling(16, 1, 2, 2, fused=True)
     assert plan.choose(9, 4096, 4096, True, CARD) != Tiling(16, 1, 2, 2, fused=True)
     assert plan.choose(9, 8192, 4096, False, CARD) == estimated
@@ -107,18 +109,18 @@ DAMAGE = [
     ({"columns": ["tokens"]}, "columns is"),
     ({"more": 1}, "its keys must be"),
     ({"tilings": {}}, "no tilings"),
-    ({"tilings": {"16,4096,4096,channel": [16, 1, 2]}}, "not the 6 integers"),
-    ({"tilings": {"16,4096,channel": [16, 1, 2, 2, 0, 0]}}, "is no point"),
-    ({"tilings": {"16,4096,4096,both": [16, 1, 2, 2, 0, 0]}}, "neither 'group' nor 'channel'"),
-    ({"tilings": {"16,4096,4096,channel": [16, 1, 3, 2, 0, 0]}}, "there is no such tile"),
-    ({"tilings": {"32,4096,4096,channel": [16, 1, 4, 2, 1, 0]}}, "one tile of 16 tokens, not 32"),
+    ({"tilings": {"16,4096,4096,channel": [16, 1, 2]}}, "not the 7 integers"),
+    ({"tilings": {"16,4096,channel": [16, 1, 2, 2, 0, 0, 0]}}, "is no point"),
+    ({"tilings": {"16,4096,4096,both": [16, 1, 2, 2, 0, 0, 0]}}, "neither 'group' nor 'channel'"),
+    ({"tilings": {"16,4096,4096,channel": [16, 1, 3, 2, 0, 0, 0]}}, "there is no such tile"),
+    ({"tilings": {"32,4096,4096,channel": [16, 1, 4, 2, 1, 0, 0]}}, "one tile of 16 tokens, not 32"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "words"), DAMAGE, ids=lambda v: str(v)[:24])
 def test_a_damaged_table_is_set_aside_with_a_sentence(folder: Path, changes: dict[str, object], words: str) -> None:
     estimated = plan.choose(9, 4096, 4096, False, "")
-    path = write(folder, {tables.Point(16, 4096, 4096, False): (16, 1, 2, 2, 1, 0)})
+    path = write(folder, {tables.Point(16, 4096, 4096, False): (16, 1, 2, 2, 1, 0, 0)})
     damaged(path, **changes)
     with pytest.warns(RuntimeWarning, match="cuda-nvidia_test.json cannot be used") as seen:
         assert plan.choose(9, 4096, 4096, False, CARD) == estimated
@@ -126,14 +128,14 @@ def test_a_damaged_table_is_set_aside_with_a_sentence(folder: Path, changes: dic
 
 
 def test_half_a_file_is_set_aside_too(folder: Path) -> None:
-    path = write(folder, {tables.Point(16, 4096, 4096, False): (16, 1, 2, 2, 1, 0)})
+    path = write(folder, {tables.Point(16, 4096, 4096, False): (16, 1, 2, 2, 1, 0, 0)})
     path.write_text(path.read_text()[:40])
     with pytest.raises(ValueError, match="it is not JSON"):
         tables.read(path, "cuda", plan.COLUMNS, lambda point, row: None)
 
 
 def test_what_is_written_is_read_back(folder: Path) -> None:
-    rows = {tables.Point(m, 4096, 4096, g): (8, 1, 4, 2, 0, 0) for m in (8, 1, 4) for g in (False, True)}
+    rows = {tables.Point(m, 4096, 4096, g): (8, 1, 4, 2, 0, 0, 0) for m in (8, 1, 4) for g in (False, True)}
     path = write(folder, rows)
     assert tables.read(path, "cuda", plan.COLUMNS, lambda point, row: None) == rows
     assert len(path.read_text().splitlines()) == 2 + len(rows)
