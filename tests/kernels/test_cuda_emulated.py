@@ -204,7 +204,7 @@ def test_whole_tiles_of_a_warpgroup_give_the_bits_of_shared_ones(emulator: Emula
 
 # Each change plants a synchronization bug that a GPU might hide most of the time. The emulation must not.
 BUGS = {
-    "a register operand is overwritten while it is read": ("products_wait<BLOCKS>()", "products_wait<2 * BLOCKS>()"),
+    "a register operand is overwritten while it is read": ("products_wait<HEIGHT>()", "products_wait<2 * HEIGHT>()"),
     "a stage is handed back too early": ("if (s == 0 && previous >= 0", "if (s == 3 && (previous = ring.stage) >= 0"),
     "the producer does not wait for empty stages": ("if (refill) barrier_wait", "if (false) barrier_wait"),
     "consumers do not wait for full stages": ("barrier_wait(full_barrier(base, ring.stage), ring.parity);", ""),
@@ -212,7 +212,7 @@ BUGS = {
     "fused: stores are not fenced": ("shared_writes_fence();  //", "//"),
     "fused: products start before all codes are there": ("sync_some<1, CONSUMERS>();\n}", "}"),
     "fused: maxima are read before all ranks wrote theirs": ("cluster_sync();  // all ranks", "// all ranks"),
-    "ping-pong: a tile begins out of turn": ("if (PINGPONG && tile >= blocks) turn_await(group);", ""),
+    "ping-pong: a tile begins out of turn": ("if (PINGPONG && walk.tile >= blocks) turn_await(group);", ""),
     "ping-pong: the turn stays where it is": ("arrive_pair(3 - group)", "arrive_pair(2 + group)"),
     "ping-pong: a stage is handed back to the other ring": (
         "empty_barrier(base, previous)",
