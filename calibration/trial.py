@@ -62,9 +62,13 @@ def divergence(skeleton: Skeleton, source: Source, truth: Stream, streams: Mappi
     norm, head = ending(skeleton, source)
     sums = dict.fromkeys(streams, 0.0)
     tokens = 0
+
+    def read(batch: Tensor) -> tuple[Tensor, ...]:
+        return norm(batch.to(skeleton.device).flatten(0, 1)).split(AT_ONCE)
+
     for number, batch in enumerate(truth.batches):
-        before = norm(batch.flatten(0, 1)).split(AT_ONCE)
-        behind = {key: norm(stream.batches[number].flatten(0, 1)).split(AT_ONCE) for key, stream in streams.items()}
+        before = read(batch)
+        behind = {key: read(stream.batches[number]) for key, stream in streams.items()}
         for place, states in enumerate(before):
             found = _divergence(head, states, {key: parts[place] for key, parts in behind.items()})
             sums = {key: total + found[key] for key, total in sums.items()}
