@@ -29,15 +29,16 @@ def embed(skeleton: Skeleton, source: Source, tokens: Tensor, at_once: int = TOK
 
     A batch has about ``at_once`` tokens.
 
-    Only the embedding is loaded; everything else the decoder computes before its first block (positions, masks) is
-    computed by the decoder itself, so no architecture is described twice.
+    Only the embedding's rows of these tokens are loaded; everything else the decoder computes before its first block
+    (positions, masks) is computed by the decoder itself, so no architecture is described twice.
     """
     decoder = skeleton.decoder
     embedding = decoder.get_input_embeddings()
     name = next(key for key, module in skeleton.model.named_modules() if module is embedding)
     device = skeleton.device
-    embedding.to_empty(device=device)
-    embedding.weight.data = source.read_finite(f"{name}.weight").to(device)
+    known, tokens = tokens.unique(return_inverse=True)
+    empty, rows = embedding.weight, source.read_finite(f"{name}.weight", known)
+    embedding.weight = nn.Parameter(rows.to(device), requires_grad=False)
     with device:
         decoder.rotary_emb = type(decoder.rotary_emb)(skeleton.config)  # its tables are not stored
     waits = None if fits(tokens.numel() * embedding.weight.shape[1], device) else torch.device("cpu")
@@ -57,7 +58,7 @@ def embed(skeleton: Skeleton, source: Source, tokens: Tensor, at_once: int = TOK
                 continue
     finally:
         handle.remove()
-        embedding.to("meta")
+        embedding.weight = empty
     return stream
 
 

@@ -79,7 +79,7 @@ class Compensate:
                     quantized = solved.quantize_chained(aim, scheme, context.scale_dtype)
                     block.schemes[name] = INT8
                 else:
-                    several = rows.parts(len(aim), outputs.heads(block, name), aim.device)
+                    several = rows.parts(len(aim), aim.shape[1], outputs.heads(block, name), aim.device)
                     quantized = solved.quantize(aim, scheme, context.scale_dtype, metrics.get(name), several)
                 served = quantized.dequantize()
                 if not served.isfinite().all():

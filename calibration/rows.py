@@ -17,17 +17,19 @@ from qtoolkit.stages import QuantizedWeight
 
 ROWS = 64  # of a part away from attention heads; 8 rows would gain 3 % more of a layer's error, in eight times the time
 PARTS = 32  # at most, there: each is a whole sweep over the columns
+STEPS = 1 << 15  # columns of all parts together: they go one after another, so layers with many inputs have fewer parts
 
 Rounder = Callable[[Tensor, Tensor], QuantizedWeight]
 Refiner = Callable[[Tensor, QuantizedWeight], QuantizedWeight]
 
 
-def parts(n: int, head_dim: int = 0, device: torch.device | None = None) -> list[Tensor]:
-    """Return the rows of every part, int64; of heads' outputs two channels of every head, half a head apart.
+def parts(n: int, k: int, head_dim: int = 0, device: torch.device | None = None) -> list[Tensor]:
+    """Return the rows of every part of a layer [n, k], int64; of heads' outputs two channels, half a head apart.
 
     These two turn together in rotary embeddings, which leaves little coupling between them on the mean over places.
     """
     count = -(-head_dim // 2) or min(PARTS, -(-n // ROWS))
+    count = min(count, max(2, STEPS // k))
     return [torch.arange(first, n, count, device=device) for first in range(count)]
 
 

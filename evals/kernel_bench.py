@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtoolkit.errors import RequestError
 from qtoolkit.evals.kernel_peers import Contestant, Timer, peers
 from qtoolkit.evals.kernel_remote import Worker
 from qtoolkit.kernels.cpu import library
@@ -72,18 +73,30 @@ def run(
 
     Returns:
         ``limits`` {bandwidth_gbs, int8_gops} (medians over the run, None without a compiled library), ``rows``
-        [{k, n, m, name, median_us, min_us, max_us, runs, gbs, gops, of_limit}] and ``machine``. ``of_limit`` is the
+        [{k, n, m, name, median_us, min_us, max_us, runs, gbs, gops, of_limit}], ``machine`` and ``refused`` {name:
+        why}, the contestants that could not multiply on this machine. ``of_limit`` is the
         time that the probes taken between the same runs allow, over the median time: the longer of weight bytes
         over bandwidth and, for int8 contestants, operations over the int8 peak.
     """
     contestants = peers(names, workers)
     probe = limits()
     rows: list[dict[str, Any]] = []
+    refused: dict[str, str] = {}
     seen: list[tuple[float, float]] = []
     with torch.inference_mode():
         for k, n in shapes:
             torch.manual_seed(k * 31 + n)
-            timers = {peer.name: peer.timer(k, n, _copies(peer, k, n)) for peer in contestants}
+            timers: dict[str, Timer] = {}
+            for peer in contestants:
+                try:
+                    timers[peer.name] = peer.timer(k, n, _copies(peer, k, n))
+                    timers[peer.name](torch.randn(1, k, dtype=torch.bfloat16))
+                except RuntimeError as error:  # such as oneDNN's, without an instruction that it needs
+                    refused[peer.name] = " ".join(str(error).split())
+            contestants = tuple(peer for peer in contestants if peer.name not in refused)
+            timers = {peer.name: timers[peer.name] for peer in contestants}
+            if not contestants:
+                raise RequestError("No contestant could multiply.", f"{peer.name}: {refused[peer.name]}.")
             for m in tokens:
                 if progress:
                     progress(f"{k} x {n}, {m} tokens")
@@ -96,6 +109,7 @@ def run(
         "limits": dict(zip(("bandwidth_gbs", "int8_gops"), middle, strict=True)),
         "machine": _machine(),
         "rows": rows,
+        "refused": refused,
     }
 
 
@@ -163,4 +177,5 @@ def table(result: dict[str, Any]) -> str:
             f"{r['k']:>6} x{r['n']:>5} {r['m']:>5} {r['name']:<20} {r['median_us']:>10.0f} {r['min_us']:>9.0f}"
             f" {r['max_us']:>9.0f} {r['gbs']:>6.1f} {r['gops']:>6.0f} {share:>8} {ratio:>15}"
         )
+    lines += [f"{name} could not run: {reason}" for name, reason in result["refused"].items()]
     return "\n".join(lines)

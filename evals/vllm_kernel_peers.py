@@ -23,9 +23,10 @@ def w8a8(k: int, n: int) -> Callable[[Tensor], Tensor]:
     from vllm import _custom_ops as ops
 
     weight = torch.randint(-127, 128, (n, k), dtype=torch.int8).t()
-    handler = ops.create_onednn_scaled_mm(weight, torch.rand(n, 1) * 0.01, torch.bfloat16, True, False, 32)
+    steps = torch.rand(n, 1) * 0.01
+    handler = ops.create_onednn_scaled_mm(weight, steps, torch.bfloat16, True, False, 32)
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, _kept: Tensor = steps) -> Tensor:  # the handler reads the scales where they lie
         codes, scales, zeros = ops.onednn_scaled_int8_quant(x, None, None, True)
         y = torch.empty(x.shape[0], n, dtype=x.dtype)
         return ops.onednn_scaled_mm(handler, codes, y, scales, zeros, None, None)

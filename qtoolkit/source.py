@@ -83,18 +83,18 @@ class Source:
         with _open(self.files[name]) as handle:
             return handle.get_tensor(name)
 
-    def read_finite(self, name: str) -> Tensor:
-        """Return one tensor in float32.
+    def read_finite(self, name: str, rows: Tensor | None = None) -> Tensor:
+        """Return one tensor, or the ``rows`` (int64) of it, in float32.
 
         Raises:
-            NumericError: it holds NaN or Inf.
+            NumericError: it holds NaN or Inf, in whatever row.
         """
-        tensor = self.read(name).float()
+        tensor = self.read(name)
         bad = int((~tensor.isfinite()).sum())
         if bad:
             values = f"{bad} values that are NaN or Inf"
             raise NumericError(f"{self.name}: {name} holds {values}.", "The weights are damaged.")
-        return tensor
+        return (tensor if rows is None else tensor[rows]).float()
 
     @property
     def bytes(self) -> int:

@@ -28,7 +28,7 @@ def made(seed: int = 0) -> tuple[Tensor, Hessian, Tensor]:
 def test_later_rows_make_up_for_earlier_ones_as_least_squares_would() -> None:
     """What rows still to come should be, given those rounded, is the minimum of tr(G D D^T), solved in float64."""
     weight, _, metric = made()
-    scheme, several = Scheme(group_size=-1), rows.parts(N, HEAD)
+    scheme, several = Scheme(group_size=-1), rows.parts(N, K, HEAD)
     scales = grid.minmax_scales(weight, scheme, torch.float32)
     found = rows.rounded(
         weight,
@@ -51,13 +51,17 @@ def test_later_rows_make_up_for_earlier_ones_as_least_squares_would() -> None:
 
 
 def test_every_row_is_in_one_part_and_a_part_takes_channels_of_every_head() -> None:
-    assert torch.equal(torch.cat(rows.parts(1000)).sort().values, torch.arange(1000))
-    assert [part.tolist() for part in rows.parts(8, 4)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert torch.equal(torch.cat(rows.parts(1000, K)).sort().values, torch.arange(1000))
+    assert [part.tolist() for part in rows.parts(8, K, 4)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_layers_with_many_inputs_have_fewer_parts() -> None:
+    assert [len(rows.parts(4096, k, 128)) for k in (256, 1024, 4096, 11008, 1 << 20)] == [64, 32, 8, 2, 2]
 
 
 def test_refining_never_raises_the_error() -> None:
     weight, hessian, metric = made(1)
-    scheme, matrix, several = Scheme(group_size=8), hessian.damped(0.01), rows.parts(N, HEAD)
+    scheme, matrix, several = Scheme(group_size=8), hessian.damped(0.01), rows.parts(N, K, HEAD)
     scales = grid.minmax_scales(weight, scheme, torch.bfloat16)
     before = QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
     solved = Solved(hessian, CompensateOptions())
@@ -75,7 +79,7 @@ def test_coupling_loses_less_under_the_metric_than_rounding_rows_alone() -> None
         weight, hessian, metric = made(2)
         solved, scheme = Solved(hessian, CompensateOptions()), Scheme(group_size=group_size)
         alone = solved.quantize(weight, scheme, torch.float32)
-        together = solved.quantize(weight, scheme, torch.float32, metric, rows.parts(N, HEAD))
+        together = solved.quantize(weight, scheme, torch.float32, metric, rows.parts(N, K, HEAD))
         lost = [float(_error(weight, hessian.matrix, metric, each)) for each in (together, alone)]
         assert lost[0] < 0.8 * lost[1]
 
@@ -84,7 +88,7 @@ def test_a_metric_without_coupling_changes_nothing() -> None:
     weight, hessian, _ = made(3)
     solved, scheme = Solved(hessian, CompensateOptions(refine=0)), Scheme(group_size=8)
     plain = solved.quantize(weight, scheme, torch.float32)
-    unit = solved.quantize(weight, scheme, torch.float32, torch.eye(N), rows.parts(N, HEAD))
+    unit = solved.quantize(weight, scheme, torch.float32, torch.eye(N), rows.parts(N, K, HEAD))
     assert (plain.codes != unit.codes).float().mean() < 0.01  # products of other shapes sum in another order
 
 

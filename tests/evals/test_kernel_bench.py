@@ -70,6 +70,21 @@ serve({"sleeper": Kind(4.5, True, lambda k, n: lambda m: time.sleep(m / 1000))})
 """
 
 
+def test_a_contestant_that_cannot_multiply_here_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(k: int, n: int) -> kernel_peers.Layer:
+        raise RuntimeError("could not create\na primitive")
+
+    found = (kernel_peers.Peer("broken", 16, breaks, False), *kernel_peers.local_peers()[:1])
+    monkeypatch.setattr(kernel_bench, "peers", lambda names, workers: found)
+    result = kernel_bench.run(((256, 128),), (1,), seconds=0.01)
+    assert {row["name"] for row in result["rows"]} == {"qtoolkit-g128"}
+    assert result["refused"] == {"broken": "could not create a primitive"}
+    assert "broken could not run: could not create a primitive" in kernel_bench.table(result)
+    monkeypatch.setattr(kernel_bench, "peers", lambda names, workers: found[:1])
+    with pytest.raises(RequestError, match="No contestant could multiply"):
+        kernel_bench.run(((256, 128),), (1,), seconds=0.01)
+
+
 def test_a_worker_is_timed_in_turns_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "sleeper.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(kernel_remote.FOLDER)!r})\n{WORKER}")
