@@ -90,7 +90,8 @@ def run(
             for peer in contestants:
                 try:
                     timers[peer.name] = peer.timer(k, n, _copies(peer, k, n))
-                    timers[peer.name](torch.randn(1, k, dtype=torch.bfloat16))
+                    for m in tokens:
+                        timers[peer.name](torch.randn(m, k, dtype=torch.bfloat16))
                 except RuntimeError as error:  # such as oneDNN's, without an instruction that it needs
                     refused[peer.name] = " ".join(str(error).split())
             contestants = tuple(peer for peer in contestants if peer.name not in refused)
