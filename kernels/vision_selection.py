@@ -1,7 +1,7 @@
 """Whether a compressed vision layer runs on a kernel here or as dense torch, and in words why not.
 
 The rule is a table, not a trial at load: the same checkpoint takes the same way on every machine with the same
-instruction set. It is provisional: least times of a busy machine, some cells interpolated; measure with
+instruction set. Medians of a quiet machine (``evals/LOG.md``), some cells interpolated; measure with
 ``qtoolkit bench vision-kernels``.
 """
 
@@ -15,7 +15,7 @@ MOST_LEFT = {
     "avx512": {4: 0.65, 3: 0.55, 2: 0.55, 1: 0.4},
     "avx2": {4: 0.35, 3: 0.25, 2: 0.25, 1: 0.25},
 }
-LONG, MOST_LEFT_LONG = 1024, 0.55  # N:M on AVX512: from this many inputs on an output, more may be left
+LONG, MOST_LEFT_LONG = 768, 0.55  # N:M on AVX512: from this many inputs on an output, more may be left
 FEWEST_CHANNELS = 16  # binary words hold 32 channels of a place; with fewer, most of each is padding
 BINARY_PATHS = ("avx512", "avx2")
 
