@@ -68,6 +68,8 @@ def best(
         made = QuantizedWeight(sweep(copies, begun), begun)
         made = refined(copies, matrix, made, scheme, rounds) if rounds else made
         found += [QuantizedWeight(c, s) for c, s in zip(made.codes.split(n), made.scales.split(n), strict=True)]
+    if len(found) == 1:
+        return found[0]
     lost = torch.stack([errors(weight, matrix, each) for each in found])  # [starts, n]
     least = lost.argmin(dim=0)
     rows = torch.arange(n, device=weight.device)

@@ -50,13 +50,13 @@ def choose(fit: Moments, check: Moments, weights: Sequence[Tensor]) -> list[Choi
     """
     best = [Choice() for _ in weights]
     lost = [0.0 for _ in weights]
-    pulls = [check.pull(weight) for weight in weights]
+    pulls, fitted = ([moments.pull(weight) for weight in weights] for moments in (check, fit))
     for damping in DAMPINGS:
         factor = _factor(fit, damping)
         if factor is None:
             continue
         for index, weight in enumerate(weights):
-            step = torch.cholesky_solve(fit.pull(weight).T, factor).T
+            step = torch.cholesky_solve(fitted[index].T, factor).T
             bend = float(((step @ check.hessian.matrix) * step).sum())
             slope = float((step * pulls[index]).sum())
             for strength in STRENGTHS:
