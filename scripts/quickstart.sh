@@ -19,7 +19,7 @@ make_environment
 mkdir -p "$out"
 
 step "quantizing $model to W4A8"
-qtoolkit quantize "$model" -o "$out/checkpoint" --w4a8 --samples 64 --length 512 --fresh || fail "the model was not quantized."
+qtoolkit quantize "$model" -o "$out/checkpoint" --w4a8 --samples 32 --length 256 --fresh || fail "the model was not quantized."
 
 step "starting vLLM (about a minute)"
 qtoolkit serve "$out/checkpoint" --port 0 --json >"$out/server.json" 2>"$out/server.log" &
