@@ -247,20 +247,36 @@ class Split(nn.Module):
         return sum(half(part) for half, part in zip(self.halves, x.chunk(2, dim=-1), strict=True))
 
 
-def test_two_ranks_equal_two_halves_also_from_a_qqq_file(
-    start: Start, packed: Path, tokens: list[int], tmp_path: Path
-) -> None:
-    halves: nn.Module = runtime.load(packed, dtype=torch.float32)
+def in_halves(packed: Path, lm_head: str = "float") -> nn.Module:
+    """Return our runtime's model with every row-parallel layer as two ranks compute it."""
+    halves: nn.Module = runtime.load(packed, dtype=torch.float32, lm_head=lm_head)
     stored = resolve(packed)
     for name, module in list(halves.named_modules()):
         if isinstance(module, W4A8Linear) and name.endswith(("o_proj", "down_proj")):
             layer = {key: stored.read(f"{name}.{key}") for key in ("weight_packed", "weight_scale", "weight_shape")}
             halves.set_submodule(name, Split(layer, Scheme()))
-    expected, (whole, _) = own_logprobs(halves, tokens), both(packed, tokens)
+    return halves
+
+
+TWO_RANKS = ("--", "--enforce-eager", "--dtype", "float32", "--tensor-parallel-size", "2")
+
+
+def test_two_ranks_equal_two_halves_also_from_a_qqq_file(
+    start: Start, packed: Path, tokens: list[int], tmp_path: Path
+) -> None:
+    expected, (whole, _) = own_logprobs(in_halves(packed), tokens), both(packed, tokens)
     for folder in (packed, as_qqq(packed, tmp_path / "qqq", "wbits", 128)):
-        with start(folder, ["--", "--enforce-eager", "--dtype", "float32", "--tensor-parallel-size", "2"]) as served:
+        with start(folder, TWO_RANKS) as served:
             assert sum(n for name, n in served.ready["kernels"].items() if name.startswith("w4a8-")) == LINEARS
             assert_close(served.prompt_logprobs(tokens), expected, whole)
+
+
+def test_two_ranks_round_an_output_layer_as_one_does(start: Start, packed: Path, tokens: list[int]) -> None:
+    """Each rank has half of the vocabulary, and a token's row has a scale of its own."""
+    expected, plain = (own_logprobs(in_halves(packed, kind), tokens) for kind in ("int8", "float"))
+    with start(packed, TWO_RANKS, {"QTOOLKIT_LM_HEAD": "int8"}) as served:
+        assert served.ready["kernels"]["w8a8-cpu"] >= 1
+        assert_close(served.prompt_logprobs(tokens), expected, plain)
 
 
 @pytest.mark.parametrize("plugins", ["", "qtoolkit"])
