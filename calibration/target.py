@@ -55,10 +55,10 @@ def choose(fit: Moments, check: Moments, weights: Sequence[Tensor]) -> list[Choi
         factor = _factor(fit, damping)
         if factor is None:
             continue
-        for index, weight in enumerate(weights):
-            step = torch.cholesky_solve(fitted[index].T, factor).T
+        for index, (learnt, held) in enumerate(zip(fitted, pulls, strict=True)):
+            step = torch.cholesky_solve(learnt.T, factor).T
             bend = float(((step @ check.hessian.matrix) * step).sum())
-            slope = float((step * pulls[index]).sum())
+            slope = float((step * held).sum())
             for strength in STRENGTHS:
                 change = strength * strength * bend - 2 * strength * slope
                 if change < lost[index]:
