@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qtoolkit.kernels import chained, reference
+from qtoolkit.kernels import chained, folded, reference
 
 LIBRARY = torch.library.Library("qtoolkit", "DEF")  # the operators live as long as this object
 LIBRARY.define("quantize_tokens(Tensor x) -> (Tensor codes, Tensor scales)")
@@ -60,8 +60,15 @@ def _run_neutral_chained(
     return chained.w4a8_linear(x, reference.unpack_int4(weight, x.shape[-1]), scales, bias, group_size)
 
 
+def _run_neutral_folded(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int
+) -> Tensor:
+    return folded.w4a8_linear(x, reference.unpack_int4(weight, x.shape[-1]), scales, bias, group_size)
+
+
 register_layout("neutral", _run_neutral)
 register_layout("neutral chained", _run_neutral_chained)
+register_layout("neutral folded", _run_neutral_folded)
 
 
 def _w4a8_linear(

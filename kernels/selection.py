@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from qtoolkit.kernels import ops as ops
+from qtoolkit.kernels import folded, ops as ops
 
 # Preference order. Each names a module with `BACKENDS: tuple[Backend, ...]`; it is imported on first use only.
 MODULES = (
@@ -19,6 +20,14 @@ MODULES = (
     "qtoolkit.kernels.triton.backend",
     "qtoolkit.kernels.selection",
 )
+
+
+class Grid(StrEnum):
+    """What codes and scales mean; a backend takes one of these."""
+
+    PLAIN = "plain"
+    CHAINED = "chained"  # see ``chained.py``: asked for by name
+    FOLDED = "folded"  # see ``folded.py``: found in the scales
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Problem:
     group_size: int
     dtype: torch.dtype
     device: str  # torch device type: "cpu", "cuda"
-    chained: bool = False  # the codes are on the chained grid, see ``chained.py``
+    grid: Grid = Grid.PLAIN
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Backend:
     layout: str
     refuse: Callable[[Problem], str | None]
     prepare: Callable[[Tensor, Tensor, Problem], tuple[Tensor, Tensor]]  # packed int32 [n, k/8], scales [n, groups]
-    chained: bool = False  # takes codes on the chained grid, and no others
+    grid: Grid = Grid.PLAIN  # the one it takes
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,9 @@ def _keep(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, Ten
 
 
 REFERENCE = Backend("reference", "neutral", lambda problem: None, _keep)
-REFERENCE_CHAINED = Backend("reference", "neutral chained", lambda problem: None, _keep, chained=True)
-BACKENDS = (REFERENCE, REFERENCE_CHAINED)
+REFERENCE_CHAINED = Backend("reference", "neutral chained", lambda problem: None, _keep, Grid.CHAINED)
+REFERENCE_FOLDED = Backend("reference", "neutral folded", lambda problem: None, _keep, Grid.FOLDED)
+BACKENDS = (REFERENCE, REFERENCE_CHAINED, REFERENCE_FOLDED)
 
 
 def backends() -> tuple[Backend, ...]:
@@ -91,8 +101,8 @@ def choose(problem: Problem, candidates: Iterable[Backend] | None = None) -> Cho
     """
     refused: dict[str, str] = {}
     for backend in candidates if candidates is not None else backends():
-        if backend.chained != problem.chained:
-            if problem.chained:  # the other way round it is no news: chained codes are asked for by name
+        if backend.grid is not problem.grid:
+            if problem.grid is Grid.CHAINED:  # of the others it is no news
                 refused[backend.name] = "takes plain codes only, not the chained grid"
             continue
         reason = backend.refuse(problem)
@@ -102,14 +112,26 @@ def choose(problem: Problem, candidates: Iterable[Backend] | None = None) -> Cho
     raise ValueError(f"no backend takes {problem}: " + "; ".join(f"{n}: {r}" for n, r in refused.items()))
 
 
-def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> Prepared:
-    """Bring a checkpoint's weight into the layout of the backend chosen for ``problem``.
+def prepare(packed: Tensor, scales: Tensor, problem: Problem, fold: bool = True) -> Prepared:
+    """Bring a checkpoint's weight into the layout of the backend chosen for ``problem``, folded where its scales do.
 
     Args:
         packed: int32 [n, ceil(k / 8)], low nibble first, stored with +8.
         scales: float [n, groups]; one column when ``problem.group_size`` is -1.
         problem: the layer and the device it runs on.
+        fold: False keeps groups that would fold as they are, so that many layers have one layout.
     """
     backend = choose(problem).backend
+    if fold and problem.grid is Grid.PLAIN and problem.group_size != -1:
+        backend = _folding(backend, problem, scales) or backend
     weight, own_scales = backend.prepare(packed, scales, problem)
     return Prepared(weight, own_scales, backend.layout, backend.name)
+
+
+def _folding(backend: Backend, problem: Problem, scales: Tensor) -> Backend | None:
+    """Return the form of ``backend`` that runs folded groups, if it has one and the scales fold."""
+    folding = replace(problem, grid=Grid.FOLDED)
+    for other in backends():
+        if other.name == backend.name and other.grid is Grid.FOLDED and other.refuse(folding) is None:
+            return other if folded.split(scales) is not None else None
+    return None

@@ -40,11 +40,11 @@ class W4A8Linear(nn.Module):
         k: int,
         scheme: Scheme,
         dtype: torch.dtype,
-        chained: bool = False,
+        grid: selection.Grid = selection.Grid.PLAIN,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.group_size = k, packed.shape[0], scheme.group_size
-        problem = selection.Problem(k, self.out_features, scheme.group_size, dtype, packed.device.type, chained)
+        problem = selection.Problem(k, self.out_features, scheme.group_size, dtype, packed.device.type, grid)
         prepared = selection.prepare(packed, scales, problem)
         self.layout, self.backend = prepared.layout, prepared.backend
         self.register_buffer("weight", prepared.weight)
@@ -179,14 +179,14 @@ def _packed_layer(
 def _chained_layer(integers: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module | None:
     """Return what runs int8 weights of the chained grid from four bits, or None: other weights, or no kernel here."""
     n, k = integers.shape
-    problem = selection.Problem(k, n, CHANNEL, dtype, integers.device.type, chained=True)
+    problem = selection.Problem(k, n, CHANNEL, dtype, integers.device.type, selection.Grid.CHAINED)
     if selection.choose(problem).backend.name == "reference":
         return None
     codes = chained.codes_of(integers)
     if codes is None:
         return None
     steps = scales.float() * chained.STEP
-    return W4A8Linear(pack_int4(codes), steps, bias, k, Scheme(group_size=CHANNEL), dtype, chained=True)
+    return W4A8Linear(pack_int4(codes), steps, bias, k, Scheme(group_size=CHANNEL), dtype, selection.Grid.CHAINED)
 
 
 def _float_layer(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, device: str) -> nn.Module:

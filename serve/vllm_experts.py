@@ -28,7 +28,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from qtoolkit.checkpoint import MANIFEST
-from qtoolkit.kernels import selection
+from qtoolkit.kernels import folded, selection
 from qtoolkit.kernels.experts import w4a8_experts
 from qtoolkit.scheme import CHANNEL
 from qtoolkit.serve.intent import MODE, Mode, mode
@@ -112,7 +112,8 @@ class W4A8ExpertsMethod(CompressedTensorsWNA16MoEMethod):
             _, n, words = codes.shape
             device = current_platform.device_type
             problem = selection.Problem(8 * words, n, self.group_size, self.moe.in_dtype, device)
-            made = [selection.prepare(*expert, problem) for expert in zip(codes.data, scales.data, strict=True)]
+            fold = folded.split(scales.data.flatten(0, 1)) is not None  # all of them or none
+            made = [selection.prepare(*expert, problem, fold) for expert in zip(codes.data, scales.data, strict=True)]
             for part, tensors in zip(PARTS, ([m.weight for m in made], [m.scales for m in made]), strict=True):
                 replace_parameter(layer, f"{name}_{part}", torch.stack(tensors))
             self.prepared[name] = replace(made[0], weight=codes.new_empty(0), scales=scales.new_empty(0))

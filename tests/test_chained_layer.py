@@ -45,7 +45,7 @@ def test_without_a_kernel_they_are_int8_weights() -> None:
 
 def test_a_plain_problem_never_meets_a_chained_backend_nor_the_other_way_round() -> None:
     plain = selection.Problem(64, 24, -1, torch.bfloat16, "cpu")
-    assert not selection.choose(plain).backend.chained
-    choice = selection.choose(replace(plain, chained=True))
+    assert selection.choose(plain).backend.grid is selection.Grid.PLAIN
+    choice = selection.choose(replace(plain, grid=selection.Grid.CHAINED))
     assert choice.backend.layout == "neutral chained"
     assert any("plain codes only" in reason for reason in choice.refused.values())

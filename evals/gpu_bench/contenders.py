@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qtoolkit.evals.gpu_bench.session import PATIENCE
 from qtoolkit.kernels import ops, reference, selection
-from qtoolkit.kernels.selection import Problem
+from qtoolkit.kernels.selection import Grid, Problem
 
 DTYPE = torch.bfloat16
 
@@ -72,13 +72,13 @@ class Contender:
     patience: float = PATIENCE  # seconds that one point may take, compilation included
 
 
-def ours(backend_name: str, chained: bool = False) -> Build:
+def ours(backend_name: str, grid: Grid = Grid.PLAIN) -> Build:
     """Return the operator with quantization on one backend."""
 
     def build(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
-        backend = next(b for b in selection.backends() if b.name == backend_name and b.chained == chained)
+        backend = next(b for b in selection.backends() if b.name == backend_name and b.grid is grid)
         n, k = weight.shape
-        problem = Problem(k, n, weight.group_size, DTYPE, weight.codes.device.type, chained)
+        problem = Problem(k, n, weight.group_size, DTYPE, weight.codes.device.type, grid)
         reason = backend.refuse(problem)
         if reason:
             raise RuntimeError(reason)
@@ -206,7 +206,7 @@ CONTENDERS = (
     Contender("torch._scaled_mm fp8", "w8a8", torch_scaled_mm, whole=False),
     Contender("torch._int_mm", "w8a8", torch_int_mm, whole=False),
     # the codes are random, so a chained layer is another layer: its results are checked, not compared
-    Contender("ours chained", "ours", ours("cuda", chained=True), whole=False, of="cuda"),
+    Contender("ours chained", "ours", ours("cuda", Grid.CHAINED), whole=False, of="cuda"),
     Contender("ours chained, product", "ours", ours_by_hand(product_only=True, chained=True), whole=False, of="cuda"),
     Contender("ours, triton", "ours", ours("triton"), of="triton"),
     HUMMING,

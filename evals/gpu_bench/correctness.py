@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qtoolkit.evals.gpu_bench.contenders import DTYPE, Weight, random_weight
 from qtoolkit.kernels import chained, ops, reference, selection
-from qtoolkit.kernels.selection import Backend, Problem
+from qtoolkit.kernels.selection import Backend, Grid, Problem
 
 if TYPE_CHECKING:
     from qtoolkit.kernels.cuda.source import Tiling
@@ -71,8 +71,8 @@ def operators(names: tuple[str, ...], device: str, seed: int) -> Iterator[Case]:
             for group_size, dtype in [(-1, DTYPE), (-1, torch.float16), (128, DTYPE), (64, DTYPE)]:
                 if group_size != -1 and k % group_size:
                     continue
-                problem = Problem(k, n, group_size, dtype, device, backend.chained)
-                kind = f"{backend.name}{' chained' * backend.chained} {str(dtype).removeprefix('torch.')}"
+                problem = Problem(k, n, group_size, dtype, device, backend.grid)
+                kind = f"{backend.name}{'' if backend.grid is Grid.PLAIN else f' {backend.grid}'} {str(dtype).removeprefix('torch.')}"
                 what = f"check {kind} {tokens}x{n}x{k} group {group_size}"
                 yield Case(what, backend.name, partial(operator, backend, problem, tokens, seed := seed + 1))
 
@@ -90,7 +90,7 @@ def operator(backend: Backend, problem: Problem, tokens: int, seed: int) -> dict
     for _ in range(2):
         poison((tokens, n), dtype, device)
         runs.append(ops.w4a8_linear(x, *own, bias, n, problem.group_size, backend.layout).clone())
-    error = distance(runs[0], want(x, weight, bias, backend.chained))
+    error = distance(runs[0], want(x, weight, bias, backend.grid is Grid.CHAINED))
     same = torch.equal(*runs)
     return {"error": error, "same": same, "right": error < BOUND[dtype] and same}
 

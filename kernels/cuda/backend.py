@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtoolkit.kernels import ops
 from qtoolkit.kernels.cuda import compiler, driver, layout, plan, source
-from qtoolkit.kernels.selection import Backend, Problem
+from qtoolkit.kernels.selection import Backend, Grid, Problem
 
 CAPABILITY = (9, 0)
 MAX_K = 65536  # a token's inputs stay in one block's registers while it is quantized
@@ -79,7 +79,7 @@ def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, T
     A product reads weights and group scales before the launch ahead of it has ended: that must not be the one which
     writes them.
     """
-    order = layout.CHAINED if problem.chained else layout.PLAIN
+    order = layout.CHAINED if problem.grid is Grid.CHAINED else layout.PLAIN
     own = layout.prepare(packed, scales, problem.k, problem.group_size, order)
     if own[0].is_cuda:
         torch.cuda.current_stream(own[0].device).synchronize()
@@ -240,5 +240,5 @@ ops.register_layout(LAYOUT, run)
 ops.register_layout(LAYOUT_CHAINED, partial(run, chained=True))
 BACKENDS = (
     Backend("cuda", LAYOUT, refuse, prepare),
-    Backend("cuda", LAYOUT_CHAINED, refuse, prepare, chained=True),
+    Backend("cuda", LAYOUT_CHAINED, refuse, prepare, Grid.CHAINED),
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qtoolkit.kernels import ops, reference, tables
-from qtoolkit.kernels.selection import Backend, Problem
+from qtoolkit.kernels.selection import Backend, Grid, Problem
 from qtoolkit.kernels.triton import layout
 
 LAYOUT, LAYOUT_CHAINED = "halves", "halves chained"
@@ -105,7 +105,7 @@ def refuse(problem: Problem) -> str | None:
     size = problem.group_size
     if size != -1 and size != layout.BLOCK // 2 and size % layout.BLOCK:
         return f"groups must be 64 or whole blocks of {layout.BLOCK} inputs, not {size}"
-    if problem.chained and (size == layout.BLOCK // 2 or problem.k % 8):
+    if problem.grid is Grid.CHAINED and (size == layout.BLOCK // 2 or problem.k % 8):
         return f"the chained grid wants words of 8 inputs and groups of {layout.BLOCK} or more"
     if size != -1 and problem.k % size:
         return f"{problem.k} inputs are no whole number of groups of {size}"
@@ -120,7 +120,7 @@ def refuse(problem: Problem) -> str | None:
 
 def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Permute a checkpoint's weight into halves, on the device it lies on."""
-    return layout.prepare(packed, scales, problem.k, problem.group_size, problem.chained)
+    return layout.prepare(packed, scales, problem.k, problem.group_size, problem.grid is Grid.CHAINED)
 
 
 def quantize(x: Tensor, chained: bool = False) -> tuple[Tensor, Tensor]:
@@ -214,5 +214,5 @@ if importlib.util.find_spec("triton") is not None:
     ops.LIBRARY.impl("quantize_tokens", quantize_tokens, "CUDA")
 BACKENDS = (
     Backend("triton", LAYOUT, refuse, prepare),
-    Backend("triton", LAYOUT_CHAINED, refuse, prepare, chained=True),
+    Backend("triton", LAYOUT_CHAINED, refuse, prepare, Grid.CHAINED),
 )

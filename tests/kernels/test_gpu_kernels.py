@@ -6,7 +6,7 @@ import torch
 from qtoolkit.evals.gpu_bench import correctness
 from qtoolkit.evals.gpu_bench.contenders import random_weight
 from qtoolkit.kernels import ops, selection
-from qtoolkit.kernels.selection import Problem
+from qtoolkit.kernels.selection import Grid, Problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +31,7 @@ def test_every_tiling_agrees_with_float64() -> None:
 
 def layer(n: int = 1024, k: int = 2048, group_size: int = 128, chained: bool = False) -> selection.Prepared:
     weight = random_weight(n, k, group_size, "cuda")
-    problem = Problem(k, n, group_size, torch.bfloat16, "cuda", chained)
+    problem = Problem(k, n, group_size, torch.bfloat16, "cuda", Grid.CHAINED if chained else Grid.PLAIN)
     return selection.prepare(weight.packed(), weight.scales, problem)
 
 

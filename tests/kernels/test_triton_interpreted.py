@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qtoolkit.kernels import chained as chained_grid
-from qtoolkit.kernels.selection import Problem
+from qtoolkit.kernels.selection import Grid, Problem
 from qtoolkit.kernels.triton import backend, layout
 
 HERE = Path(__file__).parent
@@ -48,7 +48,7 @@ def test_groups_of_half_a_block_have_scales_for_whole_blocks() -> None:
 def test_what_the_kernels_cannot_do_is_refused_in_words() -> None:
     assert backend.refuse(Problem(128, 64, -1, torch.bfloat16, "cpu")) == "needs a CUDA device"
     assert "groups" in (backend.refuse(Problem(128, 64, 32, torch.bfloat16, "cuda")) or "")
-    assert "words of 8" in (backend.refuse(Problem(128, 64, 64, torch.bfloat16, "cuda", chained=True)) or "")
+    assert "words of 8" in (backend.refuse(Problem(128, 64, 64, torch.bfloat16, "cuda", Grid.CHAINED)) or "")
     assert "whole number" in (backend.refuse(Problem(192, 64, 128, torch.bfloat16, "cuda")) or "")
 
 
