@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import log2
 
 import torch
 from torch import Tensor
 
 from qtoolkit.evals.gpu_bench.session import PATIENCE
-from qtoolkit.kernels import ops, reference, selection
+from qtoolkit.kernels import folded, ops, reference, selection
 from qtoolkit.kernels.selection import Grid, Problem
 
 DTYPE = torch.bfloat16
@@ -45,11 +46,15 @@ class Weight:
         return words
 
 
-def random_weight(n: int, k: int, group_size: int, device: str, seed: int = 0) -> Weight:
-    """Draw a layer whose outputs have about unit size for inputs of unit size."""
+def random_weight(n: int, k: int, group_size: int, device: str, seed: int = 0, fold: bool = False) -> Weight:
+    """Draw a layer whose outputs have about unit size for inputs of unit size; ``fold``: its groups do, exactly."""
     random = torch.Generator(device).manual_seed(seed)
     codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, device=device, generator=random)
     groups = 1 if group_size == -1 else k // group_size
+    if fold:  # multiples and bases of 4 bits each: their products are exact in the checkpoint's 8
+        multiples = torch.randint(0, folded.MOST + 1, (n, groups), device=device, generator=random)
+        base = torch.randint(8, 16, (n, 1), device=device, generator=random) * 2.0 ** (round(log2(0.2 / k**0.5)) - 7)
+        return Weight(codes, multiples * base, group_size)
     scales = (0.5 + torch.rand(n, groups, device=device, generator=random)) * (0.2 / k**0.5)
     return Weight(codes, scales.to(DTYPE).float(), group_size)
 

@@ -58,6 +58,7 @@ OPERATORS = (
     (1, 4096, 4096), (3, 136, 264), (17, 1000, 520), (5, 200, 192), (15, 264, 2064),
     (65, 512, 1152), (100, 3072, 8192), (300, 640, 2048),
 )  # fmt: skip
+GROUPS_AND_DTYPES = ((-1, DTYPE), (-1, torch.float16), (128, DTYPE), (128, torch.float16), (64, DTYPE))
 TILED = (768, 4096)  # n and k that wrap the rings
 TILED_TOKENS = (5, 8, 13, 40, 64, 90, 128, 250, 1000)
 
@@ -67,13 +68,13 @@ def operators(names: tuple[str, ...], device: str, seed: int) -> Iterator[Case]:
     for backend in selection.backends():
         if backend.name not in names:
             continue
-        for tokens, n, k in OPERATORS if device == "cuda" else OPERATORS[1:3]:
-            for group_size, dtype in [(-1, DTYPE), (-1, torch.float16), (128, DTYPE), (64, DTYPE)]:
-                if group_size != -1 and k % group_size:
+        for tokens, n, k in OPERATORS if device == "cuda" else OPERATORS[1:4]:
+            for group_size, dtype in GROUPS_AND_DTYPES:
+                if k % group_size if group_size != -1 else backend.grid is Grid.FOLDED:  # groups are what folds
                     continue
                 problem = Problem(k, n, group_size, dtype, device, backend.grid)
-                kind = f"{backend.name}{'' if backend.grid is Grid.PLAIN else f' {backend.grid}'} {str(dtype).removeprefix('torch.')}"
-                what = f"check {kind} {tokens}x{n}x{k} group {group_size}"
+                kind = backend.name + ("" if backend.grid is Grid.PLAIN else f" {backend.grid}")
+                what = f"check {kind} {str(dtype).removeprefix('torch.')} {tokens}x{n}x{k} group {group_size}"
                 yield Case(what, backend.name, partial(operator, backend, problem, tokens, seed := seed + 1))
 
 
@@ -82,7 +83,7 @@ def operator(backend: Backend, problem: Problem, tokens: int, seed: int) -> dict
     if reason := backend.refuse(problem):
         return {"refused": reason}
     n, k, dtype, device = problem.n, problem.k, problem.dtype, problem.device
-    weight = random_weight(n, k, problem.group_size, device, seed)
+    weight = random_weight(n, k, problem.group_size, device, seed, backend.grid is Grid.FOLDED)
     x = torch.randn(tokens, k, device=device).to(dtype)
     bias = torch.randn(n, device=device).to(dtype) if tokens % 2 else None
     own = backend.prepare(weight.packed(), weight.scales, problem)

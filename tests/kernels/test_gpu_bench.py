@@ -16,7 +16,7 @@ from qtoolkit.evals.gpu_bench import contenders, correctness, report, session, s
 from qtoolkit.evals.gpu_bench.clock import CpuClock
 from qtoolkit.evals.gpu_bench.contenders import Contender, Weight
 from qtoolkit.evals.gpu_bench.session import Run
-from qtoolkit.kernels import tables
+from qtoolkit.kernels import folded, tables
 from qtoolkit.kernels.cuda import backend, plan
 from qtoolkit.kernels.cuda.source import Tiling
 
@@ -53,6 +53,15 @@ def test_packing_agrees_with_the_checkpoints_layout() -> None:
     assert weight.scales.shape == (16, 2)
 
 
+@pytest.mark.parametrize("k", [128, 4096, 28672])
+def test_foldable_weights_fold_and_are_of_the_size_of_others(k: int) -> None:
+    weight = contenders.random_weight(16, k, 64, "cpu", fold=True)
+    assert folded.split(weight.scales) is not None
+    assert torch.equal(weight.scales.bfloat16().float(), weight.scales)
+    outputs = torch.randn(64, k) @ weight.dense().float().T
+    assert 0.3 < outputs.std() < 3.0  # about one
+
+
 def test_the_check_sees_a_wrong_and_an_unwritten_output() -> None:
     weight = contenders.random_weight(32, 128, -1, "cpu")
     x = torch.randn(4, 128)
@@ -70,6 +79,9 @@ def test_a_run_on_a_cpu_writes_its_result(tmp_path: Path, capsys: pytest.Capture
     assert bench_gpu.main(words) == 0
     result = json.loads(out.read_text())
     assert result["checks"]["wrong"] == []
+    assert {case["what"] for case in result["checks"]["cases"]} >= {
+        f"check reference{grid} bfloat16 5x200x192 group 64" for grid in ("", " chained", " folded")
+    }
     assert set(result["times"]["ours"]["136x264"]) == {"1", "20"}
     assert result["finished"] is True
     assert "say nothing about the kernels" in capsys.readouterr().out
