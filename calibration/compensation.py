@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtoolkit.calibration import chained, grid, losses, outputs, rows, starts, twin
+from qtoolkit.calibration import chained, folded, grid, losses, outputs, rows, starts, twin
 from qtoolkit.calibration.hessian import Hessian, shared_inputs
 from qtoolkit.calibration.moments import Seen
 from qtoolkit.calibration.options import Options
@@ -40,6 +40,7 @@ class CompensateOptions(Options):
     refine: int = Field(2, ge=0, description="rounds of new scales and new codes after compensation")
     starts: int = Field(2, ge=1, description="orders of the inputs that a small layer is rounded in; the best is kept")
     couple: bool = Field(True, description="round a layer's outputs together, as the loss of the whole model asks")
+    fold: bool = Field(False, description="group scales are small multiples of one a channel: faster kernels")
     chained: bool = Field(False, description="int8 weights of the chained grid, which a GPU kernel holds in four bits")
 
 
@@ -157,20 +158,25 @@ class Solved:
             scales = grid.searched_scales(weight, self.matrix.diagonal(), scheme, dtype)
         else:
             scales = grid.minmax_scales(weight, scheme, dtype)
+        fold = self.options.fold and scheme.weight_bits == 4
+        if fold:
+            costs = grid.stiffness(weight, self.matrix.diagonal(), scales, scheme)
+            scales = folded.stored(scales, dtype, fold, costs)
         if self.factor is None:
             return QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
         matrix, rounds = self.hessian.damped(self.damping), self.options.refine
         orders, stretches = starts.count(weight.shape[0], weight.shape[1], self.options.starts)
         sweeps = [partial(round_in_order, *each, scheme) for each in self._orders(orders)]
 
-        begin = partial(starts.best, matrix=matrix, scheme=scheme, sweeps=sweeps, stretches=stretches)
+        begin = partial(starts.best, matrix=matrix, scheme=scheme, sweeps=sweeps, stretches=stretches, fold=fold)
         if metric is None:
             return begin(weight, scales, rounds=rounds)
         first = min(rounds, 1)  # every part is refined once more below
         found = rows.rounded(weight, metric, several, lambda part, which: begin(part, scales[which], rounds=first))
         if not rounds:
             return found
-        return rows.refined(weight, matrix, metric, several, found, lambda aim, q: refined(aim, matrix, q, scheme, 1))
+        improve = partial(refined, scheme=scheme, rounds=1, fold=fold)
+        return rows.refined(weight, matrix, metric, several, found, lambda aim, start: improve(aim, matrix, start))
 
     def _orders(self, wanted: int) -> list[tuple[Tensor, Tensor]]:
         """Return so many orders of the inputs with the factor in each."""

@@ -62,6 +62,12 @@ def searched_scales(
     return chosen
 
 
+def stiffness(weight: Tensor, importance: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+    """Return what a squared error of each scale costs about: the weighted squares of its codes, [n, groups]."""
+    grouped = groups(weight, scheme)
+    return (grouped.square() * importance.view(grouped.shape[1], -1)).sum(dim=-1) / scales.float().square()
+
+
 def to_codes(weight: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
     """Round weight [n, k] to the nearest codes, int8 [n, k]."""
     return (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qtoolkit.calibration.folded import stored
 from qtoolkit.calibration.grid import SMALLEST, groups
 from qtoolkit.scheme import Scheme
 from qtoolkit.stages import QuantizedWeight
@@ -17,7 +18,9 @@ COLUMNS = 128  # columns visited before the rest of the gradient is updated in o
 RIDGE = 1e-6  # relative to a row's mean diagonal: groups that hold only zero codes leave their scale undetermined
 
 
-def refined(weight: Tensor, matrix: Tensor, start: QuantizedWeight, scheme: Scheme, rounds: int) -> QuantizedWeight:
+def refined(
+    weight: Tensor, matrix: Tensor, start: QuantizedWeight, scheme: Scheme, rounds: int, fold: bool = False
+) -> QuantizedWeight:
     """Return codes and scales with at most the error of ``start`` in every row.
 
     Args:
@@ -26,15 +29,18 @@ def refined(weight: Tensor, matrix: Tensor, start: QuantizedWeight, scheme: Sche
         start: what compensation gave; the scales' dtype is kept.
         scheme: gives the code range.
         rounds: of new scales, then new codes.
+        fold: scales are to be multiples of one base a row, see ``folded``.
     """
     best = start
     for _ in range(rounds):
-        scaled = QuantizedWeight(best.codes, refitted_scales(weight, matrix, best, scheme))
+        scaled = QuantizedWeight(best.codes, refitted_scales(weight, matrix, best, scheme, fold))
         best = QuantizedWeight(descend(weight, matrix, scaled, scheme), scaled.scales)
     return best
 
 
-def refitted_scales(weight: Tensor, matrix: Tensor, start: QuantizedWeight, scheme: Scheme) -> Tensor:
+def refitted_scales(
+    weight: Tensor, matrix: Tensor, start: QuantizedWeight, scheme: Scheme, fold: bool = False
+) -> Tensor:
     """Return the scales [n, groups] that suit the codes best, in their dtype; a row that gains nothing keeps its own.
 
     With the codes fixed the error is quadratic in a row's scales: entry (a, b) of its matrix is c_a H_ab c_b^T over
@@ -53,7 +59,7 @@ def refitted_scales(weight: Tensor, matrix: Tensor, start: QuantizedWeight, sche
     before = start.scales.to(weight.dtype)
     found = found.squeeze(2)
     sane = (found > SMALLEST) & (found > before / 4) & (found < before * 4)
-    new = torch.where(sane, found, before).to(start.scales.dtype)
+    new = stored(torch.where(sane, found, before), start.scales.dtype, fold, diagonal)
     better = errors(weight, matrix, QuantizedWeight(start.codes, new)) < errors(weight, matrix, start)
     return torch.where(better.unsqueeze(1), new, start.scales)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from qtoolkit.calibration.folded import stored
 from qtoolkit.calibration.refine import errors, refined
 from qtoolkit.scheme import Scheme
 from qtoolkit.stages import QuantizedWeight
@@ -47,6 +48,7 @@ def best(
     rounds: int,
     sweeps: Sequence[Callable[[Tensor, Tensor], Tensor]],
     stretches: int,
+    fold: bool = False,
 ) -> QuantizedWeight:
     """Return for every row the codes and scales of the start that leaves the least error under ``matrix``.
 
@@ -58,15 +60,16 @@ def best(
         rounds: of refinement after each start.
         sweeps: one for every order: takes weight and scales, returns int8 codes.
         stretches: how many of ``STRETCHES`` are tried.
+        fold: scales are to be multiples of one base a row, see ``folded``.
     """
     n = len(weight)
     tried = STRETCHES[:stretches]
-    begun = torch.cat([(scales.float() * stretch).to(scales.dtype) for stretch in tried])
+    begun = torch.cat([stored(scales.float() * stretch, scales.dtype, fold) for stretch in tried])
     copies = weight.repeat(len(tried), 1)
     found: list[QuantizedWeight] = []
     for sweep in sweeps:
         made = QuantizedWeight(sweep(copies, begun), begun)
-        made = refined(copies, matrix, made, scheme, rounds) if rounds else made
+        made = refined(copies, matrix, made, scheme, rounds, fold) if rounds else made
         found += [QuantizedWeight(c, s) for c, s in zip(made.codes.split(n), made.scales.split(n), strict=True)]
     if len(found) == 1:
         return found[0]

@@ -1,0 +1,55 @@
+"""Group scales for folded groups: each a whole multiple, 1 to 16, of one base a row (``kernels/folded.py``).
+
+Kernels multiply such groups in one integer sum. The scales stay ordinary numbers of their dtype: a base of few
+significant bits makes every product exact there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtoolkit.kernels.folded import MOST
+
+TOPS = tuple(8 + step / 2 for step in range(17))  # what a row's largest scale is to be a multiple of, before rounding
+FACTOR_BITS = 4  # of a multiple: 15 has four, and 16 is a power of two
+
+
+def nearest(scales: Tensor, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:
+    """Return the multiples of one base a row that lie nearest to ``scales``.
+
+    Args:
+        scales: float [n, groups], above 0.
+        dtype: in which they are stored; every returned scale is exact there and so are base and multiple.
+        importance: float [n, groups], what a squared error of each scale costs; None: all the same.
+
+    Returns:
+        [n, groups] in ``dtype``; groups below half a base get the base.
+    """
+    wide = scales.double()
+    largest = wide.amax(dim=1, keepdim=True)
+    weight = torch.ones_like(wide) if importance is None else importance.double()
+    best = torch.full_like(largest, torch.inf)
+    found = wide
+    for top in TOPS:
+        base = _short(largest / top, dtype)
+        tried = (wide / base).round_().clamp_(1, MOST).mul_(base)
+        error = ((tried - wide).square_() * weight).sum(dim=1, keepdim=True)
+        found = torch.where(error < best, tried, found)
+        best = torch.minimum(best, error)
+    return found.to(dtype)
+
+
+def stored(scales: Tensor, dtype: torch.dtype, fold: bool, importance: Tensor | None = None) -> Tensor:
+    """Return scales [n, groups] as they are stored in ``dtype``; ``fold``: as multiples of one base a row."""
+    return nearest(scales, dtype, importance) if fold and scales.shape[1] > 1 else scales.to(dtype)
+
+
+def _short(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round values float64 so that each of their multiples up to 16 is exact in ``dtype``."""
+    info = torch.finfo(dtype)
+    bits = 1 - round(torch.log2(torch.tensor(info.eps)).item()) - FACTOR_BITS
+    mantissa, exponent = torch.frexp(values)  # mantissa in [0.5, 1)
+    short = torch.ldexp(torch.round(mantissa * 2**bits), exponent - bits)
+    least = info.smallest_normal * info.eps  # the smallest subnormal: what is below its grid would be rounded away
+    return (short / least).round().clamp_min(1) * least
