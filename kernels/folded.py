@@ -39,6 +39,18 @@ def split(scales: Tensor) -> tuple[Tensor, Tensor] | None:
     return multiples.to(torch.uint8), base[:, 0]
 
 
+def parts(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what ``split`` does.
+
+    Raises:
+        ValueError: scales [n, groups] do not fold.
+    """
+    found = split(scales)
+    if found is None:
+        raise ValueError("these scales are no small multiples of one scale a channel")
+    return found
+
+
 def integers(codes: Tensor, multiples: Tensor, group_size: int) -> Tensor:
     """Return the int8 weights [n, k] of int4 codes [n, k] under multiples [n, groups] for ``group_size`` inputs each."""
     spread = multiples.to(torch.int16).repeat_interleave(group_size, dim=1)[:, : codes.shape[1]]
@@ -51,9 +63,6 @@ def w4a8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, g
     Raises:
         ValueError: scales [n, groups] do not fold.
     """
-    parts = split(scales)
-    if parts is None:
-        raise ValueError("these scales are no small multiples of one scale a channel")
-    multiples, base = parts
+    multiples, base = parts(scales)
     whole = integers(codes, multiples, group_size)
     return reference.w4a8_linear(x, whole, base[:, None], bias, -1, reference.EXACT_K_INT8)
