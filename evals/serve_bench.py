@@ -6,6 +6,7 @@ import json
 import os
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,16 +25,18 @@ CLIENTS, CLIENT_PROMPT, CLIENT_NEW = 32, 64, 32
 OURS = "qtoolkit-w4a8"
 # Cache for 11,000 tokens of a 1.1 B model instead of gigabytes: several servers stand in memory at once.
 CACHE = "256M"
+ZEN_INT8 = "VLLM_CPU_INT4_W4A8"  # vLLM's switch: zentorch runs int4 layers with int8 activations
 ARGUMENTS = ("--kv-cache-memory-bytes", CACHE, "--max-model-len", "2048")
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model folder and the environment its server gets."""
+    """A model folder, the environment its server gets, and the Python whose vLLM serves it."""
 
     name: str
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    python: str = sys.executable
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,12 @@ class Running:
 
 
 def contestants(
-    bf16: Path | None, int8: Path | None, int4: Path | None, heads: tuple[str, ...] = ()
+    bf16: Path | None, int8: Path | None, int4: Path | None, heads: tuple[str, ...] = (), zentorch: str = ""
 ) -> tuple[Contestant, ...]:
     """Return ours and vLLM's own ways to serve one model's folders: bf16, W8A8 and int4 (compressed-tensors).
 
-    ``heads`` adds ours once more for each kind of output layer: "int8", "int4".
+    ``heads`` adds ours once more for each kind of output layer: "int8", "int4". ``zentorch`` is a Python with vLLM and
+    zentorch, which vLLM then takes by itself on AMD's CPUs: it gets a row for each folder, and two for int4.
     """
     found = []
     if int4:
@@ -61,6 +65,12 @@ def contestants(
         found.append(Contestant("vllm-w8a8", int8, {MODE: "off"}))
     if bf16:
         found.append(Contestant("vllm-bf16", bf16, {MODE: "off"}))
+    if zentorch:
+        for name, folder, own in (
+            ("da8w4", int4, {ZEN_INT8: "1"}), ("w4a16", int4, {ZEN_INT8: "0"}), ("w8a8", int8, {}), ("bf16", bf16, {}),
+        ):  # fmt: skip
+            if folder:
+                found.append(Contestant(f"zentorch-{name}", folder, {MODE: "off", **own}, zentorch))
     return tuple(found)
 
 
@@ -110,7 +120,7 @@ def _serve(
     from qtoolkit.serve.vllm_server import running
 
     vocabulary = int(json.loads((entry.folder / "config.json").read_text())["vocab_size"])
-    order = Order(path=entry.folder, name=entry.name, port=0, extra=(*ARGUMENTS, *extra))
+    order = Order(path=entry.folder, name=entry.name, port=0, extra=(*ARGUMENTS, *extra), python=entry.python)
     with ExitStack() as up:
         with _environment(entry.environment):
             server = up.enter_context(running(order, say))

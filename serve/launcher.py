@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Order:
     extra: tuple[str, ...] = ()
     device: str = "auto"  # see qtoolkit.device; vLLM serves on what its build is for
     reference: str = ""  # of an image classifier: what it was made from, served beside it
+    python: str = sys.executable  # whose vLLM serves
 
 
 @dataclass(frozen=True)

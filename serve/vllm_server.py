@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -103,7 +102,7 @@ def command(order: Order, port: int) -> list[str]:
     eager = ["--enforce-eager"] if cpu and not machine.has_compiler() else []
     executor = machine.executor(order.extra) if cpu else []
     own = ["--model", str(order.path), "--served-model-name", order.name, "--host", order.host, "--port", str(port)]
-    return [sys.executable, "-m", SERVER, *own, *eager, *executor, *order.extra]
+    return [order.python, "-m", SERVER, *own, *eager, *executor, *order.extra]
 
 
 def environment(order: Order, folder: Path) -> dict[str, str]:

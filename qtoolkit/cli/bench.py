@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -66,6 +67,8 @@ def serve(
     int8: Annotated[str, typer.Option(help="Folder of its W8A8 checkpoint (compressed-tensors).")] = "",
     int4: Annotated[str, typer.Option(help="Folder of its int4 checkpoint: served as W4A8 and as W4A16.")] = "",
     heads: Annotated[str, typer.Option(help="Output layers ours also runs with: int8,int4.")] = "",
+    zentorch: Annotated[str, typer.Option(help="PYTHON of an environment with vLLM and zentorch, on AMD CPUs.")] = "",
+    names: Annotated[str, typer.Option(help="Contestants, separated by commas: as many servers as fit memory.")] = "",
     rounds: Annotated[int, typer.Option(min=1, help="How often every server is timed; medians count.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -84,7 +87,14 @@ def serve(
         raise RequestError("There is nothing to time.", "Give --bf16, --int8 or --int4 with a model folder.")
     if unknown := sorted(set(_words(heads)) - {"int8", "int4"}):
         raise RequestError(f"--heads {unknown[0]} is no output layer.", "Use int8, int4 or both: --heads int8,int4")
-    entries = serve_bench.contestants(given[0], given[1], given[2], tuple(_words(heads)))
+    if zentorch and not os.access(zentorch, os.X_OK):
+        raise RequestError(f"--zentorch {zentorch} is no Python.", "Give the interpreter of its environment.")
+    entries = serve_bench.contestants(given[0], given[1], given[2], tuple(_words(heads)), zentorch)
+    if names:
+        known = {entry.name: entry for entry in entries}
+        if unknown := [word for word in _words(names) if word not in known]:
+            raise RequestError(f"--names {unknown[0]} does not take part.", f"Known here: {', '.join(known)}.")
+        entries = tuple(known[word] for word in _words(names))
     result = serve_bench.run(entries, rounds, say=output.note)
     if as_json:
         output.emit({"ok": True, **result})

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from qtoolkit.errors import ServeError
+from qtoolkit.cli import app
+from qtoolkit.errors import RequestError, ServeError
 from qtoolkit.evals import serve_bench
 from qtoolkit.evals.serve_client import Arrival, Client, decode_rate
 
@@ -105,6 +107,25 @@ def test_a_server_that_refuses_is_quoted(server: str) -> None:
 def test_decode_rate_counts_the_tokens_after_each_first() -> None:
     arrivals = [Arrival(0.0, 1.0, 3.0, 11), Arrival(0.0, 1.5, 6.0, 11)]
     assert decode_rate(arrivals) == 20 / 5
+
+
+def test_an_environment_with_zentorch_adds_a_row_for_each_folder_and_two_for_int4() -> None:
+    folder, python = Path("model"), "/zen/bin/python"
+    found = serve_bench.contestants(folder, None, folder, zentorch=python)
+    own = {entry.name: entry for entry in found if entry.python == python}
+    assert set(own) == {"zentorch-da8w4", "zentorch-w4a16", "zentorch-bf16"}
+    assert own["zentorch-da8w4"].environment != own["zentorch-w4a16"].environment
+    assert {entry.python for entry in found if entry.name not in own} == {sys.executable}
+
+
+def test_a_contestant_that_does_not_take_part_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = CliRunner().invoke(app, ["bench", "serve", "--int4", str(tmp_path), "--names", "vllm-w8a8"])
+    assert isinstance(done.exception, RequestError)
+    assert "vllm-w8a8" in str(done.exception)
+    assert "vllm-w4a16" in done.exception.hint
+    done = CliRunner().invoke(app, ["bench", "serve", "--int4", str(tmp_path), "--zentorch", str(tmp_path / "none")])
+    assert "is no Python" in str(done.exception)
 
 
 def test_ratios_are_of_the_same_round() -> None:
