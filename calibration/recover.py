@@ -35,9 +35,10 @@ from qtoolkit.calibration import criteria, filters, logs, projections
 from qtoolkit.calibration.options import Options
 from qtoolkit.calibration.regularizers import REGULARIZERS, Plain
 from qtoolkit.calibration.schedules import still_dense
-from qtoolkit.calibration.teaching import Teaching
+from qtoolkit.calibration.teaching import Teaching, teachers
 from qtoolkit.errors import NumericError, RequestError
 from qtoolkit.stages import Block, ChannelGroup, Stream
+from qtoolkit.vision import data
 from qtoolkit.vision.context import VisionContext
 from qtoolkit.vision.matrix import weight_of
 
@@ -63,6 +64,9 @@ class RecoverOptions(Options):
     strength: float = Field(2e-4, ge=0, description="the regularizer's factor")
     distill: float = Field(0.0, ge=0, le=1, description="part of the loss that is learnt from the float network")
     temperature: float = Field(4.0, gt=0, description="of its answers")
+    teacher: str = Field("", description="a second network that teaches with it: a name, folder or hub name")
+    teacher_weights: str = Field("", description="the weight file of one of our own networks")
+    mix: float = Field(0.0, ge=0, le=1, description="part of the images that are blended with another one")
     augment: bool = Field(True, description="random shifts and mirroring as the architecture says")
     bfloat16: bool = Field(False, description="multiply in bfloat16: twice as fast where the processor can")
 
@@ -120,7 +124,10 @@ class Training:
             momentum=options.momentum,
             nesterov=options.momentum > 0,
         )
-        self.teaching = Teaching(options.distill, options.temperature, context.taught_by)
+        if options.teacher and not options.distill:
+            raise RequestError("A teacher is named that nothing is learnt from.", "Add --set recover.distill=0.9.")
+        taught_by = teachers(options.teacher, options.teacher_weights, self.network, context) if options.distill else []
+        self.teaching = Teaching(options.distill, options.temperature, taught_by)
         self.regularizer: Plain = REGULARIZERS[options.regularizer](options.strength)
         self.regularizer.start(self)
 
@@ -185,6 +192,8 @@ class Training:
                 self._set_rate(self.progress)
                 if options.masks == "forward":
                     self.refresh(self.progress)
+                if options.mix:
+                    views = data.mixed(views, options.mix, generator)
                 loss = self.regularizer.loss(self, views, y)
                 self.optimizer.zero_grad()
                 loss.backward()

@@ -73,6 +73,32 @@ def augmented(x: Tensor, augment: Augment, generator: torch.Generator) -> Tensor
     return x
 
 
+def mixed(views: list[Tensor], share: float, generator: torch.Generator) -> list[Tensor]:
+    """Return views [n, c, h, w] of which the part ``share`` has up to a half of another image of the batch in it.
+
+    Every second one is blended (mixup, Zhang et al. 2018), the others get a rectangle of it (CutMix, Yun et al. 2019);
+    all views get the same. What such images show only a teacher can say: labels stay those of the larger half.
+    """
+    n, _, height, width = views[0].shape
+    partner, chosen = torch.randperm(n, generator=generator), torch.rand(n, generator=generator) < share
+    part = torch.rand(n, generator=generator) / 2 * chosen
+    blended = torch.rand(n, generator=generator) < 0.5
+    top, left = torch.rand(2, n, generator=generator)  # of the rectangle, as a part of the room there is for it
+    side = part.sqrt()
+    rows = _within(height, side, top).unsqueeze(2)  # [n, height, 1]
+    columns = _within(width, side, left).unsqueeze(1)  # [n, 1, width]
+    amount = torch.where(blended.view(n, 1, 1), part.view(n, 1, 1), (rows & columns).float()).unsqueeze(1)
+    return [x.lerp(x[partner], amount) for x in views]
+
+
+def _within(length: int, part: Tensor, start: Tensor) -> Tensor:
+    """Return bool [n, length]: the pixels of a line that a run of ``part`` of it covers."""
+    size = (part * length).round()
+    first = (start * (length - size)).round().unsqueeze(1)
+    place = torch.arange(length)
+    return (place >= first) & (place < first + size.unsqueeze(1))
+
+
 def load(name: str, architecture: Architecture) -> Images:
     """Return the images of ``name`` in the size and with the channels the network takes.
 

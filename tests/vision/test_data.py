@@ -83,3 +83,18 @@ def test_a_data_set_in_the_hubs_form_gives_pixels_and_labels(tmp_path: Path, mon
     images = data.load("owner/shades:test", LENET)
     assert images.y.tolist() == [0, 1, 1]
     assert images.x.flatten(1).float().mean(dim=1).tolist() == [0, 100, 255]
+
+
+def test_mixed_images_hold_at_most_half_of_another_one_and_all_views_get_the_same() -> None:
+    x = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 2, 8, 8)  # image i is all i
+    views = data.mixed([x, x + 100], 0.75, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(views[1], views[0] + 100)
+    changed = (views[0] != x).flatten(1)
+    assert 0.5 < changed.any(dim=1).float().mean() < 0.95  # 0.75 of 64 images; the smallest parts round to nothing
+    pasted = changed.any(dim=1) & ~changed.all(dim=1)
+    assert changed[pasted].float().mean(dim=1).max() <= 36 / 64  # a side of sqrt(1/2) * 8 rounds to 6
+    assert torch.equal(views[0][pasted], views[0][pasted].round())  # pixels of one image or of the other
+    blended = views[0][changed.all(dim=1)][:, 0, 0, 0]
+    assert len(blended) > 8
+    assert (blended != blended.round()).all()
+    assert torch.equal(data.mixed([x], 0.0, torch.Generator().manual_seed(0))[0], x)

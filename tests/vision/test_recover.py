@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from qtoolkit.calibration.recover import Recover, RecoverOptions, Training
-from qtoolkit.calibration.teaching import Teaching
+from qtoolkit.calibration.teaching import Teaching, teachers
 from qtoolkit.errors import NumericError, RequestError
 from qtoolkit.job import Job
 from qtoolkit.stages import Block, Stream
-from qtoolkit.vision import data, layers, models
+from qtoolkit.vision import data, layers, measure, models
 from qtoolkit.vision.context import VisionContext
 from qtoolkit.vision.matrix import to_matrix, weight_of
+from qtoolkit.vision.networks import DigitsNet
 from qtoolkit.vision.pattern import Pattern
 
 NM, FILTER = Pattern(pattern="2:4"), Pattern(pattern="filter", rate=0.25)
@@ -165,9 +166,63 @@ def test_a_pupil_is_held_against_labels_and_the_float_networks_answers() -> None
     aim = (teacher(x) / 2).softmax(dim=1)
     divergence = (aim * (aim / (logits / 2).softmax(dim=1)).log()).sum(dim=1).mean()
     labels = -logits.softmax(dim=1)[range(6), y].log().mean()
-    found = Teaching(0.75, 2.0, lambda: teacher).error(logits, x, y)
+    found = Teaching(0.75, 2.0, [teacher]).error(logits, x, y)
     torch.testing.assert_close(found, 0.25 * labels + 0.75 * 4 * divergence)
-    torch.testing.assert_close(Teaching(0.0, 2.0, pytest.fail).error(logits, x, y), labels)
+    torch.testing.assert_close(Teaching(0.0, 2.0, []).error(logits, x, y), labels)
+
+
+def test_two_teachers_teach_the_mean_of_their_logits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 4, generator=generator), torch.zeros(6, dtype=torch.long)
+    one, two = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    with torch.no_grad():
+        agreed = (one(x) + two(x)) / 2
+    assert float(Teaching(1.0, 4.0, [one, two]).error(agreed, x, y)) < 1e-6
+    assert float(Teaching(1.0, 4.0, [one, two]).error(one(x), x, y)) > 1e-3
+
+
+def test_a_teacher_may_be_any_network_that_is_read_and_sees_images_as_it_was_trained(digits_weights: Path) -> None:
+    _, _, context = prepared(NM)
+    pupil = models.resolve("digits").network
+    (teacher,) = teachers("digits", str(digits_weights), pupil, context)  # the pupil's own weights are random
+    other = context.architecture.model_copy(update={"mean": (0.5,), "std": (0.25,)})
+    (renormalised,) = teachers("digits", str(digits_weights), pupil, replace(context, architecture=other))
+    raw = context.training.first(16).x
+    as_trained, as_seen = data.normalise(raw, context.architecture), data.normalise(raw, other)
+    torch.testing.assert_close(renormalised(as_seen), teacher(as_trained))
+    own = replace(context, original=lambda: models.resolve("digits", digits_weights).network)
+    assert len(teachers("digits", str(digits_weights), pupil, own)) == 2
+
+
+def test_a_teacher_that_cannot_teach_is_refused(digits_weights: Path) -> None:
+    block, _, context = prepared(NM)
+    pupil = block.module
+    with pytest.raises(RequestError, match="random weights"):
+        teachers("digits", "", pupil, context)
+    with pytest.raises(RequestError, match="10 classes apart, the network 7"):
+        teachers("digits", str(digits_weights), DigitsNet(classes=7), context)
+    larger = context.architecture.model_copy(update={"input": (1, 16, 16)})
+    with pytest.raises(RequestError, match="takes images of"):
+        teachers("digits", str(digits_weights), pupil, replace(context, architecture=larger))
+    with pytest.raises(RequestError, match="nothing is learnt from"):
+        Training(block, RecoverOptions(teacher="digits"), context)
+
+
+def test_a_pupil_with_random_weights_learns_from_a_teacher_on_mixed_images(digits_weights: Path) -> None:
+    block, images, context = prepared(NM, count=1297)
+    options = RecoverOptions(
+        epochs=6,
+        batch=32,
+        lr=0.1,
+        masks="forward",
+        distill=1.0,
+        teacher="digits",
+        teacher_weights=str(digits_weights),
+        mix=0.5,
+    )
+    Recover(options).apply(block, images, context)
+    test = data.load("digits-test", context.architecture)
+    assert measure.accuracy(block.module, test, context.architecture) > 0.85  # chance is 0.1; no label was seen
 
 
 @pytest.mark.parametrize("method", ["sr-ste", "cr-sfp"])
