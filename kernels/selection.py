@@ -124,7 +124,7 @@ def prepare(packed: Tensor, scales: Tensor, problem: Problem, fold: bool = True)
     backend = choose(problem).backend
     if fold and problem.grid is Grid.PLAIN and problem.group_size != -1:
         backend = _folding(backend, problem, scales) or backend
-    weight, own_scales = backend.prepare(packed, scales, problem)
+    weight, own_scales = backend.prepare(packed, scales, replace(problem, grid=backend.grid))
     return Prepared(weight, own_scales, backend.layout, backend.name)
 
 
