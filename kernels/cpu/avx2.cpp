@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t CHUNK = 32;  // steps
 
 inline __m256 load_scales(const Tile& tile, int64_t index) {
-  if (!tile.scales_bfloat16) return _mm256_loadu_ps(reinterpret_cast<const float*>(tile.scales) + index);
+  if (tile.scale_dtype != BFLOAT16) return _mm256_loadu_ps(reinterpret_cast<const float*>(tile.scales) + index);
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile.scales + index * 2));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
@@ -87,10 +87,41 @@ inline void run_chunk(const uint8_t* w, const int8_t* a, int64_t stride, int64_t
 }
 #endif
 
+inline __m256i group_sum(const int32_t* total, int i) {
+  const __m256i t = _mm256_load_si256((const __m256i*)(total + i));
+  return i & 16 ? _mm256_srai_epi32(t, HIGH_SHIFT) : t;
+}
+
+template <int ROWS>
+inline void add_floats(const Tile& tile, int64_t g, const int32_t* total) {
+  for (int i = 0; i < PANEL; i += 8) {
+    const __m256 scale = load_scales(tile, g * PANEL + i);
+    for (int r = 0; r < ROWS; ++r) {
+      float* f = tile.sums + r * PANEL + i;
+      const __m256 sum = _mm256_cvtepi32_ps(group_sum(total, r * PANEL + i));
+      _mm256_store_ps(f, _mm256_add_ps(_mm256_load_ps(f), _mm256_mul_ps(sum, scale)));
+    }
+  }
+}
+
+template <int ROWS>
+inline void add_integers(const Tile& tile, int64_t g, const int32_t* total) {
+  for (int i = 0; i < PANEL; i += 8) {
+    const __m256i multiple = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(tile.scales + g * PANEL + i)));
+    for (int r = 0; r < ROWS; ++r) {
+      __m256i* t = (__m256i*)(tile.totals + r * PANEL + i);
+      const __m256i sum = group_sum(total, r * PANEL + i);
+      _mm256_store_si256(t, _mm256_add_epi32(_mm256_load_si256(t), _mm256_mullo_epi32(sum, multiple)));
+    }
+  }
+}
+
 template <int ROWS>
 void run_tile(const Tile& tile) {
   alignas(32) int32_t total[ROWS * PANEL];
+  const bool folded = tile.scale_dtype == UINT8;
   std::fill(tile.sums, tile.sums + ROWS * PANEL, 0.0f);
+  std::fill(tile.totals, tile.totals + ROWS * PANEL, 0);
   const char* ahead = tile.prefetch;
   for (int64_t g = 0; g < tile.groups; ++g) {
     for (int r = 0; r < ROWS; ++r) {
@@ -108,16 +139,10 @@ void run_tile(const Tile& tile) {
         run_chunk<ROWS>(tile.weight + step * STEP_BYTES + q * 32, tile.codes + step * 4, tile.code_stride, steps,
                         total + (q >> 1) * 32 + (q & 1) * 8);
     }
-    for (int i = 0; i < PANEL; i += 8) {
-      const __m256 scale = load_scales(tile, g * PANEL + i);
-      for (int r = 0; r < ROWS; ++r) {
-        __m256i t = _mm256_load_si256((const __m256i*)(total + r * PANEL + i));
-        if (i & 16) t = _mm256_srai_epi32(t, HIGH_SHIFT);
-        float* f = tile.sums + r * PANEL + i;
-        _mm256_store_ps(f, _mm256_add_ps(_mm256_load_ps(f), _mm256_mul_ps(_mm256_cvtepi32_ps(t), scale)));
-      }
-    }
+    if (folded) add_integers<ROWS>(tile, g, total);
+    else add_floats<ROWS>(tile, g, total);
   }
+  if (folded) scale_totals(tile, ROWS);
 }
 
 void run_rows(const Tile& tile, int rows) {

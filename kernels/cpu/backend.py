@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtoolkit.kernels import ops
+from qtoolkit.kernels import folded, ops
 from qtoolkit.kernels.cpu import library
-from qtoolkit.kernels.selection import Backend, Problem
+from qtoolkit.kernels.selection import Backend, Grid, Problem
 
 LAYOUT = "cpu-panel64"  # drawn in job.h
+LAYOUT_FOLDED = "cpu-panel64 folded"  # the same weight; scales are bases and multiples in one tensor
 PANEL = 64  # output channels a panel
+BASE_ROWS = 4  # rows of 64 bytes that a panel's float32 bases take
 STEP = 4  # inputs a step
 LARGE_PAGE = 1 << 21
 OPERATOR = "w4a8_linear_cpu"  # what ops.w4a8_linear calls for this layout: without Python in between, where torch can
 GATED = "w4a8_gated_linear_cpu"  # the same for activations that come as gate and up
-MOST_SUMMED = 131072  # inputs that share a scale: 16 * 8 * 127 * inputs must fit int32
+MOST_SUMMED = 131072  # inputs under one integer sum: 16 * 8 * 127 * inputs must fit int32
 
 
 def refuse(problem: Problem) -> str | None:
@@ -26,7 +28,8 @@ def refuse(problem: Problem) -> str | None:
         return f"activations must be bfloat16, float16 or float32, not {problem.dtype}"
     if problem.group_size != -1 and (problem.group_size < STEP or problem.group_size % STEP):
         return f"groups must be a positive multiple of {STEP} inputs, not {problem.group_size}"
-    summed = problem.k if problem.group_size == -1 else min(problem.k, problem.group_size)
+    whole = problem.group_size == -1 or problem.grid is Grid.FOLDED
+    summed = problem.k if whole else min(problem.k, problem.group_size)
     if summed > MOST_SUMMED:
         return f"{summed} inputs share a scale; the integer sums hold {MOST_SUMMED}"
     return library.failure()
@@ -47,6 +50,32 @@ def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, T
     Raises:
         ValueError: a shape or dtype is not what ``problem`` says.
     """
+    weight = _panels(packed, scales, problem)
+    own = _by_panel(scales.float())
+    half = own.bfloat16()
+    return weight, half if torch.equal(half.float(), own) else own
+
+
+def prepare_folded(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Bring a checkpoint's weight whose scales fold (``folded.split``) into panels; arguments as in ``prepare``.
+
+    Returns:
+        weight as from ``prepare``, and scales uint8 [panels, 4 + groups, 64]: a panel's float32 bases, 256 bytes,
+        then the multiples of each group.
+
+    Raises:
+        ValueError: a shape or dtype is not what ``problem`` says, or the scales do not fold.
+    """
+    weight = _panels(packed, scales, problem)
+    parts = folded.split(scales)
+    if parts is None:
+        raise ValueError("these scales are no small multiples of one scale a channel")
+    multiples, base = parts
+    bases = _by_panel(base[:, None]).view(torch.uint8).view(-1, BASE_ROWS, PANEL)
+    return weight, torch.cat([bases, _by_panel(multiples)], dim=1)
+
+
+def _panels(packed: Tensor, scales: Tensor, problem: Problem) -> Tensor:
     k, n = problem.k, problem.n
     steps, panels = -(-k // STEP), -(-n // PANEL)
     groups = 1 if problem.group_size == -1 else -(-k // problem.group_size)
@@ -60,11 +89,16 @@ def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, T
     functions.qtk_advise(weight.data_ptr(), weight.numel())
     packed = packed.contiguous()
     functions.qtk_pack(packed.data_ptr(), packed.shape[1], n, k, weight.data_ptr())
-    own = torch.zeros(panels * PANEL, groups)
-    own[:n] = scales.float()
-    own = own.view(panels, PANEL, groups).transpose(1, 2).contiguous()
-    half = own.bfloat16()
-    return weight, half if torch.equal(half.float(), own) else own
+    return weight
+
+
+def _by_panel(values: Tensor) -> Tensor:
+    """Return values [n, groups] as [panels, groups, 64], channels that are not there with 0."""
+    n, groups = values.shape
+    panels = -(-n // PANEL)
+    own = torch.zeros(panels * PANEL, groups, dtype=values.dtype)
+    own[:n] = values
+    return own.view(panels, PANEL, groups).transpose(1, 2).contiguous()
 
 
 def _aligned(size: int) -> Tensor:
@@ -96,10 +130,11 @@ def run(
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    dtype, scale_dtype = library.DTYPES.get(x.dtype), library.DTYPES.get(scales.dtype)
+    dtype, scale_dtype = library.DTYPES.get(x.dtype), library.SCALES.get(scales.dtype)
     panels, groups = -(-n // PANEL), 1 if group_size == -1 else -(-k // max(group_size, STEP))
     whole = group_size == -1 or (group_size >= STEP and group_size % STEP == 0)
-    if not whole or weight.shape != (panels, -(-k // STEP), 128) or scales.shape != (panels, groups, PANEL):
+    scale_rows = groups + (BASE_ROWS if scale_dtype == library.UINT8 else 0)
+    if not whole or weight.shape != (panels, -(-k // STEP), 128) or scales.shape != (panels, scale_rows, PANEL):
         raise ValueError(
             f"weight {list(weight.shape)} and scales {list(scales.shape)} are not those of {k} inputs, {n} outputs "
             f"and groups of {group_size}"
@@ -136,7 +171,11 @@ for name, function in ((OPERATOR, run), (GATED, _run_gated)):
     # The library's own, registered for CPU, stands before it.
     ops.LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qtoolkit::{name}", _fake, lib=ops.LIBRARY)
-ops.register_layout(
-    LAYOUT, run, torch.ops.qtoolkit.w4a8_linear_cpu.default, torch.ops.qtoolkit.w4a8_gated_linear_cpu.default
+for layout in (LAYOUT, LAYOUT_FOLDED):
+    ops.register_layout(
+        layout, run, torch.ops.qtoolkit.w4a8_linear_cpu.default, torch.ops.qtoolkit.w4a8_gated_linear_cpu.default
+    )
+BACKENDS = (
+    Backend("cpu", LAYOUT, refuse, prepare),
+    Backend("cpu", LAYOUT_FOLDED, refuse, prepare_folded, Grid.FOLDED),
 )
-BACKENDS = (Backend("cpu", LAYOUT, refuse, prepare),)

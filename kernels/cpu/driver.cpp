@@ -2,10 +2,10 @@
 #include <sys/mman.h>
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include "job.h"
+#include "scratch.h"
 #include "threads.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -63,20 +63,6 @@ const Choice PATHS[] = {{&PORTABLE_PATH}};
 bool supported(int) { return true; }
 #endif
 constexpr int PATH_COUNT = int(sizeof(PATHS) / sizeof(PATHS[0]));
-
-struct Scratch {
-  std::unique_ptr<char, void (*)(void*)> memory{nullptr, std::free};
-  size_t size = 0;
-
-  char* take(size_t bytes) {
-    if (bytes > size) {
-      size = (bytes + 4095) / 4096 * 4096;
-      memory.reset(static_cast<char*>(std::aligned_alloc(64, size)));
-      if (!memory) size = 0;
-    }
-    return memory.get();
-  }
-};
 
 thread_local Scratch scratch;
 thread_local std::unique_ptr<Share[]> shares;
@@ -171,11 +157,12 @@ int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int gated, 
   job.code_stride = round_up(job.steps * 4, 64) + 64;
   const int64_t element = job.dtype == FLOAT32 ? 4 : 2, rows = std::min(m, BLOCK_ROWS);
   const int64_t codes = rows * job.code_stride, starts = round_up(rows * job.groups * 8, 64);
-  char* memory = scratch.take(size_t(codes + starts + rows * 4));
+  char* memory = scratch.take(size_t(codes + starts + rows * 8));
   if (!memory) return 1;
   job.codes = reinterpret_cast<int8_t*>(memory);
   job.starts = reinterpret_cast<int32_t*>(memory + codes);
-  job.token_scales = reinterpret_cast<float*>(memory + codes + starts);
+  job.wholes = reinterpret_cast<int32_t*>(memory + codes + starts);
+  job.token_scales = reinterpret_cast<float*>(job.wholes + rows);
   const int threads = std::min(max_threads(), MAX_THREADS);
   for (int64_t first = 0; first < m; first += BLOCK_ROWS) {
     job.m = std::min(BLOCK_ROWS, m - first);

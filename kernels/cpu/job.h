@@ -18,7 +18,11 @@
 constexpr int64_t PANEL = 64;        // output channels a panel
 constexpr int64_t STEP_BYTES = 128;  // bytes of a panel for one step of 4 inputs
 
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, UINT8 = 3 };
+
+// Folded groups (see folded.py; layout "cpu-panel64 folded") have scales of type UINT8, [panels, 4 + groups, 64]: four
+// rows are 64 float32 bases, the others each group's multiples, 0..16. Sums of all groups are then one int32.
+constexpr int64_t BASE_ROWS = 4;
 
 struct Job {
   const char* x;        // activations [m, k], rows x_stride elements apart
@@ -30,8 +34,8 @@ struct Job {
   int64_t group_steps;  // steps that share a scale
   int64_t groups;       // ceil(steps / group_steps)
   const uint8_t* weight;
-  const char* scales;   // [panels, groups, 64]
-  Dtype scale_dtype;    // FLOAT32 or BFLOAT16
+  const char* scales;   // [panels, groups, 64], or folded
+  Dtype scale_dtype;    // FLOAT32, BFLOAT16 or UINT8
   const char* bias;     // [n] or null
   Dtype bias_dtype;
   char* y;              // [m, n], contiguous
@@ -39,6 +43,7 @@ struct Job {
   int8_t* codes;        // [m, code_stride]
   int64_t code_stride;
   int32_t* starts;      // [m, groups, 2]: what a group's sums start at, -8 * sum(codes), and 16 times that
+  int32_t* wholes;      // [m]: -128 * sum(codes of all groups)
   float* token_scales;  // [m]
 };
 

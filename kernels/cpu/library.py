@@ -22,8 +22,9 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
 
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # as in job.h
-DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+FLOAT32, BFLOAT16, FLOAT16, UINT8 = 0, 1, 2, 3  # as in job.h
+DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}  # of activations
+SCALES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.uint8: UINT8}
 
 
 def units() -> tuple[build.Unit, ...]:

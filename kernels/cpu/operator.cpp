@@ -35,7 +35,7 @@ struct Torch {
   Error (*release)(Handle);
   void (*release_slot)(Slot*);  // null before 2.13: the slot of an optional is plain new's
   int32_t cpu;
-  int32_t dtypes[3];  // torch's numbers of FLOAT32, BFLOAT16, FLOAT16
+  int32_t dtypes[4];  // torch's numbers of FLOAT32, BFLOAT16, FLOAT16, UINT8
 };
 
 Torch torch;
@@ -60,7 +60,7 @@ struct Tensor {
     check(torch.data(handle, &start)), check(torch.dim(handle, &dim)), check(torch.sizes(handle, &sizes));
     check(torch.strides(handle, &strides)), check(torch.dtype(handle, &number));
     data = static_cast<char*>(start);
-    for (int i = 0; i < 3; ++i)
+    for (int i = 0; i < 4; ++i)
       if (torch.dtypes[i] == number) dtype = i;
   }
   Tensor(const Tensor&) = delete;
@@ -74,6 +74,8 @@ struct Tensor {
       if (sizes[i] != 1 && strides[i] != expected) return false;
     return true;
   }
+
+  bool floating() const { return dtype >= 0 && dtype != UINT8; }
 
   bool is(int64_t a, int64_t b, int64_t c) const {
     return dim == 3 && sizes[0] == a && sizes[1] == b && sizes[2] == c && contiguous();
@@ -101,15 +103,16 @@ Handle copy(const Tensor& x) {
 
 Handle run(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& bias, int64_t n,
            int64_t group_size, bool gated) {
-  if (x.dim < 1 || x.dim > MOST_DIMS || x.dtype < 0) throw std::invalid_argument("x must be floating point [..., k]");
+  if (x.dim < 1 || x.dim > MOST_DIMS || !x.floating()) throw std::invalid_argument("x must be floating point [..., k]");
   const int64_t width = x.sizes[x.dim - 1], k = gated ? width / 2 : width, panels = (n + PANEL - 1) / PANEL, steps = (k + 3) / 4;
   const int64_t groups = group_size == -1 ? 1 : group_size < 4 || group_size % 4 ? -1 : (k + group_size - 1) / group_size;
   if (gated && width % 2) throw std::invalid_argument("gate and up must have the same size");
-  if (!weight.is(panels, steps, STEP_BYTES) || !scales.is(panels, groups, PANEL) ||
-      (scales.dtype != FLOAT32 && scales.dtype != BFLOAT16))
+  const int64_t scale_rows = scales.dtype == UINT8 ? BASE_ROWS + groups : groups;
+  if (groups < 0 || !weight.is(panels, steps, STEP_BYTES) || !scales.is(panels, scale_rows, PANEL) || scales.dtype < 0 ||
+      scales.dtype == FLOAT16)
     throw std::invalid_argument("weight and scales are not those of " + std::to_string(k) + " inputs, " +
                                 std::to_string(n) + " outputs and groups of " + std::to_string(group_size));
-  if (bias.handle && (bias.dim != 1 || bias.sizes[0] != n || bias.dtype < 0))
+  if (bias.handle && (bias.dim != 1 || bias.sizes[0] != n || !bias.floating()))
     throw std::invalid_argument("bias must be floating point [" + std::to_string(n) + "]");
   if (bias.handle && !bias.contiguous()) {
     Tensor dense(copy(bias));
@@ -161,8 +164,9 @@ extern "C" __attribute__((visibility("default"))) int qtk_register(const char* t
   void* library = dlopen(torch_library, RTLD_LAZY | RTLD_NOLOAD);
   if (!library) return 1;
   int32_t (*number)();
-  const char* types[] = {"aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16", "aoti_torch_dtype_float16"};
-  for (int i = 0; i < 3; ++i) {
+  const char* types[] = {"aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16", "aoti_torch_dtype_float16",
+                         "aoti_torch_dtype_uint8"};
+  for (int i = 0; i < 4; ++i) {
     if (!find(library, types[i], number)) return 1;
     torch.dtypes[i] = number();
   }

@@ -7,7 +7,7 @@ constexpr int MOST_ROWS = 4;
 constexpr int64_t CHUNK = 4;  // steps, so 16 inputs: |sum| <= 16 * 15 * 128 = 30720 fits int16
 
 float scale_at(const Tile& tile, int64_t index) {
-  if (!tile.scales_bfloat16) {
+  if (tile.scale_dtype != BFLOAT16) {
     float value;
     std::memcpy(&value, tile.scales + index * 4, 4);
     return value;
@@ -33,7 +33,9 @@ void decode(const uint8_t* step, int16_t* __restrict out) {
 void run_tile(const Tile& tile, int rows) {
   int32_t total[MOST_ROWS][PANEL];
   int16_t weights[CHUNK * 4 * PANEL];
-  std::fill(tile.sums, tile.sums + rows * PANEL, 0.0f);
+  const bool folded = tile.scale_dtype == UINT8;
+  if (folded) std::fill(tile.totals, tile.totals + rows * PANEL, 0);
+  else std::fill(tile.sums, tile.sums + rows * PANEL, 0.0f);
   for (int64_t g = 0; g < tile.groups; ++g) {
     for (int r = 0; r < rows; ++r) std::fill(total[r], total[r] + PANEL, tile.starts[(r * tile.groups + g) * 2]);
     const int64_t first = g * tile.group_steps, last = std::min(tile.steps, first + tile.group_steps);
@@ -51,9 +53,13 @@ void run_tile(const Tile& tile, int rows) {
       }
     }
     for (int r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < PANEL; ++c)
-        tile.sums[r * PANEL + c] += float(total[r][c]) * scale_at(tile, g * PANEL + c);
+      for (int64_t c = 0; c < PANEL; ++c) {
+        const int64_t own = r * PANEL + c, index = g * PANEL + c;
+        if (folded) tile.totals[own] += total[r][c] * uint8_t(tile.scales[index]);
+        else tile.sums[own] += float(total[r][c]) * scale_at(tile, index);
+      }
   }
+  if (folded) scale_totals(tile, rows);
 }
 
 void multiply(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next) {

@@ -123,6 +123,7 @@ void quantize_row(const Job& job, int64_t row) {
     job.token_scales[row] = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     std::memset(codes, 0, size_t(padded));
     std::memset(starts, 0, size_t(job.groups) * 2 * sizeof(int32_t));
+    job.wholes[row] = 0;
     return;
   }
   job.token_scales[row] = absmax / 127.0f;
@@ -131,12 +132,15 @@ void quantize_row(const Job& job, int64_t row) {
   // |x * inverse| is at most 127 * (1 + 2**-22), so no clamp is needed.
   for (int64_t i = 0; i < k; ++i) codes[i] = int8_t(to_bits(T::load(x[i]) * inverse + 12582912.0f) & 0xff);
   for (int64_t i = k; i < padded; ++i) codes[i] = 0;
+  uint32_t whole = 0;  // wraps where groups are scaled one by one and nobody asks for it
   for (int64_t g = 0; g < job.groups; ++g) {
     int32_t sum = 0;
     const int64_t end = std::min(k, (g + 1) * group);
     for (int64_t i = g * group; i < end; ++i) sum += codes[i];
     starts[2 * g] = -8 * sum, starts[2 * g + 1] = -128 * sum;
+    whole += uint32_t(starts[2 * g + 1]);
   }
+  job.wholes[row] = int32_t(whole);
 }
 
 void quantize_rows(const Job& job, int64_t begin, int64_t end) {
@@ -163,13 +167,22 @@ struct Tile {
   const int8_t* codes;     // first row
   int64_t code_stride;
   const int32_t* starts;   // first row, [rows, groups, 2]
-  const char* scales;      // [groups, 64]
-  bool scales_bfloat16;
+  const char* scales;      // [groups, 64]; multiples where groups are folded
+  Dtype scale_dtype;
+  const float* bases;      // [64], of folded groups
   int64_t steps, group_steps, groups;
   const char* prefetch;    // first byte to prefetch, and how far to move on at each step
   int64_t prefetch_stride;
+  int32_t* totals;         // [rows, 64] sums over all inputs, of folded groups
   float* sums;             // out: [rows, 64] sums over the groups, scaled by the weights' scales
 };
+
+// The end of folded groups: sums = totals * bases. The reference adds to 0, which makes a product that underflowed +0.
+inline void scale_totals(const Tile& tile, int rows) {
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < PANEL; ++i)
+      tile.sums[r * PANEL + i] = 0.0f + float(tile.totals[r * PANEL + i]) * tile.bases[i];
+}
 
 inline void load_bias(const Job& job, int64_t channel, int64_t count, float* bias) {
   for (int64_t i = 0; i < count; ++i) {
@@ -182,6 +195,51 @@ inline void load_bias(const Job& job, int64_t channel, int64_t count, float* bia
   for (int64_t i = count; i < PANEL; ++i) bias[i] = 0.0f;
 }
 
+// A panel's results on their way out: token scale, bias, rounding.
+struct Epilogue {
+  const Job& job;
+  int64_t channel, count;  // the first one, and how many the panel has
+  const float* bias;       // null without one
+
+  Epilogue(const Job& job, int64_t panel, float* own)  // own: [64], for the bias
+      : job(job), channel(panel * PANEL), count(std::min(PANEL, job.n - channel)), bias(job.bias ? own : nullptr) {
+    if (bias) load_bias(job, channel, count, own);
+  }
+
+  void store(int64_t row, int64_t rows, const float* sums) const {
+    for (int64_t end = row + rows; row < end; ++row, sums += PANEL) {
+      if (job.dtype == BFLOAT16) store_row<BFloat16>(job, row, channel, count, sums, bias);
+      else if (job.dtype == FLOAT16) store_row<Float16>(job, row, channel, count, sums, bias);
+      else store_row<Float32>(job, row, channel, count, sums, bias);
+    }
+  }
+};
+
+// What all tiles of a panel have in common.
+inline Tile panel_tile(const Job& job, int64_t panel) {
+  Tile tile{};
+  tile.weight = job.weight + panel * job.steps * STEP_BYTES;
+  tile.code_stride = job.code_stride;
+  tile.steps = job.steps, tile.group_steps = job.group_steps, tile.groups = job.groups;
+  tile.scale_dtype = job.scale_dtype;
+  if (job.scale_dtype == UINT8) {
+    const char* own = job.scales + panel * (BASE_ROWS + job.groups) * PANEL;
+    tile.bases = reinterpret_cast<const float*>(own), tile.scales = own + BASE_ROWS * PANEL;
+  } else {
+    tile.scales = job.scales + panel * job.groups * PANEL * (job.scale_dtype == BFLOAT16 ? 2 : 4);
+  }
+  return tile;
+}
+
+inline int rows_of_tile(int64_t rows, int64_t tiles, int64_t t) { return int(rows / tiles + (t < rows % tiles)); }
+
+// Tile t of several brings its share of panel `next` into the cache.
+inline void share_next(const Job& job, int64_t panel, int64_t next, int64_t t, int64_t tiles, Tile& tile) {
+  const int64_t bytes = job.steps * STEP_BYTES;
+  tile.prefetch_stride = next < 0 ? 0 : STEP_BYTES / tiles;
+  tile.prefetch = reinterpret_cast<const char*>(job.weight) + (next < 0 ? panel : next) * bytes + t * (bytes / tiles);
+}
+
 // Rows [begin, end) in balanced tiles of at most `most` rows; `run(tile, rows)` computes one tile's sums.
 // While a panel's tiles run, each brings its share of the next panel into the cache. A single tile instead runs
 // PREFETCH_AHEAD bytes ahead of itself, and so into the next panel, which follows in memory.
@@ -189,32 +247,21 @@ constexpr int64_t PREFETCH_AHEAD = 4096;
 
 template <int most, class Run>
 void multiply_rows(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next, Run run) {
-  const int64_t channel = panel * PANEL, count = std::min(PANEL, job.n - channel);
-  const int64_t panel_bytes = job.steps * STEP_BYTES, tiles = (end - begin + most - 1) / most;
-  const char* weight = reinterpret_cast<const char*>(job.weight);
+  const int64_t tiles = (end - begin + most - 1) / most;
   alignas(64) float sums[most * PANEL], bias[PANEL];
-  if (job.bias) load_bias(job, channel, count, bias);
-  Tile tile{};
-  tile.weight = job.weight + panel * panel_bytes;
-  tile.code_stride = job.code_stride;
-  tile.scales_bfloat16 = job.scale_dtype == BFLOAT16;
-  tile.scales = job.scales + panel * job.groups * PANEL * (tile.scales_bfloat16 ? 2 : 4);
-  tile.steps = job.steps, tile.group_steps = job.group_steps, tile.groups = job.groups;
-  tile.sums = sums;
+  alignas(64) int32_t totals[most * PANEL];
+  const Epilogue epilogue(job, panel, bias);
+  Tile tile = panel_tile(job, panel);
+  tile.totals = totals, tile.sums = sums;
   for (int64_t t = 0, row = begin; t < tiles; ++t) {
-    const int rows = int((end - begin) / tiles + (t < (end - begin) % tiles));
+    const int rows = rows_of_tile(end - begin, tiles, t);
     tile.codes = job.codes + row * job.code_stride;
     tile.starts = job.starts + row * job.groups * 2;
-    tile.prefetch_stride = tiles == 1 ? STEP_BYTES : next < 0 ? 0 : STEP_BYTES / tiles;
-    tile.prefetch = tiles == 1 ? weight + panel * panel_bytes + PREFETCH_AHEAD
-                               : weight + (next < 0 ? panel : next) * panel_bytes + t * (panel_bytes / tiles);
+    if (tiles > 1) share_next(job, panel, next, t, tiles, tile);
+    else tile.prefetch_stride = STEP_BYTES, tile.prefetch = reinterpret_cast<const char*>(tile.weight) + PREFETCH_AHEAD;
     run(tile, rows);
-    for (int r = 0; r < rows; ++r, ++row) {
-      const float* b = job.bias ? bias : nullptr;
-      if (job.dtype == BFLOAT16) store_row<BFloat16>(job, row, channel, count, sums + r * PANEL, b);
-      else if (job.dtype == FLOAT16) store_row<Float16>(job, row, channel, count, sums + r * PANEL, b);
-      else store_row<Float32>(job, row, channel, count, sums + r * PANEL, b);
-    }
+    epilogue.store(row, rows, sums);
+    row += rows;
   }
 }
 

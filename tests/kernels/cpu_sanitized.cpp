@@ -45,15 +45,17 @@ int main() {
   auto upto = [&](int64_t most) { return int64_t(random() % uint64_t(most + 1)); };
   int runs = 0;
   for (int round = 0; round < 150; ++round) {
-    const int64_t m = upto(round % 10 ? 20 : 530), n = 1 + upto(150), k = 1 + upto(400);
+    const int64_t m = upto(round % 10 ? round % 3 ? 20 : 80 : 530), n = 1 + upto(150), k = 1 + upto(400);
     const int64_t sizes[] = {-1, 32, 64, 128}, group_size = sizes[upto(3)];
-    const int dtype = int(upto(2)), scale_dtype = int(upto(1)), bytes = dtype ? 2 : 4, scale_bytes = scale_dtype ? 2 : 4;
+    const bool folded = upto(1);
+    const int dtype = int(upto(2)), scale_dtype = folded ? 3 : int(upto(1)), bytes = dtype ? 2 : 4;
+    const int scale_bytes = folded ? 1 : scale_dtype ? 2 : 4;
     const int64_t groups = group_size < 0 ? 1 : (k + group_size - 1) / group_size;
     const int64_t panels = (n + 63) / 64, steps = (k + 3) / 4, words = (k + 7) / 8;
     const int gated = int(upto(1));
     const int64_t width = gated ? 2 * k : k, stride = width + upto(3);
     Guarded packed(size_t(n * words * 4)), weight(size_t(panels * steps * 128));
-    Guarded scales(size_t(panels * groups * 64 * scale_bytes)), bias(size_t(n * bytes));
+    Guarded scales(size_t(panels * (groups + (folded ? 4 : 0)) * 64 * scale_bytes)), bias(size_t(n * bytes));
     Guarded x(size_t((m ? (m - 1) * stride + width : 0) * bytes));
     for (int64_t i = 0; i < n * words * 4; ++i) packed.data[i] = char(random());
     auto fill = [&](Guarded& to, int64_t count, int type) {
@@ -66,7 +68,15 @@ int main() {
         if (type) std::memcpy(to.data + i * 2, &half, 2);
       }
     };
-    fill(scales, panels * groups * 64, scale_dtype);
+    if (!folded) fill(scales, panels * groups * 64, scale_dtype);
+    for (int64_t panel = 0; folded && panel < panels; ++panel) {  // 64 float32 bases, then multiples
+      char* own = scales.data + panel * (groups + 4) * 64;
+      for (int64_t i = 0; i < 64 + groups * 64; ++i) {
+        const float base = float(upto(1000)) * 0.001f;
+        if (i < 64) std::memcpy(own + i * 4, &base, 4);
+        else own[192 + i] = char(upto(16));
+      }
+    }
     fill(bias, n, dtype);
     fill(x, m ? (m - 1) * stride + width : 0, dtype);
     qtk_pack(reinterpret_cast<int32_t*>(packed.data), words, n, k, reinterpret_cast<uint8_t*>(weight.data));
