@@ -18,6 +18,7 @@ from torch import nn
 from qtoolkit.device import CPU
 from qtoolkit.errors import ModelError
 from qtoolkit.experts import ExpertLayers, unfuse
+from qtoolkit.lightly import load_transformers
 from qtoolkit.recipe import explain
 from qtoolkit.registry import suggest
 from qtoolkit.source import Source
@@ -195,10 +196,10 @@ class Skeleton:
         """
         name = f"{self.architecture.blocks}.{index}"
         empty = self.blocks[index]
-        module = copy.deepcopy(empty).to_empty(device="cpu")
+        module = copy.deepcopy(empty).to_empty(device="cpu")  # only reserved: what is never written takes no memory
         stored = self.architecture.stored
         state = {local: source.read_finite(stored(f"{name}.{local}")) for local in empty.state_dict()}
-        module.load_state_dict(state, strict=True)
+        module.load_state_dict(state, strict=True, assign=True)
         module.to(self.device, torch.float32).eval().requires_grad_(False)
         heads, kv_heads = self.config.num_attention_heads, getattr(self.config, "num_key_value_heads", None)
         layout = self.architecture.within(module)
@@ -220,6 +221,7 @@ def skeleton(source: Source) -> Skeleton:
     Raises:
         ModelError: unsupported architecture, a config that does not build, missing or mismatching tensors.
     """
+    load_transformers()
     from transformers import AutoConfig
 
     model_type = str(source.config.get("model_type", ""))
@@ -241,6 +243,7 @@ def skeleton(source: Source) -> Skeleton:
 
 def build(config: PreTrainedConfig, architecture: Architecture, **options: Any) -> PreTrainedModel:
     """Return the model of ``config`` on the meta device, its experts as layers; ``options`` are transformers'."""
+    load_transformers()
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

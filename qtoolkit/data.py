@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtoolkit.device import CPU
 from qtoolkit.errors import DataError, ModelError, RequestError, said
+from qtoolkit.lightly import load_transformers
 from qtoolkit.recipe import Calibration
 from qtoolkit.registry import suggest
 from qtoolkit.source import Source
@@ -57,6 +58,7 @@ def calibration_tokens(
         DataError: the text is empty, too short or cannot be read.
         NumericError: the model holds NaN or Inf, so that it cannot write.
     """
+    load_transformers()
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(source)

@@ -13,6 +13,7 @@ from qtoolkit import checkpoint, registry
 from qtoolkit.errors import CheckpointError, RequestError
 from qtoolkit.int8 import W8A8Linear
 from qtoolkit.kernels import chained, ops, selection
+from qtoolkit.lightly import load_transformers
 from qtoolkit.packing.int4 import pack_int4
 from qtoolkit.scheme import CHANNEL, Head, Scheme
 from qtoolkit.source import Source, resolve
@@ -118,17 +119,18 @@ def quantize_head(model: PreTrainedModel, kind: Head) -> None:
 
 
 def _load_float(source: Source, device: str, dtype: torch.dtype | None) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     from qtoolkit import architecture
 
     architecture.skeleton(source)  # says in one sentence what is wrong, before transformers says it in fifty lines
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype or architecture.stored_dtype(source))
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps nn.Module.to in a decorator
 
 
 @torch.inference_mode()
 def _load_packed(source: Source, device: str, dtype: torch.dtype | None, activations: bool) -> PreTrainedModel:
+    load_transformers()
     from transformers import AutoConfig
 
     from qtoolkit import architecture

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = ("tiny",)
+AT_ONCE = 1 << 22  # numbers of a tensor that are looked at together
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]  # never *.bin: pickles run code
 
 
@@ -89,12 +90,15 @@ class Source:
         Raises:
             NumericError: it holds NaN or Inf, in whatever row.
         """
+        import torch
+
         tensor = self.read(name)
-        bad = int((~tensor.isfinite()).sum())
+        bad = sum(int((~part.isfinite()).sum()) for part in tensor.flatten().split(AT_ONCE))
         if bad:
             values = f"{bad} values that are NaN or Inf"
             raise NumericError(f"{self.name}: {name} holds {values}.", "The weights are damaged.")
-        return (tensor if rows is None else tensor[rows]).float()
+        chosen = tensor if rows is None else tensor[rows]
+        return chosen.to(torch.float32, copy=True)  # float32 would be the file itself, and blocks are changed in place
 
     @property
     def bytes(self) -> int:

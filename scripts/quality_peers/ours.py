@@ -15,11 +15,11 @@ REQUIRES: tuple[str, ...] = ()  # runs in this package's own environment
 
 def quantize(job: Job, meter: Meter) -> Quantized:
     """Quantize with the recipe ``options["recipe"]``."""
-    import transformers.models.auto.modeling_auto  # noqa: F401  # imported here, for nobody's imports are timed
-
     import qtoolkit
     from qtoolkit import data, recipe as recipes
+    from qtoolkit.lightly import load_transformers
 
+    load_transformers()  # here, for nobody's imports are timed
     tokens = job.calibration()
     data.calibration_tokens = lambda *_, **__: tokens  # instead of text of its own
     changes = {
