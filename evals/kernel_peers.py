@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qtoolkit.errors import RequestError
 from qtoolkit.evals.kernel_remote import Worker
-from qtoolkit.kernels import ops, selection
+from qtoolkit.kernels import folded, ops, selection
 
 Layer = Callable[[Tensor], Tensor]  # bfloat16 [m, k] -> bfloat16 [m, n]
 Timer = Callable[[Tensor], float]  # multiplies bfloat16 [m, k] by the next layer's weights; returns seconds
@@ -89,12 +89,14 @@ def random_int4(k: int, n: int) -> Tensor:
     return torch.randint(-(2**31), 2**31 - 1, (n, k // 8), dtype=torch.int32)
 
 
-def ours(group_size: int) -> Callable[[int, int], Layer]:
-    """Return a maker of our W4A8 layers, run by the backend that serves them here."""
+def ours(group_size: int, folds: bool = False) -> Callable[[int, int], Layer]:
+    """Return a maker of our W4A8 layers, run by the backend that serves them here; ``folds``: scales that fold."""
 
     def make(k: int, n: int) -> Layer:
         groups = 1 if group_size == -1 else k // group_size
         scales = (torch.rand(n, groups) * 0.01).bfloat16()
+        if folds:  # products of a bfloat16 base and 1..16 are exact
+            scales = scales[:, :1].float() * torch.randint(1, folded.MOST + 1, (n, groups))
         problem = selection.Problem(k, n, group_size, torch.bfloat16, "cpu")
         layer = selection.prepare(random_int4(k, n), scales, problem)
         return lambda x: ops.w4a8_linear(x, layer.weight, layer.scales, None, n, group_size, layer.layout)
@@ -120,6 +122,7 @@ def local_peers() -> tuple[Peer, ...]:
     """Return the contestants that run in this process, ours first."""
     found = [
         Peer("qtoolkit-g128", 4 + 16 / 128, ours(128), True),
+        Peer("qtoolkit-g128-folded", 4 + 8 / 128, ours(128, folds=True), True),
         Peer("qtoolkit-channel", 4, ours(-1), True),
         Peer("torch-bf16", 16, torch_bfloat16, False),
         Peer("torch-int4pack", 4 + 32 / 128, torch_int4pack, False),

@@ -10,7 +10,7 @@ import torch
 
 from qtoolkit.errors import RequestError
 from qtoolkit.evals import kernel_bench, kernel_peers, kernel_remote, roofline
-from qtoolkit.kernels import reference
+from qtoolkit.kernels import reference, selection
 from qtoolkit.kernels.cpu import library
 
 NAMES = ("qtoolkit-g128", "qtoolkit-channel", "torch-bf16")
@@ -59,6 +59,15 @@ def test_ours_is_the_product_that_is_served() -> None:
     scales = (torch.rand(128, 2) * 0.01).bfloat16()
     codes = reference.unpack_int4(kernel_peers.random_int4(256, 128), 256)
     assert torch.equal(got, reference.w4a8_linear(x, codes, scales, None, 128))
+
+
+def test_the_folded_contestant_folds(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = []
+    prepare = selection.prepare
+    monkeypatch.setattr(selection, "prepare", lambda *args: layouts.append(prepare(*args)) or layouts[-1])
+    for folds in (True, False):
+        kernel_peers.ours(128, folds)(256, 128)
+    assert [layer.layout.endswith(" folded") for layer in layouts] == [True, False]
 
 
 WORKER = """
