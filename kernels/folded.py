@@ -52,7 +52,7 @@ def parts(scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def integers(codes: Tensor, multiples: Tensor, group_size: int) -> Tensor:
-    """Return the int8 weights [n, k] of int4 codes [n, k] under multiples [n, groups] for ``group_size`` inputs each."""
+    """Return the int8 weights [n, k] of int4 codes [n, k] under multiples [n, groups] of ``group_size`` inputs each."""
     spread = multiples.to(torch.int16).repeat_interleave(group_size, dim=1)[:, : codes.shape[1]]
     return (codes.to(torch.int16) * spread).to(torch.int8)
 

@@ -75,6 +75,11 @@ class Contender:
     most: int | None = None  # more tokens than these say nothing new
     of: str = ""  # whose kernels it runs, where those might break a run: "cuda", "triton" or a package
     patience: float = PATIENCE  # seconds that one point may take, compilation included
+    fold: bool = False  # its layers' groups fold
+
+    def draw(self, n: int, k: int, device: str, seed: int = 0) -> Weight:
+        """Return a random layer of the kind that it runs."""
+        return random_weight(n, k, self.group_size, device, seed, self.fold)
 
 
 def ours(backend_name: str, grid: Grid = Grid.PLAIN) -> Build:
@@ -93,34 +98,33 @@ def ours(backend_name: str, grid: Grid = Grid.PLAIN) -> Build:
     return build
 
 
-def ours_by_hand(product_only: bool, chained: bool = False) -> Build:
+def ours_by_hand(product_only: bool, grid: Grid = Grid.PLAIN) -> Build:
     """Return the Hopper product behind a quantizer of its own, or on tokens that are quantized already."""
-    return lambda weight: _ours_by_hand(weight, product_only, chained)
+    return lambda weight: _ours_by_hand(weight, product_only, grid)
 
 
-def _ours_by_hand(weight: Weight, product_only: bool, chained: bool) -> Callable[[Tensor], Callable[[], object]]:
-    from qtoolkit.kernels.cuda import backend, layout, plan
+def _ours_by_hand(weight: Weight, product_only: bool, grid: Grid) -> Callable[[Tensor], Callable[[], object]]:
+    from qtoolkit.kernels.cuda import backend, plan
 
     n, k = weight.shape
-    reason = backend.refuse(Problem(k, n, weight.group_size, DTYPE, weight.codes.device.type))
-    if reason:
+    problem = Problem(k, n, weight.group_size, DTYPE, weight.codes.device.type, grid)
+    if reason := backend.refuse(problem):
         raise RuntimeError(reason)
-    own = layout.to_fragments(weight.codes, layout.CHAINED if chained else layout.PLAIN)
-    scales = layout.to_kernel_scales(weight.scales, weight.group_size)
+    own, scales = backend.prepare(weight.packed(), weight.scales, problem)
 
     def on(x: Tensor) -> Callable[[], object]:
         out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
         with backend.place_of(x) as place:
-            quantized = backend.quantize(x, place, chained)
-            grouped = weight.group_size != -1
+            quantized = backend.quantize(x, place, grid)
+            grouped = backend.has_sums_of_groups(weight.group_size, grid)
             tiling = plan.choose(x.shape[0], n, k, grouped, place.card, place.multiprocessors)
             if tiling.fused:
                 tiling = plan.estimate(x.shape[0], n, k, grouped, place.multiprocessors, fused=False)
 
         def call() -> Tensor:
             with backend.place_of(x) as here:
-                codes, token_scales = quantized if product_only else backend.quantize(x, here, chained)
-                backend.multiply(codes, token_scales, own, scales, None, out, weight.group_size, tiling, here, chained)
+                codes, token_scales = quantized if product_only else backend.quantize(x, here, grid)
+                backend.multiply(codes, token_scales, own, scales, None, out, weight.group_size, tiling, here, grid)
             return out
 
         return call
@@ -198,6 +202,7 @@ def gemlite(weight: Weight) -> Callable[[Tensor], Callable[[], object]]:
 COMPILES = 120.0  # seconds that a peer may take to compile and tune itself at one point
 OURS = Contender("ours", "ours", ours("cuda"), of="cuda")
 OURS_GROUPED = Contender("ours g128", "ours", ours("cuda"), 128, of="cuda")
+OURS_FOLDED = Contender("ours g128 folded", "ours", ours("cuda", Grid.FOLDED), 128, of="cuda", fold=True)
 TWO_LAUNCHES = Contender("ours, two launches", "ours", ours_by_hand(product_only=False), most=16, of="cuda")
 YARDSTICK = Contender("torch.mm bf16", "bf16", torch_mm)
 HUMMING = Contender("humming", "w4a8", humming(product_only=False), of="humming", patience=COMPILES)
@@ -205,14 +210,18 @@ CONTENDERS = (
     YARDSTICK,
     OURS,
     OURS_GROUPED,
+    OURS_FOLDED,
     TWO_LAUNCHES,
     Contender("ours, product", "ours", ours_by_hand(product_only=True), whole=False, of="cuda"),
     Contender("ours g128, product", "ours", ours_by_hand(product_only=True), 128, whole=False, of="cuda"),
+    replace(OURS_FOLDED, name="ours g128 folded, product", build=ours_by_hand(True, Grid.FOLDED), whole=False),
     Contender("torch._scaled_mm fp8", "w8a8", torch_scaled_mm, whole=False),
     Contender("torch._int_mm", "w8a8", torch_int_mm, whole=False),
     # the codes are random, so a chained layer is another layer: its results are checked, not compared
     Contender("ours chained", "ours", ours("cuda", Grid.CHAINED), whole=False, of="cuda"),
-    Contender("ours chained, product", "ours", ours_by_hand(product_only=True, chained=True), whole=False, of="cuda"),
+    Contender(
+        "ours chained, product", "ours", ours_by_hand(product_only=True, grid=Grid.CHAINED), whole=False, of="cuda"
+    ),
     Contender("ours, triton", "ours", ours("triton"), of="triton"),
     HUMMING,
     replace(HUMMING, name="humming, product", build=humming(product_only=True), whole=False),

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 BOUND = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 
 
-def want(x: Tensor, weight: Weight, bias: Tensor | None, is_chained: bool = False) -> Tensor:
+def want(x: Tensor, weight: Weight, bias: Tensor | None, grid: Grid = Grid.PLAIN) -> Tensor:
     """Return the exact product in float64 of the tokens' int8 codes and the layer, with scales and bias."""
     codes, token_scales = reference.quantize_tokens(x)
     n, groups = weight.scales.shape
-    units = chained.values(weight.codes).double() / chained.STEP if is_chained else weight.codes.double()
-    dense = (units.view(n, groups, -1) * weight.scales.double()[:, :, None]).flatten(1)
+    whole = weight.codes if grid is not Grid.CHAINED else chained.values(weight.codes).double() / chained.STEP
+    dense = (whole.double().view(n, groups, -1) * weight.scales.double()[:, :, None]).flatten(1)
     out = (codes.double() * token_scales.double()) @ dense.T
     return out if bias is None else out + bias.double()
 
@@ -91,49 +91,47 @@ def operator(backend: Backend, problem: Problem, tokens: int, seed: int) -> dict
     for _ in range(2):
         poison((tokens, n), dtype, device)
         runs.append(ops.w4a8_linear(x, *own, bias, n, problem.group_size, backend.layout).clone())
-    error = distance(runs[0], want(x, weight, bias, backend.grid is Grid.CHAINED))
+    error = distance(runs[0], want(x, weight, bias, backend.grid))
     same = torch.equal(*runs)
     return {"error": error, "same": same, "right": error < BOUND[dtype] and same}
 
 
 def tilings(device: str, seed: int) -> Iterator[Case]:
     """Yield checks of every tiling that the Hopper kernel may be asked for, output poisoned."""
-    for grouped in (False, True):
-        for is_chained in (False, True):
-            weight = random_weight(*TILED, 128 if grouped else -1, device, seed := seed + 1)
+    for group_size in (-1, 128):
+        for grid in Grid if group_size != -1 else (Grid.PLAIN, Grid.CHAINED):
+            weight = random_weight(*TILED, group_size, device, seed := seed + 1, grid is Grid.FOLDED)
             for tokens in TILED_TOKENS:
-                yield from tilings_of(weight, tokens, is_chained)
+                yield from tilings_of(weight, tokens, grid)
 
 
-def tilings_of(weight: Weight, tokens: int, is_chained: bool) -> Iterator[Case]:
+def tilings_of(weight: Weight, tokens: int, grid: Grid) -> Iterator[Case]:
     """Yield a check of each tiling of one layer and number of tokens."""
-    from qtoolkit.kernels.cuda import layout, plan
+    from qtoolkit.kernels.cuda import backend, layout, plan
 
     n, k = weight.shape
-    grouped = weight.group_size != -1
-    own = layout.to_fragments(weight.codes, layout.CHAINED if is_chained else layout.PLAIN)
-    scales = layout.to_kernel_scales(weight.scales, weight.group_size)
-    x = torch.randn(tokens, k, device=own.device).to(DTYPE)
-    exact = want(x, weight, None, is_chained)
-    kind = f"check cuda{' chained' * is_chained}{' g128' * grouped}"
-    for tiling in plan.candidates(tokens, n, k, grouped):
+    own = layout.prepare(weight.packed(), weight.scales, k, weight.group_size, grid)
+    x = torch.randn(tokens, k, device=weight.codes.device).to(DTYPE)
+    exact = want(x, weight, None, grid)
+    kind = f"check cuda{'' if grid is Grid.PLAIN else f' {grid}'}{' g128' * (weight.group_size != -1)}"
+    for tiling in plan.candidates(tokens, n, k, backend.has_sums_of_groups(weight.group_size, grid)):
         what = f"{kind} {tokens} tokens by {tiling}"
-        yield Case(what, "cuda", partial(tiled, x, own, scales, weight.group_size, tiling, is_chained, exact))
+        yield Case(what, "cuda", partial(tiled, x, *own, weight.group_size, tiling, grid, exact))
 
 
 def tiled(
-    x: Tensor, own: Tensor, scales: Tensor, group_size: int, tiling: Tiling, is_chained: bool, exact: Tensor
+    x: Tensor, own: Tensor, scales: Tensor, group_size: int, tiling: Tiling, grid: Grid, exact: Tensor
 ) -> dict[str, object]:
     """Run one tiling and compare with float64."""
     from qtoolkit.kernels.cuda import backend
 
     out = torch.full(exact.shape, torch.nan, dtype=x.dtype, device=x.device)
     with backend.place_of(x) as place:
-        rest = (own, scales, None, out, group_size, tiling, place, is_chained)
+        rest = (own, scales, None, out, group_size, tiling, place, grid)
         if tiling.fused:
             backend.multiply_floats(x, *rest)
         else:
-            codes, token_scales = backend.quantize(x, place, is_chained)
+            codes, token_scales = backend.quantize(x, place, grid)
             backend.multiply(codes, token_scales, *rest)
     error = distance(out, exact)
     return {"error": error, "right": error < BOUND[DTYPE]}

@@ -10,6 +10,12 @@ Times = Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
 # Ratio to torch.mm bf16 that a number of tokens should reach, and the least that is worth shipping.
 GOALS = {16: (3.7, 3.0), 32: (3.6, 2.8), 64: (3.4, 2.5), 128: (2.8, 1.9), 256: (1.85, 1.4), 4096: (1.65, 1.2)}
 
+# Of ours, those that have a table of ratios to torch.mm.
+OWN = (
+    "ours", "ours g128", "ours g128 folded", "ours, product", "ours chained, product", "ours, two launches",
+    "ours, triton",
+)  # fmt: skip
+
 
 def goal(tokens: int) -> tuple[float, float]:
     """Return (goal, floor) for ``tokens``."""
@@ -55,13 +61,14 @@ def tables(times: Times, kinds: Mapping[str, str], bytes_per_second: float, oper
     texts = []
     medians = {s: {t: v["median"] for t, v in row.items()} for s, row in times.get("ours", {}).items()}
     texts.append(table("ours, quantization + product, microseconds", medians))
-    for name in ("ours", "ours g128", "ours, product", "ours chained, product", "ours, two launches", "ours, triton"):
+    for name in OWN:
         found = ratios(times, name, "torch.mm bf16")
         if found:
             texts.append(table(f"{name}: times faster than torch.mm bf16", found))
-    grouped = ratios(times, "ours g128", "ours")
-    if grouped:
-        texts.append(table("ours g128: speed as a share of ours per channel", grouped))
+    for name, to in (("ours g128", "ours"), ("ours g128 folded", "ours"), ("ours g128 folded", "ours g128")):
+        grouped = ratios(times, name, to)
+        if grouped:
+            texts.append(table(f"{name}: speed as a share of {to}{' per channel' * (to == 'ours')}", grouped))
     peers = [name for name, kind in kinds.items() if kind in ("w8a8", "w4a8") and "product" not in name]
     against: dict[str, dict[str, float]] = {}
     share: dict[str, dict[str, float]] = {}

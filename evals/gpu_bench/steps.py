@@ -18,6 +18,7 @@ from qtoolkit.evals.gpu_bench import contenders, correctness
 from qtoolkit.evals.gpu_bench.clock import graph_series, summary
 from qtoolkit.evals.gpu_bench.contenders import DTYPE, Contender, Weight, random_weight
 from qtoolkit.evals.gpu_bench.session import Run
+from qtoolkit.kernels.selection import Grid
 
 WRONG = 0.3  # |out - want| / |want| of a contender that does not compute the layer: another grid of int4 costs 0.1
 LARGE = 8192  # side of the layer that ceilings and names of kernels are taken on
@@ -60,7 +61,7 @@ def ceilings(run: Run) -> dict[str, float]:
 
     def product(name: str) -> None:
         contender = next(c for c in contenders.CONTENDERS if c.name == name)
-        call = contender.build(random_weight(size, size, -1, run.device))(
+        call = contender.build(contender.draw(size, size, run.device))(
             torch.randn(size, size, device=run.device).to(DTYPE)
         )
         found[name] = 2e6 * size**3 / summary(run.clock.times(call, 10))["median"]
@@ -103,16 +104,16 @@ def compile_ahead(shapes: Sequence[str]) -> None:
 
     kernels = set()
     depths = [sizes(shape)[1] for shape in shapes]
-    for chained in (False, True):
-        kernels |= {source.quantize(k, False, chained) for k in depths}
+    for own in Grid:
+        kernels |= {source.quantize(k, False, own) for k in depths}
         for shape in plan.SHAPES:
-            for grouped in (False, True) if shape.tokens <= 128 else (False,):
+            for grouped in (False, True) if shape.tokens <= 128 and own is not Grid.FOLDED else (False,):
                 if not shape.fused:
-                    kernels.add(source.linear(shape, grouped, False, chained))
+                    kernels.add(source.linear(shape, grouped, False, own))
                     continue
                 shares = {-(-layout.padded(k) // layout.K_BLOCK // split) for k in depths for split in plan.SPLITS}
                 kernels |= {
-                    source.linear(shape, grouped, False, chained, share)
+                    source.linear(shape, grouped, False, own, share)
                     for share in shares
                     if 0 < share <= source.MAX_SHARE
                 }
@@ -181,7 +182,7 @@ def void(run: Run) -> None:
 
 def layer(contender: Contender, shape: str, device: str) -> Callable[[torch.Tensor], Callable[[], object]]:
     """Return what runs a random layer of ``shape``."""
-    return contender.build(random_weight(*sizes(shape), contender.group_size, device))
+    return contender.build(contender.draw(*sizes(shape), device))
 
 
 def timed(
@@ -203,7 +204,7 @@ def replayed(rows: Sequence[Callable[[torch.Tensor], Callable[[], object]]], x: 
 
 def far(contender: Contender, shape: str, device: str, tokens: int = 32) -> float:
     """Return how far a contender's result is from the layer in float: that it computes the same thing at all."""
-    weight = random_weight(*sizes(shape), contender.group_size, device)
+    weight = contender.draw(*sizes(shape), device)
     x = torch.randn(tokens, weight.shape[1], device=device).to(DTYPE)
     out: Any = contender.build(weight)(x)()
     return round(correctness.distance(out, x.double() @ weight.dense().double().T), 4)
@@ -247,7 +248,7 @@ def kernel_names(run: Run, field: Iterable[Contender]) -> dict[str, list[str]]:
     n = k = LARGE
 
     def names(contender: Contender) -> None:
-        on = contender.build(random_weight(n, k, contender.group_size, run.device))
+        on = contender.build(contender.draw(n, k, run.device))
         for m in (16, 1024):
             call = on(torch.randn(m, k, device=run.device).to(DTYPE))
             call()

@@ -17,7 +17,7 @@ from qtoolkit.kernels.selection import Backend, Grid, Problem
 
 CAPABILITY = (9, 0)
 MAX_K = 65536  # a token's inputs stay in one block's registers while it is quantized
-LAYOUT, LAYOUT_CHAINED = "hopper", "hopper chained"
+LAYOUTS = {Grid.PLAIN: "hopper", Grid.CHAINED: "hopper chained", Grid.FOLDED: "hopper folded"}
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -62,12 +62,19 @@ def refuse(problem: Problem) -> str | None:
     return None
 
 
+def has_sums_of_groups(group_size: int, grid: Grid) -> bool:
+    """Return whether a product scales each group's sum by itself, in float32; folded ones have one sum a row."""
+    return group_size != -1 and grid is not Grid.FOLDED
+
+
 def refuse_shape(problem: Problem) -> str | None:
     """Return why these kernels cannot run a layer of this shape on any card, or None."""
     if problem.k % 8 or not 8 <= problem.k <= MAX_K:
         return f"k must be a multiple of 8 from 8 to {MAX_K}, not {problem.k}"
     if problem.n % 8 or problem.n < 8:
         return f"n must be a multiple of 8, not {problem.n}"
+    if problem.grid is Grid.FOLDED and problem.group_size == -1:
+        return "only groups fold"
     if problem.group_size != -1 and (problem.group_size % layout.K_BLOCK or problem.k % problem.group_size):
         return f"groups must be whole blocks of {layout.K_BLOCK} inputs, not {problem.group_size} of {problem.k}"
     return None
@@ -79,8 +86,7 @@ def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, T
     A product reads weights and group scales before the launch ahead of it has ended: that must not be the one which
     writes them.
     """
-    order = layout.CHAINED if problem.grid is Grid.CHAINED else layout.PLAIN
-    own = layout.prepare(packed, scales, problem.k, problem.group_size, order)
+    own = layout.prepare(packed, scales, problem.k, problem.group_size, problem.grid)
     if own[0].is_cuda:
         torch.cuda.current_stream(own[0].device).synchronize()
     return own
@@ -115,14 +121,17 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def quantize(x: Tensor, place: Place, chained: bool = False) -> tuple[Tensor, Tensor]:
-    """Launch the quantizer for x [tokens, k]; return swizzled codes (``layout.to_swizzled``), scales [tokens8]."""
+def quantize(x: Tensor, place: Place, grid: Grid = Grid.PLAIN) -> tuple[Tensor, Tensor]:
+    """Launch the quantizer for x [tokens, k]; return swizzled codes (``layout.to_swizzled``) and scales [1, tokens8].
+
+    For FOLDED weights a second row of scales is, in their bits, the int32 sum of each token's codes.
+    """
     tokens, k = x.shape
     tokens8, k_padded = -(-tokens // 8) * 8, layout.padded(k)
     codes = torch.empty(k_padded // layout.K_BLOCK, tokens8, layout.K_BLOCK, dtype=torch.int8, device=x.device)
-    scales = torch.empty(tokens8, dtype=torch.float32, device=x.device)
+    scales = torch.empty(2 if grid is Grid.FOLDED else 1, tokens8, dtype=torch.float32, device=x.device)
     arguments = (_pointer(x), _pointer(codes), _pointer(scales), *map(ctypes.c_int, (tokens8, k, k_padded)))
-    place.load(source.quantize(k, x.dtype == torch.float16, chained))(tokens, 1, arguments, place.stream, False)
+    place.load(source.quantize(k, x.dtype == torch.float16, grid))(tokens, 1, arguments, place.stream, False)
     return codes, scales
 
 
@@ -136,12 +145,12 @@ def multiply(
     group_size: int,
     tiling: source.Tiling,
     place: Place,
-    chained: bool = False,
+    grid: Grid = Grid.PLAIN,
 ) -> None:
     """Launch the product of quantized tokens with a prepared weight into out [tokens, n]; bias has the dtype of out."""
-    tokens8 = token_scales.numel()
+    tokens8 = token_scales.shape[1]
     tensors = (weight.data_ptr(), scales.data_ptr(), codes.data_ptr(), token_scales.data_ptr(), None)
-    _launch(tensors, weight, bias, out, tokens8, 0, group_size, tiling, place, chained, share=0)
+    _launch(tensors, weight, bias, out, tokens8, 0, group_size, tiling, place, grid, share=0)
 
 
 def multiply_floats(
@@ -153,13 +162,13 @@ def multiply_floats(
     group_size: int,
     tiling: source.Tiling,
     place: Place,
-    chained: bool = False,
+    grid: Grid = Grid.PLAIN,
 ) -> None:
     """Launch the product that quantizes x [tokens, k] itself; ``tiling`` is fused and holds all tokens."""
     tokens, k = x.shape
     tensors = (weight.data_ptr(), scales.data_ptr(), None, None, x.data_ptr())
     share = tiling.share(weight.shape[1])
-    _launch(tensors, weight, bias, out, -(-tokens // 8) * 8, k, group_size, tiling, place, chained, share)
+    _launch(tensors, weight, bias, out, -(-tokens // 8) * 8, k, group_size, tiling, place, grid, share)
 
 
 def _launch(
@@ -172,11 +181,12 @@ def _launch(
     group_size: int,
     tiling: source.Tiling,
     place: Place,
-    chained: bool,
+    grid: Grid,
     share: int,
 ) -> None:
     tokens, n = out.shape
     row_chunks, k_blocks, _ = weight.shape
+    grouped = has_sums_of_groups(group_size, grid)
     tiles = row_chunks // tiling.blocks * -(-tokens // tiling.tokens)
     blocks = tiles * tiling.split if tiling.split > 1 else min(tiles, place.multiprocessors * tiling.resident)
     parts: Tensor | None = None
@@ -195,18 +205,18 @@ def _launch(
         n,
         row_chunks * layout.ROWS,
         k_blocks,
-        k_blocks if group_size == -1 else group_size // layout.K_BLOCK,
+        group_size // layout.K_BLOCK if grouped else k_blocks,
         tiling.split,
         k,
         parts.data_ptr() if parts is not None else None,
         arrived.data_ptr() if arrived is not None else None,
     )
-    kernel = source.linear(tiling, group_size != -1, out.dtype == torch.float16, chained, share)
+    kernel = source.linear(tiling, grouped, out.dtype == torch.float16, grid, share)
     place.load(kernel)(blocks, tiling.split, (arguments,), place.stream, True)
 
 
 def run(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int, chained: bool = False
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int, grid: Grid = Grid.PLAIN
 ) -> Tensor:
     """Quantize tokens and multiply; see ``ops.w4a8_linear``.
 
@@ -226,19 +236,17 @@ def run(
     tokens, k = rows.shape
     bias = bias.to(x.dtype) if bias is not None else None
     with place_of(x) as place:
-        tiling = plan.choose(tokens, n, k, group_size != -1, place.card, place.multiprocessors)
-        rest = (weight, scales, bias, out.view(tokens, n), group_size, tiling, place, chained)
+        grouped = has_sums_of_groups(group_size, grid)
+        tiling = plan.choose(tokens, n, k, grouped, place.card, place.multiprocessors)
+        rest = (weight, scales, bias, out.view(tokens, n), group_size, tiling, place, grid)
         if tiling.fused:
             multiply_floats(rows, *rest)
         else:
-            codes, token_scales = quantize(rows, place, chained)
+            codes, token_scales = quantize(rows, place, grid)
             multiply(codes, token_scales, *rest)
     return out
 
 
-ops.register_layout(LAYOUT, run)
-ops.register_layout(LAYOUT_CHAINED, partial(run, chained=True))
-BACKENDS = (
-    Backend("cuda", LAYOUT, refuse, prepare),
-    Backend("cuda", LAYOUT_CHAINED, refuse, prepare, Grid.CHAINED),
-)
+for _grid, _layout in LAYOUTS.items():
+    ops.register_layout(_layout, partial(run, grid=_grid))
+BACKENDS = tuple(Backend("cuda", name, refuse, prepare, grid) for grid, name in LAYOUTS.items())

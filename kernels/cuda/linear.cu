@@ -4,7 +4,7 @@
 // nibbles never go back to shared memory; tokens are the right operand, so few tokens waste little of the tensor core.
 //
 //     producer warp                  consumer warpgroups (0-3, 4-7): 64 * BLOCKS weight rows each
-//     bulk copies into a ring  --->  16-byte loads -> 3 logic operations per 8 weights -> wgmma m64nTOKENSk32
+//     bulk copies into a ring  --->  16-byte loads -> 1 to 5 operations per 8 weights -> wgmma m64nTOKENSk32
 //     of STAGES k-blocks of 128      the unpack of one k-step runs while the product of the one before is under way
 //
 // A tile is 128 * BLOCKS rows x TOKENS tokens. With split = 1 the grid is persistent and walks over tiles. With split > 1
@@ -28,71 +28,11 @@
 //
 // Compile-time numbers: TOKENS (8..256), BLOCKS (1, 2), STAGES (of a ring), GROUPED (a scale per row and k-group, applied
 // in fp32), FP16 (else bfloat16), MIN_BLOCKS (resident blocks per multiprocessor), CHAINED (nibbles of the chained grid),
-// SHARE (most k-blocks of a rank, or 0 for tokens that are quantized already), PINGPONG (with split, BLOCKS and MIN_BLOCKS
-// 1 only), STREAM (with split 1, without SHARE and PINGPONG). The wrapper `wgmma` is generated for TOKENS.
-
-constexpr bool LARGE = MIN_BLOCKS == 1;  // a block has the multiprocessor, and its registers, for itself
-constexpr int CONSUMERS = 256, THREADS = CONSUMERS + (LARGE ? 128 : 32);
-constexpr int RINGS = PINGPONG ? 2 : 1, ALL_STAGES = RINGS * STAGES;
-constexpr int ROWS = 128 * BLOCKS, HEIGHT = ROWS / 128 * RINGS;  // HEIGHT: a warpgroup's share of a tile, in 64 rows
-constexpr int PARTS = TOKENS / 2;                                // accumulators of a thread for 64 rows
-constexpr int WEIGHT_BYTES = BLOCKS * 8192, TOKEN_BYTES = TOKENS * 128, SCALE_BYTES = GROUPED ? ROWS * 4 : 0;
-constexpr int STAGE_BYTES = WEIGHT_BYTES + (SHARE ? 0 : TOKEN_BYTES), CODES_AT = ALL_STAGES * STAGE_BYTES;
-constexpr int SCALES_AT = CODES_AT + SHARE * TOKEN_BYTES, BARRIERS_AT = SCALES_AT + ALL_STAGES * SCALE_BYTES;
-constexpr int COUNT_AT = BARRIERS_AT + 16 * ALL_STAGES;  // only with STREAM
-constexpr int MAXIMA_AT = BARRIERS_AT + 16 * ALL_STAGES, TOKEN_SCALES_AT = MAXIMA_AT + 4 * TOKENS;  // only with SHARE
-
-struct Problem {
-    const char* weight;        // [n / 128][k / 128][8192 bytes], fragment order
-    const float* scales;       // [n padded] already divided by 16, or [groups][n padded] likewise
-    const char* codes;         // [k / 128][tokens8][128 bytes], swizzled; unused with SHARE
-    const float* token_scales; // [tokens8]; unused with SHARE
-    const unsigned short* x;   // [tokens][k] with SHARE, else unused
-    const unsigned short* bias;  // [n] in the dtype of out, or null
-    unsigned short* out;       // [tokens][n]
-    int tokens, tokens8;       // tokens8: rounded up to a multiple of 8
-    int n, n_padded;           // n_padded: rounded up to a multiple of 128
-    int k_blocks;              // blocks of 128 inputs
-    int group_blocks;          // k-blocks that share a scale
-    int split;                 // blocks of a cluster
-    int k;                     // inputs before padding, a multiple of 8; only with SHARE
-    unsigned* parts;           // only with STREAM: [blocks][2][accumulators][CONSUMERS]
-    unsigned* arrived;         // only with STREAM: [tiles], zeros
-};
-
-struct Tile { int row, token; };
-
-// Tiles of up to 16 neighbouring token tiles run together, so that a wave of blocks shares both operands in L2.
-__device__ __forceinline__ Tile tile_at(int tile, int row_tiles, int token_tiles) {
-    const int band = tile / (16 * row_tiles), first = band * 16;
-    const int height = token_tiles - first < 16 ? token_tiles - first : 16, inside = tile - band * 16 * row_tiles;
-    return Tile{inside / height * ROWS, (first + inside % height) * TOKENS};
-}
-
-// What a worker multiplies, piece by piece: k-blocks first..last-1 of a tile.
-#if STREAM
-__device__ __forceinline__ int share_begin(int all, int block) { return (long long)all * block / gridDim.x; }
-__device__ __forceinline__ int share_of(int all, int k_block) { return ((k_block + 1ll) * gridDim.x - 1) / all; }
-
-struct Walk {
-    int tile, first, last, k_blocks, left;
-    __device__ __forceinline__ Walk(int k_blocks, int tiles) : k_blocks(k_blocks) {
-        const int begin = share_begin(tiles * k_blocks, blockIdx.x);
-        left = share_begin(tiles * k_blocks, blockIdx.x + 1) - begin, tile = begin / k_blocks, first = begin % k_blocks;
-        last = first + left < k_blocks ? first + left : k_blocks;
-    }
-    __device__ __forceinline__ bool more() const { return left > 0; }
-    __device__ __forceinline__ void next() {
-        left -= last - first, ++tile, first = 0, last = left < k_blocks ? left : k_blocks;
-    }
-};
-#else
-struct Walk {
-    int tile, first, last, stride, tiles;
-    __device__ __forceinline__ bool more() const { return tile < tiles; }
-    __device__ __forceinline__ void next() { tile += stride; }
-};
-#endif
+// FOLDED (a group's multiple makes int8 of its codes, and one int32 sum runs over all groups; without GROUPED), SHARE
+// (most k-blocks of a rank, or 0 for tokens that are quantized already), PINGPONG (with split, BLOCKS and MIN_BLOCKS 1
+// only), STREAM (with split 1, without SHARE and PINGPONG). The wrapper `wgmma` is generated for TOKENS and FOLDED.
+//
+// Before this text stand problem.cuh (the constants, and who does what), unpack.cuh and finish.cuh (sums to outputs).
 
 // The position in a ring: stage, and the parity of the phase that the next wait on it refers to.
 struct Ring {
@@ -115,8 +55,8 @@ __device__ __forceinline__ void load_weights(const Problem& p, unsigned base, in
     barrier_arrive_expect(full, WEIGHT_BYTES + SCALE_BYTES + (SHARE ? 0 : rows8 * 128));
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b)
-        copy_to_shared(base + stage * STAGE_BYTES + b * 8192,
-                       p.weight + ((long long)(tile.row / 128 + b) * p.k_blocks + k_block) * 8192, 8192, full);
+        copy_to_shared(base + WEIGHTS_AT + stage * WEIGHT_BYTES + b * CHUNK,
+                       p.weight + ((long long)(tile.row / 128 + b) * p.k_blocks + k_block) * CHUNK, CHUNK, full);
     if (GROUPED)
         copy_to_shared(base + SCALES_AT + stage * SCALE_BYTES,
                        p.scales + (long long)(k_block / p.group_blocks) * p.n_padded + tile.row, SCALE_BYTES, full);
@@ -124,59 +64,13 @@ __device__ __forceinline__ void load_weights(const Problem& p, unsigned base, in
 
 __device__ __forceinline__ void load_tokens(const Problem& p, unsigned base, int stage, Tile tile, int k_block) {
     const int rows8 = p.tokens8 - tile.token < TOKENS ? p.tokens8 - tile.token : TOKENS;
-    copy_to_shared(base + stage * STAGE_BYTES + WEIGHT_BYTES,
-                   p.codes + ((long long)k_block * p.tokens8 + tile.token) * 128, rows8 * 128,
-                   full_barrier(base, stage));
-}
-
-// The register operand of one of the two k-steps that 16 bytes of a thread hold, 16 times the code in each byte.
-__device__ __forceinline__ void unpack(const Words& w, int step, unsigned (&a)[4]) {
-#if CHAINED
-    // A high nibble with the low one under it is the weight itself, and so is the word shifted by one nibble: each
-    // weight's grid was moved by the nibble below it when it was rounded. Step 0 costs nothing, step 1 a shift a word.
-    a[0] = step ? w.x << 4 : w.x;
-    a[1] = step ? w.y << 4 : w.y;
-    a[2] = step ? w.z << 4 : w.z;
-    a[3] = step ? w.w << 4 : w.w;
-#else
-    // High nibbles become one register's bytes and low nibbles another's; a code's sign bit is then the byte's.
-    const unsigned word0 = step ? w.z : w.x, word1 = step ? w.w : w.y;
-    a[0] = word0 & 0xf0f0f0f0u;
-    a[1] = (word0 << 4) & 0xf0f0f0f0u;
-    a[2] = word1 & 0xf0f0f0f0u;
-    a[3] = (word1 << 4) & 0xf0f0f0f0u;
-#endif
+    copy_to_shared(base + stage * TOKEN_BYTES, p.codes + ((long long)k_block * p.tokens8 + tile.token) * 128,
+                   rows8 * 128, full_barrier(base, stage));
 }
 
 // Shared-memory descriptor of the right operand: K-major, 128-byte swizzle, 1024 bytes from one group of 8 tokens to the next.
 __device__ __forceinline__ unsigned long long descriptor(unsigned address) {
     return (unsigned long long)((address & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
-struct Pair { float x, y; };
-
-// The scales of the thread's two tokens of the eight that start at `token`.
-__device__ __forceinline__ Pair token_scales_at(const Problem& p, unsigned base, int token, int lane) {
-    if (token >= p.tokens) return Pair{0.0f, 0.0f};
-    if (!SHARE) return *(const Pair*)(p.token_scales + token + 2 * (lane % 4));
-    const unsigned at = base + TOKEN_SCALES_AT + 4 * (token + 2 * (lane % 4));
-    return Pair{__uint_as_float(load_shared_word(at)), __uint_as_float(load_shared_word(at + 4))};
-}
-
-// Scale, add bias, narrow, and store four accumulators of a thread: rows r and r + 8, tokens t and t + 1.
-__device__ __forceinline__ void store_unit(const Problem& p, const float (&sum)[4], Pair a, int row, int token,
-                                           int lane, float bias0, float bias1) {
-    const unsigned upper = transpose_8x8(pack_pair(sum[0] * a.x + bias0, sum[1] * a.y + bias0, FP16));
-    const unsigned lower = transpose_8x8(pack_pair(sum[2] * a.x + bias1, sum[3] * a.y + bias1, FP16));
-    const int mine = token + lane / 4, n = row + 2 * (lane % 4);  // after the transposition: two neighbouring outputs
-    if (mine >= p.tokens) return;
-    unsigned short* at = p.out + (long long)mine * p.n + n;
-    if (n < p.n) *(unsigned*)at = upper;
-    if (n + 8 < p.n) *(unsigned*)(at + 8) = lower;
-}
-
-__device__ __forceinline__ float bias_at(const Problem& p, int n) {
-    return p.bias != nullptr && n < p.n ? widen(p.bias[n], FP16) : 0.0f;
 }
 
 // Fill a ring with the first tile's weights, which do not wait for the tokens.
@@ -207,7 +101,7 @@ __device__ __forceinline__ void produce(const Problem& p, unsigned base, Ring ri
 }
 
 #if SHARE
-// Quantize this rank's inputs of all tokens into CODES_AT: one warp a token, its floats in registers meanwhile.
+// Quantize this rank's inputs of all tokens into shared memory: one warp a token, its floats in registers meanwhile.
 __device__ __forceinline__ void quantize_share(const Problem& p, unsigned base, int first, int last, int warp, int lane) {
     constexpr int VECTORS = (SHARE * 16 + 31) / 32, MINE = TOKENS / 8;  // 16-byte loads of a lane; tokens of a warp
     const int inputs = (last - first) * 128, left = p.k - first * 128, present = left < inputs ? left : inputs;
@@ -242,30 +136,26 @@ __device__ __forceinline__ void quantize_share(const Problem& p, unsigned base, 
     for (int t = 0; t < MINE; ++t) {
         const int token = warp + 8 * t;
         const Grid grid = grid_of(top[t]);
+        int sum = 0;
         if (lane == 0) store_shared_word(base + TOKEN_SCALES_AT + 4 * token, __float_as_uint(grid.scale));
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
             const int at = (v * 32 + lane) * 8;
             if (at >= inputs) continue;
             const Codes codes = codes_of(values[t][v], grid);
-            const unsigned line = base + CODES_AT + at / 128 * TOKEN_BYTES + token * 128;
+            const unsigned line = base + at / 128 * TOKEN_BYTES + token * 128;
             store_shared_word(line + swizzled(place_of(at, 0), token), codes.first);
             store_shared_word(line + swizzled(place_of(at, 1), token), codes.second);
+            if (FOLDED) sum = add_bytes(codes.first, add_bytes(codes.second, sum));
+        }
+        if (FOLDED) {
+            sum = sum_over_warp(sum);
+            if (lane == 0) store_shared_word(base + TOKEN_SUMS_AT + 4 * token, sum);
         }
     }
     shared_writes_fence();  // the products read shared memory through another proxy
     sync_some<1, CONSUMERS>();
 }
-#endif
-
-#if GROUPED
-using Sum = float;
-__device__ __forceinline__ unsigned bits_of(Sum v) { return __float_as_uint(v); }
-__device__ __forceinline__ Sum sum_of(unsigned v) { return __uint_as_float(v); }
-#else
-using Sum = int;
-__device__ __forceinline__ unsigned bits_of(Sum v) { return v; }
-__device__ __forceinline__ Sum sum_of(unsigned v) { return v; }
 #endif
 
 // The turn to begin a tile, handed from warpgroup to warpgroup; barrier 2 + g means that it is g's.
@@ -277,7 +167,8 @@ __device__ __forceinline__ void turn_pass(int group) { arrive_pair(3 - group); }
 __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks, int group, int block, int turn,
                                          int warp, int lane, Sum (&sums)[HEIGHT][PARTS]) {
     const int thread = warp * 32 + lane;  // within the warpgroup
-    const unsigned mine = block * 4096 + thread * 16;
+    const unsigned chunk = base + WEIGHTS_AT + block / 2 * CHUNK, half = block % 2;  // its rows: of one chunk of 128
+    const unsigned mine = half * 4096 + thread * 16, fold_at = 8192 + half * 64 + warp * 16 + lane / 4;
 #if GROUPED
     int part[PARTS];
 #pragma unroll
@@ -286,8 +177,8 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
         for (int i = 0; i < PARTS; ++i) sums[b][i] = 0.0f;
     for (int k = 0; k < k_blocks; ++k) {
         if (PINGPONG && k == turn) turn_pass(group);
-        const unsigned stage = base + ring.stage * STAGE_BYTES;
-        const unsigned long long tokens = descriptor(SHARE ? base + CODES_AT + k * TOKEN_BYTES : stage + WEIGHT_BYTES);
+        const unsigned stage = chunk + ring.stage * WEIGHT_BYTES;
+        const unsigned long long tokens = descriptor(base + (SHARE ? k : ring.stage) * TOKEN_BYTES);
         barrier_wait(full_barrier(base, ring.stage), ring.parity);
 #pragma unroll
         for (int b = 0; b < HEIGHT; ++b) {
@@ -297,10 +188,10 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
             const float scale0 = __uint_as_float(load_shared_word(scale_at));
             const float scale1 = __uint_as_float(load_shared_word(scale_at + 32));
             unsigned a[4][4];
-            unpack(low, 0, a[0]);
-            unpack(low, 1, a[1]);
-            unpack(high, 0, a[2]);
-            unpack(high, 1, a[3]);
+            unpack(low, 0, Fold{}, a[0]);
+            unpack(low, 1, Fold{}, a[1]);
+            unpack(high, 0, Fold{}, a[2]);
+            unpack(high, 1, Fold{}, a[3]);
             products_fence();
 #pragma unroll
             for (int s = 0; s < 4; ++s) wgmma(part, a[s], tokens + 2 * s, s > 0);
@@ -318,19 +209,21 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
     int previous = -1;         // the stage whose last product may still be under way
     for (int k = 0; k < k_blocks; ++k) {
         if (PINGPONG && k == turn) turn_pass(group);
-        const unsigned stage = base + ring.stage * STAGE_BYTES;
-        const unsigned long long tokens = descriptor(SHARE ? base + CODES_AT + k * TOKEN_BYTES : stage + WEIGHT_BYTES);
+        const unsigned stage = chunk + ring.stage * WEIGHT_BYTES;
+        const unsigned long long tokens = descriptor(base + (SHARE ? k : ring.stage) * TOKEN_BYTES);
         Words words[HEIGHT][2];
+        Fold folds[HEIGHT];
         barrier_wait(full_barrier(base, ring.stage), ring.parity);
 #pragma unroll
         for (int b = 0; b < HEIGHT; ++b) {
             words[b][0] = load_shared(stage + mine + b * 4096);
             words[b][1] = load_shared(stage + mine + b * 4096 + 2048);
+            folds[b] = load_fold(stage + fold_at + b * 64);
         }
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
 #pragma unroll
-            for (int b = 0; b < HEIGHT; ++b) unpack(words[b][s / 2], s % 2, a[s % 2][b]);
+            for (int b = 0; b < HEIGHT; ++b) unpack(words[b][s / 2], s % 2, folds[b], a[s % 2][b]);
 #pragma unroll
             for (int b = 0; b < HEIGHT; ++b) {
                 products_fence();  // one a product, or the assembler inserts it and may wait after every product
@@ -347,103 +240,6 @@ __device__ __forceinline__ void multiply(unsigned base, Ring& ring, int k_blocks
     if (lane == 0) barrier_arrive(empty_barrier(base, previous));
 #endif
 }
-
-// Split = 1: the sums are complete; scale and store them from registers.
-__device__ __forceinline__ void finish_alone(const Problem& p, unsigned base, Tile tile, int row, int lane,
-                                             const Sum (&sums)[HEIGHT][PARTS]) {
-    constexpr int AT_ONCE = TOKENS > 128 ? TOKENS / 16 : TOKENS / 8;
-#pragma unroll
-    for (int first = 0; first < TOKENS / 8; first += AT_ONCE) {
-        Pair a[AT_ONCE];  // these loads go out before the first store, which the compiler must take for an alias
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) a[j] = token_scales_at(p, base, tile.token + 8 * (first + j), lane);
-#pragma unroll
-        for (int b = 0; b < HEIGHT; ++b) {
-            const int r = tile.row + row + b * 64, mine = r + lane / 4;
-            const float scale0 = GROUPED ? 1.0f : p.scales[mine], scale1 = GROUPED ? 1.0f : p.scales[mine + 8];
-            const float bias0 = bias_at(p, mine), bias1 = bias_at(p, mine + 8);
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) {
-                const int token = tile.token + 8 * (first + j);
-                if (token >= p.tokens) break;
-                const Sum(&s)[PARTS] = sums[b];
-                const int i = 4 * (first + j);
-                const float sum[4] = {s[i] * scale0, s[i + 1] * scale0, s[i + 2] * scale1, s[i + 3] * scale1};
-                store_unit(p, sum, a[j], r, token, lane, bias0, bias1);
-            }
-        }
-    }
-}
-
-// Split > 1: every block lays its part into its own stages, [accumulator][thread]; after all have, the blocks take turns
-// over units of 8 tokens x 64 rows, add the parts of all ranks in rank order, scale and store.
-__device__ __forceinline__ void finish_together(const Problem& p, unsigned base, Tile tile, int rank, int row, int lane,
-                                                const Sum (&sums)[HEIGHT][PARTS]) {
-    sync_some<1, CONSUMERS>();  // both warpgroups have read their last stage
-#pragma unroll
-    for (int b = 0; b < HEIGHT; ++b)
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i)
-            store_shared_word(base + ((b * PARTS + i) * CONSUMERS + threadIdx.x) * 4, bits_of(sums[b][i]));
-    cluster_sync();
-    for (int unit = rank; unit < HEIGHT * TOKENS / 8; unit += p.split) {
-        const int b = unit / (TOKENS / 8), j = unit % (TOKENS / 8), r = tile.row + row + b * 64, mine = r + lane / 4;
-        if (tile.token + 8 * j >= p.tokens) continue;
-        const float scale0 = GROUPED ? 1.0f : p.scales[mine], scale1 = GROUPED ? 1.0f : p.scales[mine + 8];
-        const float bias0 = bias_at(p, mine), bias1 = bias_at(p, mine + 8);
-        const Pair a = token_scales_at(p, base, tile.token + 8 * j, lane);
-        Sum total[4] = {0, 0, 0, 0};
-        for (int peer = 0; peer < p.split; peer += 4) {  // the loads of four peers are under way at once
-            Sum part[4][4];
-#pragma unroll
-            for (int q = 0; q < 4; ++q)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    part[q][i] = peer + q >= p.split ? Sum(0)
-                        : sum_of(load_peer_word(base + ((unit * 4 + i) * CONSUMERS + threadIdx.x) * 4, peer + q));
-#pragma unroll
-            for (int q = 0; q < 4; ++q)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) total[i] += part[q][i];
-        }
-        const float sum[4] = {total[0] * scale0, total[1] * scale0, total[2] * scale1, total[3] * scale1};
-        store_unit(p, sum, a, r, tile.token + 8 * j, lane, bias0, bias1);
-    }
-    cluster_sync();  // a block's shared memory must outlive its peers' reads
-}
-
-#if STREAM
-// Bring the part of a tile that `sums` is into the workspace. True for the block that came last: it has all parts' sums.
-__device__ __forceinline__ bool complete(const Problem& p, unsigned base, const Walk& walk, int tiles,
-                                         Sum (&sums)[HEIGHT][PARTS]) {
-    const int all = tiles * p.k_blocks, head = share_of(all, walk.tile * p.k_blocks);
-    const int tail = share_of(all, walk.tile * p.k_blocks + p.k_blocks - 1);
-    constexpr int WORDS = HEIGHT * PARTS * CONSUMERS;  // of a block's two parts: a tile's end, and a tile's beginning
-    unsigned* const mine = p.parts + (2ll * blockIdx.x + (walk.first == 0)) * WORDS + threadIdx.x;
-#pragma unroll
-    for (int b = 0; b < HEIGHT; ++b)
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i) store_global_word(mine + (b * PARTS + i) * CONSUMERS, bits_of(sums[b][i]));
-    global_fence();
-    sync_some<1, CONSUMERS>();  // this block's part is written
-    if (threadIdx.x == 0) store_shared_word(base + COUNT_AT, count_up(p.arrived + walk.tile));
-    sync_some<1, CONSUMERS>();  // the count is known
-    if (load_shared_word(base + COUNT_AT) != tail - head) return false;
-    global_fence();
-#pragma unroll
-    for (int b = 0; b < HEIGHT; ++b)
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i) sums[b][i] = 0;
-    for (int block = head; block <= tail; ++block) {
-        const unsigned* const part = p.parts + (2ll * block + (block == head)) * WORDS + threadIdx.x;
-#pragma unroll
-        for (int b = 0; b < HEIGHT; ++b)
-#pragma unroll
-            for (int i = 0; i < PARTS; ++i) sums[b][i] += sum_of(load_global_word(part + (b * PARTS + i) * CONSUMERS));
-    }
-    return true;
-}
-#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) w4a8_linear(const Problem p) {
     const unsigned base = shared_base();
@@ -499,6 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) w4a8_linear(co
             multiply(base, ring, walk.last - walk.first, group, block, turn, warp % 4, lane, sums);
             if (!SHARE) wait_for_previous_grid();  // the producer has waited; this makes token scales visible here
             const Tile place = tile_at(walk.tile, row_tiles, token_tiles);
+            if (FOLDED && (SHARE || walk.first == 0)) recentre(p, base, place.token, lane, sums);
 #if STREAM
             if (walk.last - walk.first < p.k_blocks && !complete(p, base, walk, tiles, sums)) continue;
 #endif

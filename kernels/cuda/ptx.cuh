@@ -22,6 +22,12 @@ __device__ __forceinline__ unsigned load_shared_word(unsigned address) {
     return v;
 }
 
+__device__ __forceinline__ unsigned load_shared_byte(unsigned address) {
+    unsigned v;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ void store_shared_word(unsigned address, unsigned value) {
     asm volatile("st.shared.u32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
 }
@@ -170,6 +176,18 @@ __device__ __forceinline__ unsigned max_halves(unsigned a, unsigned b) {  // two
 __device__ __forceinline__ unsigned max_over_warp(unsigned value) {
     unsigned v;
     asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(value));
+    return v;
+}
+
+__device__ __forceinline__ int sum_over_warp(int value) {
+    int v;
+    asm volatile("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(value));
+    return v;
+}
+
+__device__ __forceinline__ int add_bytes(unsigned bytes, int sum) {  // four signed bytes
+    int v;
+    asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(v) : "r"(bytes), "r"(0x01010101), "r"(sum));
     return v;
 }
 

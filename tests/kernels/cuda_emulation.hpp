@@ -2,10 +2,13 @@
 //
 // Asynchrony is made as nasty as it may be. Bulk copies land late and in random order. A warpgroup product reads its
 // register operand and shared memory as late as the waits allow, so a buffer freed or overwritten too early shows as a
-// wrong result. Warps fall behind at random. Shared memory starts poisoned, and a product sees a thread's plain stores only behind that thread's fence.
+// wrong result. Warps fall behind at random. Shared memory starts poisoned, and a product sees a thread's plain stores only
+// behind that thread's fence. Words that blocks hand each other in global memory become visible as late as the order of
+// events allows: when a thread that knows of them, its own or through a barrier of its block, counts itself up.
 // Where every thread waits and no copy is left, the launch ends with an error.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -24,6 +27,8 @@
 struct Dim { unsigned x; };
 struct Words { unsigned x, y, z, w; };
 struct Product { int* d; const unsigned* a; unsigned long long b; int accumulate, group; };
+struct Part { unsigned* at; unsigned value; };  // a word for other blocks
+struct Handed { int barrier; long meeting; Part part; };
 struct Barrier { int count, pending; long bytes; unsigned phase; };
 struct Copy { int block; unsigned target, bytes, barrier; const void* source; };
 
@@ -36,6 +41,7 @@ struct Block {
     std::map<unsigned, Barrier> barriers;
     std::vector<Warp> warps;
     std::map<int, long> named, ahead;  // threads that came to a named barrier; arrivals minus waits there
+    std::vector<Handed> handed;        // fenced words that threads brought to a barrier, and to which of its meetings
 };
 struct Fiber {
     ucontext_t context;
@@ -46,7 +52,7 @@ struct Fiber {
     long meetings = 0, cluster_meetings = 0;
     std::map<int, long> named;
     std::vector<unsigned> stores;  // addresses of words that products do not see yet
-    std::vector<std::pair<unsigned*, unsigned>> parts;  // words that other blocks do not see yet
+    std::vector<Part> parts, fenced, own;  // stored, of these fenced, that no other thread knows of; and all it stored
 };
 
 static std::vector<Block> blocks;
@@ -92,7 +98,9 @@ static const unsigned* exchange(unsigned value) {  // all 32 lanes bring a word 
     return warp.slots[meeting % 2];
 }
 static void meet(int id, int threads) {
-    const long goal = ++current->named[id] * threads;
+    const long meeting = ++current->named[id], goal = meeting * threads;
+    for (const Part& part : current->fenced) block().handed.push_back({id, meeting, part});
+    current->fenced.clear();
     ++block().named[id];
     Block& mine = block();
     wait_until([&mine, id, goal] { return mine.named[id] >= goal; });
@@ -112,6 +120,7 @@ static unsigned __shfl_sync(unsigned, unsigned value, int lane) { return exchang
 static unsigned shared_base() { return SHARED_AT; }
 static Words load_shared(unsigned address) { Words v; memcpy(&v, shared_at(block(), address, 16), 16); return v; }
 static unsigned load_shared_word(unsigned address) { unsigned v; memcpy(&v, shared_at(block(), address, 4), 4); return v; }
+static unsigned load_shared_byte(unsigned address) { return *shared_at(block(), address, 1); }
 static void store_shared_word(unsigned address, unsigned v) {
     memcpy(shared_at(block(), address, 4), &v, 4);
     const unsigned neither = ~v;  // a product may see the old word, the new one, or parts of both
@@ -161,7 +170,10 @@ template <int parts> static void wgmma(int (&d)[parts], const unsigned (&a)[4], 
 }
 static void products_fence() {}
 static void products_commit() { ++current->committed; }
-static signed char left(const Product& p, int byte) { return (signed char)(p.a[byte / 4] >> (8 * (byte % 4))); }
+static int left(const Product& p, int byte) {
+    const unsigned value = p.a[byte / 4] >> (8 * (byte % 4)) & 0xff;
+    return FOLDED ? value : (signed char)value;  // the kind that `source.wgmma` asks for
+}
 
 // Fragment maps of m64nNk32 (PTX ISA, "register fragments and shared memory matrix layouts"), for one warp's 16 rows.
 static void run_product(Block& b, const Product* quad, int lane, int columns) {
@@ -225,13 +237,29 @@ static unsigned load_peer_word(unsigned address, unsigned rank) {
     memcpy(&v, shared_at(blocks[rank], address, 4), 4);
     return v;
 }
-static void store_global_word(unsigned* at, unsigned v) { current->parts.push_back({at, v}); }
-static unsigned load_global_word(const unsigned* at) { return *at; }
+static void store_global_word(unsigned* at, unsigned v) {
+    *at = ~v;  // another block may see anything but the new word
+    current->parts.push_back({at, v}), current->own.push_back({at, v});
+}
+static unsigned load_global_word(const unsigned* at) {
+    for (const Part& part : current->own)
+        if (part.at == at) return part.value;
+    return *at;
+}
 static void global_fence() {
-    for (auto& part : current->parts) *part.first = part.second;
+    current->fenced.insert(current->fenced.end(), current->parts.begin(), current->parts.end());
     current->parts.clear();
 }
-static unsigned count_up(unsigned* at) { return (*at)++; }
+static unsigned count_up(unsigned* at) {  // releases what this thread knows of, and nothing else
+    for (const Part& part : current->fenced) *part.at = part.value;
+    current->fenced.clear();
+    auto known = [](const Handed& h) { return h.meeting <= current->named[h.barrier]; };
+    for (const Handed& h : block().handed)
+        if (known(h)) *h.part.at = h.part.value;
+    auto& handed = block().handed;
+    handed.erase(std::remove_if(handed.begin(), handed.end(), known), handed.end());
+    return (*at)++;
+}
 static void let_dependents_start() {}
 static void wait_for_previous_grid() {}
 
@@ -258,6 +286,16 @@ static unsigned max_over_warp(unsigned value) {
     unsigned top = 0;
     for (int i = 0; i < 32; ++i) top = std::max(top, all[i]);
     return top;
+}
+static int sum_over_warp(int value) {
+    const unsigned* all = exchange(value);
+    unsigned sum = 0;
+    for (int i = 0; i < 32; ++i) sum += all[i];
+    return sum;
+}
+static int add_bytes(unsigned bytes, int sum) {
+    for (int i = 0; i < 4; ++i) sum += (signed char)(bytes >> (8 * i));
+    return sum;
 }
 static int round_to_int(float x) { return (int)std::nearbyint(x); }
 static float divide(float a, float b) { return a / b; }

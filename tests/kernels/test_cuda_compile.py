@@ -12,19 +12,24 @@ import pytest
 
 from qtoolkit.kernels.cuda import compiler, plan, source
 from qtoolkit.kernels.cuda.source import Tiling
+from qtoolkit.kernels.selection import Grid
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 GROUPED = [shape for shape in plan.SHAPES if shape.tokens <= 128]
-# Tiling, scales per group, chained grid; a fused product has the largest share that it may have.
-VARIANTS = [(shape, False, False) for shape in plan.SHAPES] + [(shape, True, False) for shape in GROUPED]
-VARIANTS += [(shape, False, True) for shape in (Tiling(16, 1, 1, 2), Tiling(256, 1, 1, 1), Tiling(128, 2, 1, 1))]
-VARIANTS += [(shape, True, True) for shape in (Tiling(16, 1, 1, 2, fused=True), Tiling(128, 2, 1, 1))]
-VARIANTS += [(Tiling(160, 1, 1, 1, pingpong=True), False, True), (Tiling(128, 1, 1, 1, pingpong=True), True, True)]
+# Tiling, scales per group, grid; a fused product has the largest share that it may have.
+Variant = tuple[Tiling, bool, Grid]
+VARIANTS: list[Variant] = [(shape, False, Grid.PLAIN) for shape in plan.SHAPES]
+VARIANTS += [(shape, True, Grid.PLAIN) for shape in GROUPED]
+VARIANTS += [(shape, False, Grid.FOLDED) for shape in plan.SHAPES]  # groups in the tiles of one scale a channel
+VARIANTS += [(Tiling(*shape), False, Grid.CHAINED) for shape in ((16, 1, 1, 2), (256, 1, 1, 1), (128, 2, 1, 1))]
+VARIANTS += [(shape, True, Grid.CHAINED) for shape in (Tiling(16, 1, 1, 2, fused=True), Tiling(128, 2, 1, 1))]
+VARIANTS += [(Tiling(160, 1, 1, 1, pingpong=True), False, Grid.CHAINED)]
+VARIANTS += [(Tiling(128, 1, 1, 1, pingpong=True), True, Grid.CHAINED)]
 
 
-def kernel_of(tiling: Tiling, grouped: bool, chained: bool) -> source.Kernel:
-    return source.linear(tiling, grouped, False, chained, source.MAX_SHARE if tiling.fused else 0)
+def kernel_of(tiling: Tiling, grouped: bool, grid: Grid) -> source.Kernel:
+    return source.linear(tiling, grouped, False, grid, source.MAX_SHARE if tiling.fused else 0)
 
 
 def cuobjdump() -> str | None:
@@ -51,23 +56,23 @@ def instructions(cubin: Path) -> list[str]:
     return [line for line in listing.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line)]
 
 
-LEFT_IN_REGISTERS = r"IGMMA\.64x{}x32\.S8\.S8 R\d+, R\d+, gdesc"
+LEFT_IN_REGISTERS = r"IGMMA\.64x{}x32\.{}\.S8 R\d+, R\d+, gdesc"
 
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    ("tiling", "grouped", "chained"),
+    ("tiling", "grouped", "grid"),
     VARIANTS,
     ids=lambda v: (
         f"{v.tokens}x{128 * v.blocks}{' fused' * v.fused}{' ping-pong' * v.pingpong}{' stream' * v.streamed}"
         if isinstance(v, Tiling)
-        else str(int(v))
+        else str(v)
     ),
 )
 def test_products_keep_to_registers_and_run_asynchronously(
-    tiling: Tiling, grouped: bool, chained: bool, tmp_path: Path
+    tiling: Tiling, grouped: bool, grid: Grid, tmp_path: Path
 ) -> None:
-    kernel = kernel_of(tiling, grouped, chained)
+    kernel = kernel_of(tiling, grouped, grid)
     report, cubin = assemble(kernel, tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
     assert "C75" not in report, report  # the assembler's warnings that it waits after every product
@@ -76,14 +81,15 @@ def test_products_keep_to_registers_and_run_asynchronously(
     if cuobjdump():
         products = [line for line in instructions(cubin) if "GMMA" in line]
         assert len(products) >= 4
-        assert all(re.search(LEFT_IN_REGISTERS.format(tiling.tokens), line) for line in products)
+        kind = LEFT_IN_REGISTERS.format(tiling.tokens, "U8" if grid is Grid.FOLDED else "S8")
+        assert all(re.search(kind, line) for line in products)
 
 
 @needs_nvcc
 @pytest.mark.parametrize("tiling", [Tiling(8, 1, 1, 2, fused=True), Tiling(64, 1, 1, 2), Tiling(128, 2, 1, 1)], ids=str)
 def test_float16_products_keep_to_registers_too(tiling: Tiling, tmp_path: Path) -> None:
-    for grouped in (False, True):
-        kernel = source.linear(tiling, grouped, True, False, source.MAX_SHARE if tiling.fused else 0)
+    for grouped, grid in ((False, Grid.PLAIN), (True, Grid.PLAIN), (False, Grid.FOLDED)):
+        kernel = source.linear(tiling, grouped, True, grid, source.MAX_SHARE if tiling.fused else 0)
         report, _ = assemble(kernel, tmp_path)
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
         assert "C75" not in report, report
@@ -99,32 +105,33 @@ def test_every_kernel_fits_into_shared_memory() -> None:
 
 @needs_nvcc
 @pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("grid", [Grid.PLAIN, Grid.FOLDED])
 @pytest.mark.parametrize("k", [64, 4096, 14336, 65536])
-def test_the_quantizer_keeps_a_row_in_registers(k: int, fp16: bool, tmp_path: Path) -> None:
-    kernel = source.quantize(k, fp16)
+def test_the_quantizer_keeps_a_row_in_registers(k: int, grid: Grid, fp16: bool, tmp_path: Path) -> None:
+    kernel = source.quantize(k, fp16, grid)
     report, _ = assemble(kernel, tmp_path)
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     assert "0 bytes spill stores" in report
     assert registers * kernel.threads <= 65536
 
 
-def logic_between_products(kernel: source.Kernel, folder: Path) -> int:
-    """Return how many operations on whole words stand in the main loop of a 128 x 256 tile: 16 words of weights."""
+def operations_between_products(kernel: source.Kernel, folder: Path) -> int:
+    """Return how many operations on whole words stand between the products of a k-block of a 128 x 256 tile."""
     _, cubin = assemble(kernel, folder)
     lines = instructions(cubin)
-    products = [i for i, line in enumerate(lines) if "IGMMA.64x128x32.S8.S8" in line]
+    products = [i for i, line in enumerate(lines) if re.search(r"IGMMA\.64x128x32\.[SU]8\.S8", line)]
     assert len(products) == 8
     between = lines[products[0] : products[-1]]
-    return sum(bool(re.search(r"\b(LOP3|SHF|IMAD\.SHL|PRMT|MOV|IMAD\.MOV)\b", line)) for line in between)
+    return sum(bool(re.search(r"\b(LOP3|SHF|IMAD|PRMT|MOV|IADD3|VIADD|LEA)\b", line)) for line in between)
 
 
 @needs_nvcc
 @pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
-@pytest.mark.parametrize(("chained", "most"), [(False, 48), (True, 16)])
-def test_unpacking_takes_three_operations_for_eight_weights_or_one(chained: bool, most: int, tmp_path: Path) -> None:
-    """A k-block is 4 steps of 2 products: 16 words a thread, of three operations each, or one on the chained grid."""
-    kernel = source.linear(Tiling(128, 2, 1, 1), False, False, chained)
-    assert logic_between_products(kernel, tmp_path) <= most + 6
+@pytest.mark.parametrize(("grid", "each"), [(Grid.PLAIN, 3), (Grid.CHAINED, 1), (Grid.FOLDED, 5)])
+def test_unpacking_takes_few_operations_for_eight_weights(grid: Grid, each: int, tmp_path: Path) -> None:
+    """A k-block is 4 steps of 2 products; between the first and the last are 3 steps, 12 words of a thread."""
+    kernel = source.linear(Tiling(128, 2, 1, 1), False, False, grid)
+    assert operations_between_products(kernel, tmp_path) <= 12 * each + 8
 
 
 def test_a_cubin_is_kept_and_a_damaged_one_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,9 +164,7 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.M
 def test_nvrtc_compiles_every_kernel_without_any_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOLKIT_CACHE", str(tmp_path))
     kernels = [kernel_of(*variant) for variant in VARIANTS] + [source.linear(Tiling(16, 1, 1, 2), True, True)]
-    kernels += [
-        source.quantize(k, fp16, chained) for k in (64, 65536) for fp16 in (False, True) for chained in (False, True)
-    ]
+    kernels += [source.quantize(k, fp16, grid) for k in (64, 65536) for fp16 in (False, True) for grid in Grid]
     for kernel in kernels:
         assert compiler.cubin(kernel.text()).startswith(b"\x7fELF")
     with pytest.raises(RuntimeError, match="refused"):

@@ -3,15 +3,15 @@
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
-from qtoolkit.kernels import chained, ops, reference
+from qtoolkit.kernels import chained, folded, ops, reference, selection
 from qtoolkit.kernels.cuda import backend, layout, source
 from qtoolkit.kernels.cuda.source import Tiling
-from qtoolkit.kernels.selection import Problem
+from qtoolkit.kernels.selection import Grid, Problem
+from qtoolkit.packing.int4 import pack_int4
 
 from .cuda_emulator import COMPILER, Emulator
 
@@ -21,13 +21,6 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     return Emulator(tmp_path_factory.mktemp("emulated"))
-
-
-def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Pack int8 [n, k] into the checkpoint's int32 [n, k / 8]: low nibble first, stored with +8."""
-    nibbles = (codes.long() + 8).reshape(codes.shape[0], -1, 8)
-    words = (nibbles << torch.arange(0, 32, 4)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 @dataclasses.dataclass
@@ -40,7 +33,7 @@ class Layer:
     group_size: int = -1
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
-    chained: bool = False
+    grid: Grid = Grid.PLAIN
 
     def __post_init__(self) -> None:
         random = torch.Generator().manual_seed(self.seed)
@@ -48,26 +41,24 @@ class Layer:
         self.codes = torch.randint(-8, 8, (self.n, self.k), generator=random, dtype=torch.int8)
         groups = 1 if self.group_size == -1 else self.k // self.group_size
         self.scales = torch.rand(self.n, groups, generator=random) * 0.02 + 0.001
+        if self.grid is Grid.FOLDED:
+            multiples = torch.randint(0, folded.MOST + 1, (self.n, groups), generator=random)
+            self.scales = multiples * 2.0**-13 * torch.randint(8, 16, (self.n, 1), generator=random)
         self.bias = torch.randn(self.n, generator=random).to(self.dtype)
 
-    @property
-    def order(self) -> layout.Order:
-        return layout.CHAINED if self.chained else layout.PLAIN
-
     def want(self) -> torch.Tensor:
-        linear = chained.w4a8_linear if self.chained else reference.w4a8_linear
+        linear = {Grid.PLAIN: reference, Grid.CHAINED: chained, Grid.FOLDED: folded}[self.grid].w4a8_linear
         return linear(self.x, self.codes, self.scales, self.bias, self.group_size)
 
 
 def quantized(emulator: Emulator, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-    return backend.quantize(layer.x, emulator.place(), layer.chained)
+    return backend.quantize(layer.x, emulator.place(), layer.grid)
 
 
 def product(emulator: Emulator, layer: Layer, tiling: Tiling) -> torch.Tensor:
-    weight = layout.to_fragments(layer.codes, layer.order)
-    scales = layout.to_kernel_scales(layer.scales, layer.group_size)
+    weight, scales = layout.prepare(pack_int4(layer.codes), layer.scales, layer.k, layer.group_size, layer.grid)
     out = torch.full((layer.tokens, layer.n), torch.nan, dtype=layer.dtype)
-    rest = (weight, scales, layer.bias, out, layer.group_size, tiling, emulator.place(), layer.chained)
+    rest = (weight, scales, layer.bias, out, layer.group_size, tiling, emulator.place(), layer.grid)
     emulator.seed = layer.seed
     if tiling.fused:
         emulator.tensors = [weight, scales]
@@ -87,7 +78,7 @@ def test_the_quantizer_gives_the_references_bits(emulator: Emulator, dtype: torc
     codes, scales = quantized(emulator, layer)
     want_codes, want_scales = reference.quantize_tokens(layer.x)
     assert torch.equal(codes[:, :tokens], layout.to_swizzled(want_codes)[:, :tokens])
-    assert torch.equal(scales[:tokens], want_scales[:, 0])
+    assert torch.equal(scales[0, :tokens], want_scales[:, 0])
 
 
 def test_zero_and_non_finite_rows_follow_the_references_rule(emulator: Emulator) -> None:
@@ -96,16 +87,20 @@ def test_zero_and_non_finite_rows_follow_the_references_rule(emulator: Emulator)
     codes, scales = quantized(emulator, layer)
     want_codes, want_scales = reference.quantize_tokens(layer.x)
     assert torch.equal(codes[:, :4], layout.to_swizzled(want_codes)[:, :4])
-    assert torch.equal(scales[:4].nan_to_num(-1), want_scales[:, 0].nan_to_num(-1))
-    assert scales[:4].isnan().tolist() == [False, True, True, False]
+    assert torch.equal(scales[0, :4].nan_to_num(-1), want_scales[:, 0].nan_to_num(-1))
+    assert scales[0, :4].isnan().tolist() == [False, True, True, False]
 
 
-@pytest.mark.parametrize("is_chained", [False, True])
-def test_the_quantizer_writes_each_grids_order(emulator: Emulator, is_chained: bool) -> None:
-    layer = Layer(9, 8, 520, chained=is_chained)
-    codes, _ = quantized(emulator, layer)
-    want_codes, _ = reference.quantize_tokens(layer.x)
-    assert torch.equal(codes[:, :9], layout.to_swizzled(want_codes, layer.order)[:, :9])
+@pytest.mark.parametrize("grid", Grid)
+@pytest.mark.parametrize("k", [520, 8448])
+def test_the_quantizer_writes_each_grids_order_and_sums(emulator: Emulator, grid: Grid, k: int) -> None:
+    layer = Layer(9, 8, k, grid=grid)
+    codes, scales = quantized(emulator, layer)
+    want_codes, want_scales = reference.quantize_tokens(layer.x)
+    assert torch.equal(codes[:, :9], layout.to_swizzled(want_codes, grid)[:, :9])
+    assert torch.equal(scales[0, :9], want_scales[:, 0])
+    if grid is Grid.FOLDED:
+        assert torch.equal(scales[1, :9].view(torch.int32), want_codes.int().sum(1, dtype=torch.int32))
 
 
 # Every tile shape; one and several tiles a block; a ring that wraps; shares of k that differ; odd edges everywhere.
@@ -121,15 +116,15 @@ PER_CHANNEL = [
 ]
 # Chained weights: both tile heights, a cluster, padding behind the inputs.
 CHAINED = [
-    (Layer(13, 136, 520, chained=True), Tiling(16, 1, 2, 2)),
-    (Layer(70, 256, 640, dtype=torch.float16, chained=True), Tiling(64, 2, 1, 1)),
+    (Layer(13, 136, 520, grid=Grid.CHAINED), Tiling(16, 1, 2, 2)),
+    (Layer(70, 256, 640, dtype=torch.float16, grid=Grid.CHAINED), Tiling(64, 2, 1, 1)),
 ]
 # Products that quantize for themselves: alone over two tiles, in clusters with unequal shares, with empty tokens.
 FUSED = [
     (Layer(1, 8, 8), Tiling(8, 1, 1, 2, fused=True)),
     (Layer(8, 640, 1152), Tiling(8, 1, 1, 2, fused=True)),
     (Layer(13, 136, 1352, dtype=torch.float16), Tiling(16, 1, 4, 2, fused=True)),
-    (Layer(16, 128, 2176, chained=True), Tiling(16, 1, 2, 2, fused=True)),
+    (Layer(16, 128, 2176, grid=Grid.CHAINED), Tiling(16, 1, 2, 2, fused=True)),
 ]
 # Ping-pong on two multiprocessors: one tile in all, two or three a block, odd and even k-blocks, a ring that wraps.
 PINGPONG = [
@@ -137,20 +132,36 @@ PINGPONG = [
     (Layer(70, 264, 1160, dtype=torch.float16), Tiling(64, 1, 1, 1, pingpong=True)),
     (Layer(97, 512, 512), Tiling(96, 1, 1, 1, pingpong=True)),
     (Layer(129, 384, 392, dtype=torch.float16), Tiling(128, 1, 1, 1, pingpong=True)),
-    (Layer(161, 136, 640, chained=True), Tiling(160, 1, 1, 1, pingpong=True)),
+    (Layer(161, 136, 640, grid=Grid.CHAINED), Tiling(160, 1, 1, 1, pingpong=True)),
 ]
 # Streams on two multiprocessors of two blocks: less work than blocks, tiles in two and in three parts, two token tiles.
 STREAMED = [
     (Layer(3, 8, 264), Tiling(8, 1, 1, 2, streamed=True)),
     (Layer(13, 264, 520, dtype=torch.float16), Tiling(16, 1, 1, 2, streamed=True)),
     (Layer(30, 136, 2176), Tiling(32, 1, 1, 2, streamed=True)),
-    (Layer(9, 640, 384, chained=True), Tiling(8, 1, 1, 2, streamed=True)),
+    (Layer(9, 640, 384, grid=Grid.CHAINED), Tiling(8, 1, 1, 2, streamed=True)),
 ]
-EVERY = PER_CHANNEL + CHAINED + FUSED + PINGPONG + STREAMED
+# Folded groups in every schedule: both tile heights, clusters, one launch with unequal shares, ping-pong, a stream.
+FOLDED = [
+    (Layer(1, 8, 128, 128, grid=Grid.FOLDED), Tiling(8, 1, 1, 2)),
+    (Layer(13, 136, 768, 256, torch.float16, grid=Grid.FOLDED), Tiling(16, 1, 2, 2)),
+    (Layer(70, 256, 640, 128, grid=Grid.FOLDED), Tiling(64, 2, 1, 1)),
+    (Layer(100, 512, 1024, 128, torch.float16, grid=Grid.FOLDED), Tiling(96, 2, 2, 1)),
+    (Layer(259, 128, 384, 128, grid=Grid.FOLDED), Tiling(256, 1, 2, 1)),
+    (Layer(8, 640, 1152, 128, grid=Grid.FOLDED), Tiling(8, 1, 1, 2, fused=True)),
+    (Layer(13, 136, 1408, 128, torch.float16, grid=Grid.FOLDED), Tiling(16, 1, 4, 2, fused=True)),
+    (Layer(70, 264, 1152, 128, grid=Grid.FOLDED), Tiling(64, 1, 1, 1, pingpong=True)),
+    (Layer(161, 512, 384, 384, torch.float16, grid=Grid.FOLDED), Tiling(160, 1, 1, 1, pingpong=True)),
+    (Layer(13, 264, 640, 128, grid=Grid.FOLDED), Tiling(16, 1, 1, 2, streamed=True)),
+    (Layer(30, 136, 2176, 128, torch.float16, grid=Grid.FOLDED), Tiling(32, 1, 1, 2, streamed=True)),
+]
+EVERY = PER_CHANNEL + CHAINED + FUSED + PINGPONG + STREAMED + FOLDED
 
 
 @pytest.mark.parametrize(("layer", "tiling"), EVERY, ids=lambda v: f"{v.tokens}")
-def test_per_channel_products_equal_the_reference_bit_for_bit(emulator: Emulator, layer: Layer, tiling: Tiling) -> None:
+def test_products_with_one_sum_a_row_equal_the_reference_bit_for_bit(
+    emulator: Emulator, layer: Layer, tiling: Tiling
+) -> None:
     assert torch.equal(product(emulator, layer, tiling), layer.want())
 
 
@@ -159,10 +170,10 @@ GROUPED = [
     (Layer(40, 136, 1024, 256), Tiling(48, 1, 2, 2)),
     (Layer(100, 512, 1024, 128, torch.float16), Tiling(96, 2, 2, 1)),
     (Layer(150, 256, 512, 512), Tiling(128, 2, 1, 1)),
-    (Layer(30, 256, 384, 128, chained=True), Tiling(32, 1, 1, 2)),
+    (Layer(30, 256, 384, 128, grid=Grid.CHAINED), Tiling(32, 1, 1, 2)),
     (Layer(5, 256, 1024, 128), Tiling(8, 1, 4, 2, fused=True)),
     (Layer(20, 384, 1280, 256), Tiling(16, 1, 1, 2, streamed=True)),
-    (Layer(11, 136, 768, 256, torch.float16, chained=True), Tiling(16, 1, 2, 2, fused=True)),
+    (Layer(11, 136, 768, 256, torch.float16, grid=Grid.CHAINED), Tiling(16, 1, 2, 2, fused=True)),
 ]
 
 
@@ -192,7 +203,7 @@ def test_a_fused_product_follows_the_rule_for_zero_and_non_finite_rows(emulator:
     assert got.isnan().all(dim=1).tolist() == [False, True, True, False]
 
 
-TWICE = [Layer(70, 264, 1152, 128), Layer(129, 512, 512, 256, torch.float16, chained=True)]
+TWICE = [Layer(70, 264, 1152, 128), Layer(129, 512, 512, 256, torch.float16, grid=Grid.CHAINED)]
 
 
 @pytest.mark.parametrize("layer", TWICE, ids=lambda v: f"{v.tokens}")
@@ -223,8 +234,16 @@ BUGS = {
         "Ring ring(RINGS - 1 - number);\n#if",
     ),
     "stream: a part is counted before it is written": ("global_fence();\n    sync_some", "sync_some"),
+    "stream: a part is counted before all warps have written theirs": (
+        "sync_some<1, CONSUMERS>();  // this",
+        "// this",
+    ),
     "stream: the first to come adds the parts": (") != tail - head) return", ") != 0) return"),
     "stream: both parts of a block lie in one place": ("+ (walk.first == 0)) * WORDS", "+ 1) * WORDS"),
+    "folded: sums of codes are added before all warps have theirs": (
+        "__syncthreads();\n    if (warp == 0)",
+        "if (warp == 0)",
+    ),
     "ping-pong: both warpgroups hand every stage back": ("CONSUMERS / 32 / RINGS);", "CONSUMERS / 32);"),
 }
 
@@ -232,10 +251,10 @@ BUGS = {
 @pytest.mark.slow  # it tests the emulation, a compilation a bug
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_emulation_finds_planted_races(emulator: Emulator, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, fused = Path(source.FOLDER / "linear.cu").read_text(), "fused" in bug
+    fused = "fused" in bug
     split = 2 if fused or "parts" in bug else 1
-    assert text.count(BUGS[bug][0]) >= 1
     original = source.Kernel.text
+    assert any(BUGS[bug][0] in path.read_text() for path in source.FOLDER.glob("*.cu*"))
 
     def broken(kernel: source.Kernel, helpers: str | None = None) -> str:
         return original(kernel, helpers).replace(*BUGS[bug])
@@ -245,6 +264,8 @@ def test_the_emulation_finds_planted_races(emulator: Emulator, bug: str, monkeyp
         layer, tiling = Layer(16, 1024, 1024, seed=3), Tiling(64, 1, 1, 1, pingpong=True)  # four tiles a block
     if "stream" in bug:
         layer, tiling = Layer(16, 640, 1024, seed=3), Tiling(16, 1, 1, 2, streamed=True)  # ten k-blocks a block
+    if "folded" in bug:
+        layer, tiling = Layer(16, 128, 4096, 128, seed=3, grid=Grid.FOLDED), Tiling(16, 1, 1, 2)
     want = layer.want()
     monkeypatch.setattr(source.Kernel, "text", broken)
     try:
@@ -254,25 +275,30 @@ def test_the_emulation_finds_planted_races(emulator: Emulator, bug: str, monkeyp
     assert not torch.equal(got, want)
 
 
-@pytest.mark.parametrize("group_size", [-1, 128])
+@pytest.mark.parametrize(("group_size", "grid"), [(-1, Grid.PLAIN), (128, Grid.PLAIN), (128, Grid.FOLDED)], ids=str)
 def test_the_operator_runs_prepared_weights_of_this_layout(
-    emulator: Emulator, group_size: int, monkeypatch: pytest.MonkeyPatch
+    emulator: Emulator, group_size: int, grid: Grid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = Layer(6, 136, 256, group_size)
+    layer = Layer(6, 136, 256, group_size, grid=grid)
     problem = Problem(layer.k, layer.n, group_size, layer.dtype, "cuda")
-    weight, scales = backend.prepare(pack(layer.codes), layer.scales, problem)
+    monkeypatch.setattr(backend, "refuse", lambda problem: backend.refuse_shape(problem))
+    here = tuple(dataclasses.replace(b, refuse=backend.refuse) for b in backend.BACKENDS)
+    monkeypatch.setattr(selection, "backends", lambda: here)
+    own = selection.prepare(pack_int4(layer.codes), layer.scales, problem)
+    assert own.layout == backend.LAYOUTS[grid]  # folded where scales fold, without being asked for
 
     @contextmanager
     def place_of(x: torch.Tensor) -> Iterator[backend.Place]:
-        emulator.tensors = [weight, scales]
+        emulator.tensors = [own.weight, own.scales]
         yield emulator.place(everything_readable=True)
 
     monkeypatch.setattr(backend, "place_of", place_of)
     x = torch.cat((layer.x, layer.x)).view(2, 6, 256)[:, :, :]
-    got = ops.w4a8_linear(x, weight, scales, layer.bias.float(), layer.n, group_size, backend.LAYOUT)
+    got = ops.w4a8_linear(x, own.weight, own.scales, layer.bias.float(), layer.n, group_size, own.layout)
     assert got.shape == (2, 6, 136)
     assert torch.allclose(got[1].float(), layer.want().float(), rtol=2**-7, atol=1e-5)
-    assert ops.w4a8_linear(x[:0], weight, scales, None, layer.n, group_size, backend.LAYOUT).shape == (0, 6, 136)
+    nothing = ops.w4a8_linear(x[:0], own.weight, own.scales, None, layer.n, group_size, own.layout)
+    assert nothing.shape == (0, 6, 136)
 
 
 def test_shapes_that_the_kernels_cannot_do_are_refused_in_words() -> None:
@@ -281,14 +307,15 @@ def test_shapes_that_the_kernels_cannot_do_are_refused_in_words() -> None:
         assert reason is not None
         assert word in reason
     assert backend.refuse_shape(Problem(4096, 11008, 128, torch.bfloat16, "cuda")) is None
+    assert backend.refuse_shape(Problem(4096, 128, -1, torch.bfloat16, "cuda", Grid.FOLDED)) == "only groups fold"
     assert backend.refuse(Problem(128, 64, -1, torch.float32, "cuda")) is not None
     assert backend.refuse(Problem(128, 64, -1, torch.bfloat16, "cpu")) == "needs a CUDA device"
 
 
 def test_inputs_that_do_not_fit_the_prepared_weight_are_an_error() -> None:
     layer = Layer(6, 136, 256)
-    weight, scales = backend.prepare(pack(layer.codes), layer.scales, Problem(256, 136, -1, layer.dtype, "cuda"))
+    weight, scales = backend.prepare(pack_int4(layer.codes), layer.scales, Problem(256, 136, -1, layer.dtype, "cuda"))
     with pytest.raises(ValueError, match="384 inputs"):
-        ops.w4a8_linear(torch.zeros(2, 384).bfloat16(), weight, scales, None, 136, -1, backend.LAYOUT)
+        ops.w4a8_linear(torch.zeros(2, 384).bfloat16(), weight, scales, None, 136, -1, "hopper")
     with pytest.raises(ValueError, match="float32"):
-        ops.w4a8_linear(layer.x.float(), weight, scales, None, 136, -1, backend.LAYOUT)
+        ops.w4a8_linear(layer.x.float(), weight, scales, None, 136, -1, "hopper")

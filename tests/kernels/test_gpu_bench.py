@@ -19,6 +19,7 @@ from qtoolkit.evals.gpu_bench.session import Run
 from qtoolkit.kernels import folded, tables
 from qtoolkit.kernels.cuda import backend, plan
 from qtoolkit.kernels.cuda.source import Tiling
+from qtoolkit.kernels.selection import Grid
 
 from .cuda_emulator import COMPILER, Emulator
 
@@ -269,8 +270,10 @@ def test_the_scripts_own_check_and_tuner_call_the_kernels_as_they_want_it(
     few = [Tiling(8, 1, 2, 2), Tiling(8, 1, 2, 2, fused=True)]
     monkeypatch.setattr(plan, "candidates", lambda *size: few)
     weight = contenders.random_weight(128, 512, -1, "cpu")
-    cases = list(correctness.tilings_of(weight, 5, is_chained=False))
+    cases = list(correctness.tilings_of(weight, 5, Grid.PLAIN))
     assert [case.run()["right"] for case in cases] == [True, True]
+    foldable = contenders.random_weight(128, 512, 128, "cpu", fold=True)
+    assert [case.run()["right"] for case in correctness.tilings_of(foldable, 5, Grid.FOLDED)] == [True, True]
     once = CpuClock()
     once.times = lambda call, repeats: [call() or 1.0]  # type: ignore[method-assign, func-returns-value]
     own, scales = backend.prepare(weight.packed(), weight.scales, backend.Problem(512, 128, -1, torch.bfloat16, "cuda"))

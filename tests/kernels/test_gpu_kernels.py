@@ -29,16 +29,17 @@ def test_every_tiling_agrees_with_float64() -> None:
     assert not [case.what for case in correctness.tilings("cuda", 2) if not case.run()["right"]]
 
 
-def layer(n: int = 1024, k: int = 2048, group_size: int = 128, chained: bool = False) -> selection.Prepared:
-    weight = random_weight(n, k, group_size, "cuda")
-    problem = Problem(k, n, group_size, torch.bfloat16, "cuda", Grid.CHAINED if chained else Grid.PLAIN)
+def layer(n: int = 1024, k: int = 2048, group_size: int = 128, grid: Grid = Grid.PLAIN) -> selection.Prepared:
+    weight = random_weight(n, k, group_size, "cuda", fold=grid is Grid.FOLDED)
+    asked = Grid.CHAINED if grid is Grid.CHAINED else Grid.PLAIN  # that groups fold is found in their scales
+    problem = Problem(k, n, group_size, torch.bfloat16, "cuda", asked)
     return selection.prepare(weight.packed(), weight.scales, problem)
 
 
-@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("grid", Grid)
 @pytest.mark.parametrize("tokens", [1, 16, 40])  # on Hopper: one launch, one launch, two
-def test_a_graph_replays_new_tokens(tokens: int, chained: bool) -> None:
-    own = layer(chained=chained)
+def test_a_graph_replays_new_tokens(tokens: int, grid: Grid) -> None:
+    own = layer(grid=grid)
     x = torch.randn(tokens, 2048, device="cuda").bfloat16()
     ops.w4a8_linear(x, own.weight, own.scales, None, 1024, 128, own.layout)
     torch.cuda.synchronize()
