@@ -219,9 +219,9 @@ void multiply_groups(const Job& job, int64_t panel, int64_t begin, int64_t end, 
 // products; rows start at -128 * sum(codes). No tile then masks a nibble or ends a group. The first tile unpacks as it
 // multiplies, UNPACK_STEPS at a time, which stay in L2 for the other tiles; their totals wait in memory meanwhile.
 //
-// It costs the first tile some 8 cycles a step beside the 12 of its dot products, and spares every tile a twelfth of
-// its time, so it pays from about 40 rows on. |total| < 2**31 up to k = 131072 (128 * 127 * k).
-constexpr int64_t UNPACK_STEPS = 1024, UNPACK_FROM = 40;
+// It costs the first tile some 8 cycles a step beside the 12 of its dot products, and spares every tile more than a tenth
+// of that, so it pays from about 32 rows on. |total| < 2**31 up to k = 131072 (128 * 127 * k).
+constexpr int64_t UNPACK_STEPS = 1024, UNPACK_FROM = 32;
 constexpr int64_t UNPACKED_BYTES = 256;  // of a step
 static_assert(UNPACK_FROM >= 26, "from 26 rows on, tiles have 5 or 6 rows and the first one 6");
 
