@@ -126,7 +126,8 @@ void run_tile(const Tile& tile) {
   for (int64_t g = 0; g < tile.groups; ++g) {
     for (int r = 0; r < ROWS; ++r) {
       const int32_t* start = tile.starts + (r * tile.groups + g) * 2;
-      for (int i = 0; i < PANEL; ++i) total[r * PANEL + i] = i & 16 && HIGH_SHIFT ? start[1] : start[0];
+      const __m256i low = _mm256_set1_epi32(start[0]), high = _mm256_set1_epi32(start[HIGH_SHIFT ? 1 : 0]);
+      for (int i = 0; i < PANEL; i += 8) _mm256_store_si256((__m256i*)(total + r * PANEL + i), i & 16 ? high : low);
     }
     const int64_t begin = g * tile.group_steps, end = std::min(tile.steps, begin + tile.group_steps);
     for (int64_t step = begin; step < end; step += CHUNK) {
