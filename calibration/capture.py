@@ -15,7 +15,7 @@ from qtoolkit.source import Source
 from qtoolkit.stages import Block, Stream
 from qtoolkit.vision.matrix import Geometry
 
-TOKENS = 2048  # tokens that go through a block at once: bounds the memory of activations inside a block
+TOKENS = 1024  # tokens that go through a block at once: bounds the memory of activations inside a block
 STREAMS = 4  # that exist at once: float and quantized, before and behind a block
 
 

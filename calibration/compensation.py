@@ -8,6 +8,7 @@ is rounded, in the dtype they are stored in, and refitted afterwards together wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -15,16 +16,17 @@ from pydantic import Field
 from torch import Tensor
 
 from qtoolkit.calibration import chained, folded, grid, losses, outputs, rows, starts, twin
-from qtoolkit.calibration.hessian import Hessian, shared_inputs
+from qtoolkit.calibration.hessian import Hessian, inverse_factor, shared_inputs
 from qtoolkit.calibration.moments import Seen
 from qtoolkit.calibration.options import Options
 from qtoolkit.calibration.refine import refined, refitted_scales
 from qtoolkit.calibration.sweep import sweep
-from qtoolkit.calibration.target import Choice, aims
+from qtoolkit.calibration.target import Choice, aims, combinations
 from qtoolkit.errors import NumericError, RequestError
 from qtoolkit.scheme import CHANNEL, INT8, Scheme
 from qtoolkit.stages import Block, Context, QuantizedWeight, Stream
 
+ROWS = 1024  # of a layer that are rounded together: bounds the memory of what goes with them
 RETRIES = 5  # times the damping is raised tenfold when the Hessian is not positive definite
 
 
@@ -63,25 +65,42 @@ class Compensate:
         """
         originals = {name: layer.weight.data for name, layer in block.linears()}
         metrics = outputs.metrics(block) if self.reads_gradients else {}
+        block.probe = None  # it has been asked
+        with ExitStack() as stack:
+            return self._solve_all(block, stream, context, originals, metrics, stack)
+
+    def _solve_all(
+        self,
+        block: Block,
+        stream: Stream,
+        context: Context,
+        originals: dict[str, Tensor],
+        metrics: dict[str, Tensor],
+        stack: ExitStack,
+    ) -> dict[str, dict[str, float]]:
         report = {}
-        for first, names in shared_inputs(block).items():
-            layer = block.linear(first)
+        bits, tokens = context.scheme.activation_bits, sum(batch.shape[:2].numel() for batch in stream.batches)
+        waiting = shared_inputs(block)
+        for first, names in list(waiting.items()):
             with twin.weights(block, {} if self.options.sequential else originals):
-                bits = context.scheme.activation_bits
                 batches = twin.inputs(block, first, stream, originals, bits, both=self.reads_floats)
-                seen = Seen(layer.in_features, batches, layer.weight.device)
-            aimed = self._aims(seen, [originals[name] for name in names])
+                seen = Seen([originals[name] for name in names], batches, tokens)
+            del waiting[first]
+            if not waiting:  # the float network is not run again
+                originals = {name: originals[name] for name in names}
+            aimed = self._aims(seen)
             hessian, sample = seen.fit.hessian, seen.sample
-            del seen  # three more matrices as large as the Hessian
+            del seen
             solved = Solved(hessian, self.options)
-            for name, (aim, choice) in zip(names, aimed, strict=True):
+            for name in names:
+                aim, choice = aimed.pop(0)
                 scheme = block.schemes.get(name, context.scheme)
                 if self.options.chained and scheme.weight_bits == 4:
                     quantized = solved.quantize_chained(aim, scheme, context.scale_dtype)
                     block.schemes[name] = INT8
                 else:
                     several = rows.parts(len(aim), aim.shape[1], outputs.heads(block, name), aim.device)
-                    quantized = solved.quantize(aim, scheme, context.scale_dtype, metrics.get(name), several)
+                    quantized = solved.quantize(aim, scheme, context.scale_dtype, metrics.pop(name, None), several)
                 served = quantized.dequantize()
                 if not served.isfinite().all():
                     raise NumericError(f"The scales of {block.name}.{name} overflow {context.scale_dtype}.")
@@ -95,14 +114,14 @@ class Compensate:
                 if sample is not None:
                     report[name] |= losses.parts(sample, originals[name], aim, served)
                 block.quantized[name] = quantized
-                block.linear(name).weight.data = served
+                del aim, served
+                stack.enter_context(twin.packed(block.linear(name), quantized))
         return report
 
-    def _aims(self, seen: Seen, weights: list[Tensor]) -> list[tuple[Tensor, Choice]]:
+    def _aims(self, seen: Seen) -> list[tuple[Tensor, Choice]]:
         if self.reads_floats:
-            return aims(seen, weights)
-        seen.all()
-        return [(weight, Choice()) for weight in weights]
+            return aims(seen)
+        return [(weight, Choice()) for weight in seen.all().weights]
 
 
 class Solved:
@@ -127,16 +146,14 @@ class Solved:
         Raises:
             NumericError: it is singular even with a large damping.
         """
+        last_first = torch.arange(len(self.matrix), device=self.matrix.device) if order is None else order
+        last_first = last_first.flip(0)
         for _ in range(RETRIES):
-            matrix = self.hessian.damped(self.damping)
-            if order is not None:
-                matrix = matrix[order][:, order]
-            matrix, failed = torch.linalg.cholesky_ex(matrix)  # one name: no more of these at once than must be
-            if not failed:
-                matrix = torch.cholesky_inverse(matrix)
-                matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
-                if not failed:
-                    return matrix
+            with self.hessian.under(self.damping) as damped:
+                turned = damped[last_first.unsqueeze(1), last_first]
+            found = inverse_factor(turned)
+            if found is not None:
+                return found
             self.damping *= 10
         raise NumericError(f"A Hessian of {len(self.matrix)} inputs is singular even with damping {self.damping:g}.")
 
@@ -153,7 +170,7 @@ class Solved:
         ``metric`` [n, n] says how errors of the outputs add up, and ``several`` in which parts they are rounded then;
         without one each output counts alone.
         """
-        weight = weight.masked_fill(self.dead, 0.0)
+        weight = weight.masked_fill(self.dead, 0.0) if self.dead.any() else weight
         if self.options.scale_search:
             scales = grid.searched_scales(weight, self.matrix.diagonal(), scheme, dtype)
         else:
@@ -164,19 +181,20 @@ class Solved:
             scales = folded.stored(scales, dtype, fold, costs)
         if self.factor is None:
             return QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
-        matrix, rounds = self.hessian.damped(self.damping), self.options.refine
+        rounds = self.options.refine
         orders, stretches = starts.count(weight.shape[0], weight.shape[1], self.options.starts)
         sweeps = [partial(round_in_order, *each, scheme) for each in self._orders(orders)]
-
-        begin = partial(starts.best, matrix=matrix, scheme=scheme, sweeps=sweeps, stretches=stretches, fold=fold)
-        if metric is None:
-            return begin(weight, scales, rounds=rounds)
-        first = min(rounds, 1)  # every part is refined once more below
-        found = rows.rounded(weight, metric, several, lambda part, which: begin(part, scales[which], rounds=first))
-        if not rounds:
-            return found
-        improve = partial(refined, scheme=scheme, rounds=1, fold=fold)
-        return rows.refined(weight, matrix, metric, several, found, lambda aim, start: improve(aim, matrix, start))
+        with self.hessian.under(self.damping) as matrix:
+            begin = partial(starts.best, matrix=matrix, scheme=scheme, sweeps=sweeps, stretches=stretches, fold=fold)
+            if metric is None:
+                both = zip(weight.split(ROWS), scales.split(ROWS), strict=True)
+                return QuantizedWeight.joined([begin(*part, rounds=rounds) for part in both])
+            first = min(rounds, 1)  # every part is refined once more below
+            found = rows.rounded(weight, metric, several, lambda part, which: begin(part, scales[which], rounds=first))
+            if not rounds:
+                return found
+            improve = partial(refined, matrix=matrix, scheme=scheme, rounds=1, fold=fold)
+            return rows.refined(weight, matrix, metric, several, found, lambda aim, start: improve(aim, start=start))
 
     def _orders(self, wanted: int) -> list[tuple[Tensor, Tensor]]:
         """Return so many orders of the inputs with the factor in each."""
@@ -212,14 +230,17 @@ class Solved:
         quantized = QuantizedWeight(found, steps / chained.STEP)  # a power of two: exact
         if self.factor is None or not self.options.refine:
             return quantized
-        return QuantizedWeight(found, refitted_scales(weight, self.hessian.damped(self.damping), quantized, INT8))
+        with self.hessian.under(self.damping) as matrix:
+            return QuantizedWeight(found, refitted_scales(weight, matrix, quantized, INT8))
 
     def relative_error(self, weight: Tensor, served: Tensor) -> float:
-        """Return |(W - Q) x|^2 / |W x|^2 over the calibration inputs x, from the Hessian."""
-        difference = weight - served
-        lost = float(((difference @ self.matrix) * difference).sum())
-        total = float(((weight @ self.matrix) * weight).sum())
-        return lost / total if total > 0 else 0.0
+        """Return |(W - Q) x|^2 / |W x|^2 over the calibration inputs x, from the Hessian.
+
+        Of many outputs it is taken on random combinations, as for the aim: within a few percent of itself.
+        """
+        mix = combinations(len(weight)).to(weight)
+        lost, total = (((each @ self.matrix) * each).sum() for each in (mix @ (weight - served), mix @ weight))
+        return float(lost / total) if total > 0 else 0.0
 
 
 def round_in_order(order: Tensor, factor: Tensor, scheme: Scheme, weight: Tensor, scales: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from qtoolkit.source import Source
 from qtoolkit.stages import Block, Probe, Stream
 
 TOKENS = 8192  # that are probed, about
-AT_ONCE = 1024  # tokens that go through a block at once: autograd keeps a lot
-LOGITS = 1 << 22  # that are held at once, with their gradients
+AT_ONCE = 512  # tokens that go through a block at once: autograd keeps a lot
+LOGITS = 1 << 22  # that are held at once
 
 
 class Store(Protocol):
@@ -67,36 +67,47 @@ class Gradients:
 
     def probe(self, index: int) -> Probe:
         """Return the probe of block ``index``."""
-        return Probe(Stream(self._read(_before(index)), self.start.kwargs), self._read(_behind(index)))
+        stream = Stream(self._read(_before(index)), self.start.kwargs, device=self.skeleton.device)
+        return Probe(stream, self._read(_behind(index)))
 
     def _save(self, part: str, batches: list[Tensor]) -> None:
         self.store.save(part, {f"{i:05d}": batch.to("cpu", torch.bfloat16) for i, batch in enumerate(batches)})
 
     def _read(self, part: str) -> list[Tensor]:
-        return [batch.to(self.skeleton.device).float() for _, batch in sorted(self.store.tensors(part).items())]
+        return [batch for _, batch in sorted(self.store.tensors(part).items())]  # on the disk until they are used
 
 
 def at_the_end(skeleton: Skeleton, source: Source, stream: Stream) -> list[Tensor]:
     """Return the gradient of -log p(drawn token) with respect to what the last block gives, batch by batch."""
-    norm, stored = trial.ending(skeleton, source)
+    norm, head = trial.ending(skeleton, source)
     draw = torch.Generator("cpu").manual_seed(0)
     found = []
     with torch.inference_mode(False), torch.enable_grad():
-        weight = stored.to(skeleton.device, torch.float32, copy=True)
-        rows = max(1, LOGITS // len(weight))
+        rows = max(1, LOGITS // len(head))
         for hidden, _ in stream.calls():
-            found.append(torch.cat([_drawn(norm, weight, part, draw) for part in hidden.flatten(0, -2).split(rows)]))
+            found.append(torch.cat([_drawn(norm, head, part, draw) for part in hidden.flatten(0, -2).split(rows)]))
             found[-1] = found[-1].view(hidden.shape)
     return found
 
 
-def _drawn(norm: nn.Module, weight: Tensor, states: Tensor, draw: torch.Generator) -> Tensor:
-    """Return the gradient of -log p(drawn token) with respect to states [tokens, hidden]."""
+def _drawn(norm: nn.Module, head: Tensor, states: Tensor, draw: torch.Generator) -> Tensor:
+    """Return the gradient of -log p(drawn token) with respect to states [tokens, hidden].
+
+    The head goes by in parts, so that there is no other of it in float32: the gradient at what it reads is p W less
+    the row of the token.
+    """
     leaf = states.clone().requires_grad_()
-    logits = norm(leaf) @ weight.T  # [tokens, vocabulary]
-    token = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=draw).to(logits.device)
-    loss = logits.logsumexp(dim=-1).sum() - logits.gather(1, token).sum()
-    return torch.autograd.grad(loss, leaf)[0]
+    read = norm(leaf)
+    with torch.no_grad():
+        logits = states.new_empty(len(states), len(head))
+        for part, rows in zip(logits.split(trial.VOCABULARY, dim=1), head.split(trial.VOCABULARY), strict=True):
+            torch.mm(read, rows.to(read).T, out=part)
+        odds = torch.softmax(logits, dim=-1, out=logits)
+        token = torch.multinomial(odds.cpu(), 1, generator=draw).to(odds.device)
+        behind = -head[token.squeeze(1).to(head.device)].to(read)
+        for part, rows in zip(odds.split(trial.VOCABULARY, dim=1), head.split(trial.VOCABULARY), strict=True):
+            behind.addmm_(part, rows.to(read))
+    return torch.autograd.grad(read, leaf, behind)[0]
 
 
 def backward(block: Block, probe: Probe, names: tuple[str, ...]) -> Iterator[tuple[Tensor, ...]]:
@@ -112,16 +123,21 @@ def backward(block: Block, probe: Probe, names: tuple[str, ...]) -> Iterator[tup
     handles = [block.layer(name).register_forward_hook(catch(name)) for name in names]
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            own = {name: tensor.clone() for name, tensor in block.module.state_dict().items()}
+            own = {name: _kept(tensor) for name, tensor in block.module.state_dict().items()}
             for (hidden, kwargs), gradient in zip(probe.stream.calls(), probe.gradients, strict=True):
                 leaf = hidden.clone().requires_grad_()
                 out = functional_call(block.module, own, (leaf,), _cloned(kwargs))
                 out = out[0] if isinstance(out, tuple) else out
                 wanted = [leaf, *(caught[name] for name in names)]
-                yield torch.autograd.grad(out, wanted, grad_outputs=gradient.clone())
+                yield torch.autograd.grad(out, wanted, grad_outputs=gradient.to(out, copy=True))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` as autograd may keep it: what was made in inference mode must be copied."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _before(index: int) -> str:
@@ -133,9 +149,9 @@ def _behind(index: int) -> str:
 
 
 def _cloned(value: Any) -> Any:
-    """Return tensors that autograd may keep: what was made in inference mode must be copied."""
+    """Return tensors that autograd may keep, in whatever they are."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return _kept(value)
     if isinstance(value, dict):
         return {name: _cloned(part) for name, part in value.items()}
     return tuple(_cloned(part) for part in value) if isinstance(value, tuple) else value

@@ -10,6 +10,7 @@ from torch import Tensor
 from qtoolkit.scheme import Scheme
 
 SHRINK = tuple(1 - step / 40 for step in range(25))  # scale candidates: 1.0 down to 0.4 of absmax / 7
+TOGETHER = 1 << 17  # weights whose scales are searched together: they stay in the cache
 SMALLEST = 2.0**-24  # the smallest float16 subnormal: a group of zeros needs some scale that every dtype can hold
 
 
@@ -43,8 +44,19 @@ def searched_scales(
     Returns:
         [n, groups] in ``dtype``.
     """
+    matter = importance.view(scheme.groups(weight.shape[1]), -1)  # [groups, size]
+    some = weight.split(max(1, TOGETHER // weight.shape[1]))
+    return torch.cat([_searched(part, matter, scheme, dtype, rounding) for part in some])
+
+
+def _searched(
+    weight: Tensor,
+    matter: Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    rounding: Callable[[Tensor, Tensor], Tensor] | None,
+) -> Tensor:
     grouped = groups(weight, scheme)
-    matter = importance.view(grouped.shape[1], -1)  # [groups, size]
     full = minmax_scales(weight, scheme, torch.float32)
     best = torch.full_like(full, torch.inf)
     chosen = full.to(dtype)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from qtoolkit.stages import Block, Stream
 from qtoolkit.vision.matrix import Geometry
 
+SOLVED = 128  # rows of a triangular matrix that are inverted by a solver
 TOKENS = 131072  # inputs a convolution's Hessian is made of: over 200 for each of 576 rows
 
 
@@ -39,11 +43,55 @@ class Hessian:
         """Return which inputs were always zero: bool [k]. Nothing is known of them."""
         return self.matrix.diagonal() == 0
 
+    def diagonal(self, damping: float) -> Tensor:
+        """Return the diagonal [k] plus ``damping`` times its mean; an input that was always zero counts as one."""
+        found = self.matrix.diagonal() + self.dead
+        return found + damping * float(found.mean())
+
     def damped(self, damping: float) -> Tensor:
-        """Return the matrix plus ``damping`` times its mean diagonal; an input that was always zero counts as one."""
-        matrix = self.matrix + torch.diag(self.dead.to(self.matrix.dtype))
-        matrix.diagonal().add_(damping * float(matrix.diagonal().mean()))
+        """Return the matrix with the diagonal of ``damping``."""
+        matrix = self.matrix.clone()
+        matrix.diagonal().copy_(self.diagonal(damping))
         return matrix
+
+    @contextmanager
+    def under(self, damping: float) -> Iterator[Tensor]:
+        """Inside, the matrix itself has the diagonal of ``damping``: no other of its size is made."""
+        before = self.matrix.diagonal().clone()
+        self.matrix.diagonal().copy_(self.diagonal(damping))
+        try:
+            yield self.matrix
+        finally:
+            self.matrix.diagonal().copy_(before)
+
+
+def factored(matrix: Tensor) -> Tensor | None:
+    """Return the lower Cholesky factor of ``matrix`` [k, k], symmetric, in its place; None where it is singular."""
+    place = matrix.T  # column by column, as the solver wants it: then it needs no copy
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(place, out=(place, failed))
+    return None if failed else place
+
+
+def inverse_factor(matrix: Tensor) -> Tensor | None:
+    """Return the upper U [k, k] with U^T U the inverse of ``matrix``, or None where it is singular.
+
+    ``matrix`` comes with rows and columns reversed, and is overwritten: its factor's inverse, reversed, is U, and no
+    inverse of the matrix is formed.
+    """
+    lower = factored(matrix)
+    return None if lower is None else _inverse(lower).flip(0, 1).contiguous()
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Invert a lower triangular matrix in its place, half by half, in products that are as fast as any."""
+    k = len(lower)
+    if k <= SOLVED:
+        return lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(k, device=lower.device), upper=False))
+    half = k // 2
+    first, last = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
+    lower[half:, :half] = (last @ lower[half:, :half] @ first).neg_()
+    return lower
 
 
 def shared_inputs(block: Block) -> dict[str, list[str]]:

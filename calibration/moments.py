@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,74 +11,137 @@ from qtoolkit.calibration.hessian import Hessian
 from qtoolkit.calibration.twin import Inputs
 
 HELD_OUT = 4  # the last token in so many of every batch checks what the others were fitted to
-SAMPLE = 1024  # held-out tokens kept as they are, to split the error into its parts
+CHECKED = 4096  # tokens held out at most, or as many as the layer has inputs: they are kept as they are
+SAMPLE = 256  # held-out tokens kept in float, to split the error into its parts
 
 
 class Moments:
-    """Sums over tokens of what a layer gets, ``x``, against what it should get, ``y``, both float32.
+    """Sums over tokens of what layers get, ``x``, against what they lack: W (y - x) + d for y of the float network.
+
+    All layers read the same inputs. Where they have more outputs than inputs, the sum of (y - x) x^T [k, k] is kept,
+    which all of them share, elsewhere that of what they lack: whichever is smaller.
 
     Attributes:
         hessian: ``2 / tokens * sum x x^T`` [k, k].
-        shift: ``2 / tokens * sum (y - x) x^T`` [k, k]: how the float network's inputs differ.
-        drift: ``2 / tokens * sum d x^T`` [n, k] for d, what the hidden stream lacks; None away from it.
     """
 
-    def __init__(self, k: int, device: torch.device | None = None) -> None:
-        self.hessian = Hessian(k, device)
-        self.shift = torch.zeros(k, k, device=device)
-        self.drift: Tensor | None = None
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        """Take the float ``weights`` [n, k] of the layers; those of one with a drift d come alone."""
+        self.weights = list(weights)
+        k = self.weights[0].shape[1]
+        self.hessian = Hessian(k, self.weights[0].device)
+        self.whole = sum(len(weight) for weight in weights) <= k
+        self._shift: Tensor | None = None  # [k, k], or [n, k] with the outputs of all layers
+        self._drift: Tensor | None = None  # [n, k], beside a shift of the inputs
 
     @property
     def tokens(self) -> int:
         """Return how many tokens were added."""
         return self.hessian.tokens
 
-    def update(self, part: Inputs, rows: slice) -> None:
-        """Add the tokens ``rows`` of a batch."""
-        x = part.served[rows]
-        if not len(x):
-            return
+    def update(self, x: Tensor, wanted: Tensor, drift: Tensor | None) -> None:
+        """Add tokens: what the layers get as served and in the float network [tokens, k], and their drift."""
         before = self.tokens
         self.hessian.update(x)
-        keep, weight = before / self.tokens, 2.0 / self.tokens
-        self.shift.mul_(keep).addmm_((part.wanted[rows] - x).T, x, alpha=weight)
-        if part.drift is not None:
-            if self.drift is None:
-                self.drift = x.new_zeros(part.drift.shape[1], x.shape[1])
-            self.drift.mul_(keep).addmm_(part.drift[rows].T, x, alpha=weight)
+        keep, share = before / self.tokens, 2.0 / self.tokens
+        lack = wanted - x
+        if self.whole:
+            lack = torch.cat([lack @ weight.T for weight in self.weights], dim=1)
+            lack, drift = lack if drift is None else lack.add_(drift), None
+        self._shift = _added(self._shift, keep, lack, x, share)
+        if drift is not None:
+            self._drift = _added(self._drift, keep, drift, x, share)
 
-    def pull(self, weight: Tensor) -> Tensor:
-        """Return ``2 / tokens * sum (W y + d - W x) x^T`` [n, k]: the gradient that the layer's lack gives."""
-        found = weight @ self.shift
-        return found if self.drift is None else found.add_(self.drift)
+    def pull(self, index: int, rows: Tensor | None = None) -> Tensor:
+        """Return ``2 / tokens * sum (W y + d - W x) x^T`` [n, k] of a layer: the gradient that its lack gives.
 
-    def merge(self, other: Moments) -> None:
-        """Add the tokens of ``other``."""
-        total = self.tokens + other.tokens
-        if not other.tokens:
+        ``rows`` [m, n] takes so many combinations of its outputs instead: [m, k].
+        """
+        assert self._shift is not None
+        weight = self.weights[index]
+        if self.whole:
+            first = sum(len(each) for each in self.weights[:index])
+            own = self._shift[first : first + len(weight)]
+            return own.clone() if rows is None else rows @ own
+        found = (weight if rows is None else rows @ weight) @ self._shift
+        if self._drift is not None:
+            found += self._drift if rows is None else rows @ self._drift
+        return found
+
+
+class HeldOut(Moments):
+    """The same of tokens held out, which are kept as int8 with a scale each instead of a Hessian: a quarter of it."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        """Take the layers' weights."""
+        super().__init__(weights)
+        self.hessian = Kept()  # type: ignore[assignment]
+
+    def hand_over(self, to: Moments) -> None:
+        """Add these tokens to ``to``; they are gone here afterwards."""
+        mine = self.tokens
+        if not mine:
             return
-        mine, theirs = self.tokens / total, other.tokens / total
-        self.hessian.merge(other.hessian)
-        self.shift.mul_(mine).add_(other.shift, alpha=theirs)
-        if self.drift is not None and other.drift is not None:
-            self.drift.mul_(mine).add_(other.drift, alpha=theirs)
+        kept, self.hessian = self.hessian, Kept()  # type: ignore[assignment]
+        for x in kept.batches():  # type: ignore[attr-defined]
+            to.hessian.update(x)
+        for name in ("_shift", "_drift"):
+            theirs, own = getattr(to, name), getattr(self, name)
+            if own is not None:
+                share = mine / to.tokens
+                setattr(to, name, own if theirs is None else theirs.mul_(1 - share).add_(own, alpha=share))
+            setattr(self, name, None)
+
+
+class Kept:
+    """Inputs as they are served, int8 with a scale a token: in place of their Hessian."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs x [tokens, k], rounded per token to at most 8 bits."""
+        scale = (x.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(x.dtype).tiny)
+        self._parts.append(((x / scale).round_().to(torch.int8), scale))
+        self.tokens += len(x)
+
+    def batches(self) -> Iterable[Tensor]:
+        """Yield the inputs in float32."""
+        for codes, scale in self._parts:
+            yield codes * scale
+
+    def bend(self, step: Tensor) -> float:
+        """Return tr(S H S^T) for a step S [m, k] and the Hessian H of these inputs."""
+        return 2.0 / self.tokens * sum(float((x @ step.T).square_().sum()) for x in self.batches())
 
 
 class Seen:
     """Everything kept of one layer's calibration inputs: moments to fit and to check with, and a sample of tokens."""
 
-    def __init__(self, k: int, batches: Iterable[Inputs], device: torch.device | None = None) -> None:
-        self.fit, self.check = Moments(k, device), Moments(k, device)
+    def __init__(self, weights: Sequence[Tensor], batches: Iterable[Inputs], tokens: int) -> None:
+        """Sum over ``batches`` of about ``tokens`` tokens, as the layers with ``weights`` [n, k] receive them."""
+        self.fit, self.check = Moments(weights), HeldOut(weights)
         self.sample: Inputs | None = None
+        most = max(CHECKED, weights[0].shape[1])
         for part in batches:
-            cut = len(part.served) - len(part.served) // HELD_OUT
-            self.fit.update(part, slice(0, cut))
-            self.check.update(part, slice(cut, None))
+            count = len(part.served)
+            cut = count - min(count // HELD_OUT, count * most // max(tokens, count))
+            for moments, rows in ((self.fit, slice(0, cut)), (self.check, slice(cut, None))):
+                if len(part.served[rows]):
+                    drift = None if part.drift is None else part.drift[rows]
+                    moments.update(part.served[rows], part.wanted[rows], drift)
             if self.sample is None:
-                self.sample = part.cut(cut, SAMPLE)
+                self.sample = part.cut(min(cut, count - 1), SAMPLE)
 
     def all(self) -> Moments:
-        """Return the moments of all tokens; those for fitting are gone then."""
-        self.fit.merge(self.check)
-        self.check = Moments(0, self.fit.hessian.matrix.device)
+        """Return the moments of all tokens; those for fitting and checking are gone then."""
+        self.check.hand_over(self.fit)
         return self.fit
+
+
+def _added(total: Tensor | None, keep: float, left: Tensor, right: Tensor, share: float) -> Tensor:
+    """Return ``keep * total + share * left^T right``, in the total's place."""
+    if total is None:
+        return (left.T @ right).mul_(share)
+    return total.mul_(keep).addmm_(left.T, right, alpha=share)

@@ -31,36 +31,52 @@ def refined(
         rounds: of new scales, then new codes.
         fold: scales are to be multiples of one base a row, see ``folded``.
     """
-    best = start
+    best, product = start, weight @ matrix
     for _ in range(rounds):
-        scaled = QuantizedWeight(best.codes, refitted_scales(weight, matrix, best, scheme, fold))
+        scaled = QuantizedWeight(best.codes, refitted_scales(weight, matrix, best, scheme, fold, product))
         best = QuantizedWeight(descend(weight, matrix, scaled, scheme), scaled.scales)
     return best
 
 
 def refitted_scales(
-    weight: Tensor, matrix: Tensor, start: QuantizedWeight, scheme: Scheme, fold: bool = False
+    weight: Tensor,
+    matrix: Tensor,
+    start: QuantizedWeight,
+    scheme: Scheme,
+    fold: bool = False,
+    product: Tensor | None = None,
 ) -> Tensor:
     """Return the scales [n, groups] that suit the codes best, in their dtype; a row that gains nothing keeps its own.
 
     With the codes fixed the error is quadratic in a row's scales: entry (a, b) of its matrix is c_a H_ab c_b^T over
-    the groups a and b, and the right side w H c_a^T.
+    the groups a and b, and the right side w H c_a^T. ``product`` is w H, where it is known.
     """
     codes = groups(start.codes.to(weight.dtype), scheme)  # [n, groups, size]
     n, count, size = codes.shape
     gram = weight.new_empty(n, count, count)
-    for index in range(count):
-        part = codes[:, index] @ matrix[index * size : (index + 1) * size]  # [n, k]
-        gram[:, index] = torch.einsum("ngs,ngs->ng", part.view(n, count, size), codes)
-    right = torch.einsum("ngs,ngs->ng", (weight @ matrix).view(n, count, size), codes)
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal.add_(RIDGE * diagonal.mean(dim=1, keepdim=True) + torch.finfo(weight.dtype).tiny)
-    found, _ = torch.linalg.solve_ex(gram, right.unsqueeze(2))
+    for index in range(count):  # the half that the other half repeats
+        first = index * size
+        part = codes[:, index] @ matrix[first : first + size, first:]  # [n, the rest of k]
+        gram[:, index, index:] = part.view(n, -1, size).mul_(codes[:, index:]).sum(dim=2)
+        gram[:, index:, index] = gram[:, index, index:]
+    product = weight @ matrix if product is None else product
+    right = (product.view(n, count, size) * codes).sum(dim=2)
     before = start.scales.to(weight.dtype)
-    found = found.squeeze(2)
+
+    def lost(scales: Tensor) -> Tensor:
+        """The error of every row, but for what no scale changes: [n]."""
+        pulled = torch.bmm(gram, scales.unsqueeze(2)).squeeze(2) - 2 * right
+        return (pulled * scales).double().sum(dim=1)
+
+    least = lost(before)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    ridge = RIDGE * diagonal.mean(dim=1, keepdim=True) + torch.finfo(weight.dtype).tiny
+    diagonal.add_(ridge)
+    found = torch.linalg.solve_ex(gram, right.unsqueeze(2))[0].squeeze(2)
+    diagonal.sub_(ridge)
     sane = (found > SMALLEST) & (found > before / 4) & (found < before * 4)
     new = stored(torch.where(sane, found, before), start.scales.dtype, fold, diagonal)
-    better = errors(weight, matrix, QuantizedWeight(start.codes, new)) < errors(weight, matrix, start)
+    better = lost(new.to(weight.dtype)) < least
     return torch.where(better.unsqueeze(1), new, start.scales)
 
 
@@ -74,17 +90,17 @@ def descend(weight: Tensor, matrix: Tensor, start: QuantizedWeight, scheme: Sche
     scales = start.scales.to(weight.dtype).T.contiguous()  # [groups, n]
     size = k // scales.shape[0]
     codes = start.codes.T.to(weight.dtype).contiguous()  # [k, n]
-    gradient = matrix @ (codes * scales.repeat_interleave(size, dim=0) - weight.T)  # [k, n]
+    gradient = matrix @ start.dequantize().sub_(weight).T  # [k, n]
     for first in range(0, k, COLUMNS):
         last = min(first + COLUMNS, k)
-        near, moved = gradient[first:last], weight.new_zeros(last - first, n)
+        near, moved = gradient[first:last], weight.new_empty(last - first, n)
         for column in range(first, last):
             scale, local = scales[column // size], column - first
             wish = codes[column] - near[local] / (scale * matrix[column, column])
             new = wish.round_().clamp_(*scheme.code_range)
             moved[local] = (new - codes[column]) * scale
             codes[column] = new
-            near.addr_(matrix[first:last, column], moved[local])
+            near[local + 1 :].addr_(matrix[column + 1 : last, column], moved[local])
         gradient[last:].addmm_(matrix[last:, first:last], moved)
     return codes.T.to(torch.int8).contiguous()
 

@@ -4,21 +4,23 @@ Source: asymmetric calibration (GPTAQ, Li et al. 2025), extended by the hidden s
 gets, y what it gets in the float network, and d what the stream it adds to lacks, least squares over the tokens of
 |W* x - (W y + d)|^2 gives W* = W + sum (W y + d - W x) x^T (sum x x^T + damping)^-1.
 Published code takes the full step. Few calibration tokens overfit it, so strength and damping are chosen by how well
-the step does on tokens that it was not fitted to.
+the step does on tokens that it was not fitted to. A layer of many outputs is judged by random combinations of them,
+whose squares are those of all outputs on the mean: the choice then costs a part of the step itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qtoolkit.calibration.moments import Moments, Seen
+from qtoolkit.calibration.hessian import factored
+from qtoolkit.calibration.moments import HeldOut, Moments, Seen
 
 DAMPINGS = (0.001, 0.01, 0.1, 1.0)  # parts of the Hessian's mean diagonal
 STRENGTHS = (1.0, 0.75, 0.5, 0.25)
+OUTPUTS = 512  # combinations that a layer of more outputs is judged by
 
 
 @dataclass(frozen=True)
@@ -29,35 +31,42 @@ class Choice:
     strength: float = 0.0
 
 
-def aims(seen: Seen, weights: Sequence[Tensor]) -> list[tuple[Tensor, Choice]]:
-    """Return for every weight float32 [n, k] that reads the input ``seen`` the weight to aim at, and how it was chosen.
+def aims(seen: Seen) -> list[tuple[Tensor, Choice]]:
+    """Return for every layer that reads the input ``seen`` the weight to aim at [n, k], and how it was chosen.
 
     The choice is made on held-out tokens, the step then taken with all of them: ``seen.fit`` holds them all afterwards.
     """
-    choices = choose(seen.fit, seen.check, weights)
+    choices = choose(seen.fit, seen.check)
     moments = seen.all()
-    return [
-        (weight + choice.strength * solve(moments, weight, choice.damping) if choice.strength else weight, choice)
-        for weight, choice in zip(weights, choices, strict=True)
-    ]
+    found = []
+    for index, choice in enumerate(choices):
+        weight = moments.weights[index]
+        if choice.strength:
+            step = solve(moments, index, choice.damping)
+            weight = step.mul_(choice.strength).add_(weight)
+        found.append((weight, choice))
+    return found
 
 
-def choose(fit: Moments, check: Moments, weights: Sequence[Tensor]) -> list[Choice]:
-    """Return for every weight the damping and strength with the least error on ``check`` of a step fitted to ``fit``.
+def choose(fit: Moments, check: HeldOut) -> list[Choice]:
+    """Return for every layer the damping and strength with the least error on ``check`` of a step fitted to ``fit``.
 
     A step S changes the held-out error by tr(S H S^T) - 2 tr(S P^T), with H and P of the held-out tokens: a parabola
     in its strength. No step at all is one of the choices.
     """
-    best = [Choice() for _ in weights]
-    lost = [0.0 for _ in weights]
-    pulls, fitted = ([moments.pull(weight) for weight in weights] for moments in (check, fit))
+    best = [Choice() for _ in fit.weights]
+    if not check.tokens:
+        return best
+    lost = [0.0 for _ in fit.weights]
+    mixes = [combinations(len(weight)).to(weight) for weight in fit.weights]
+    pulls, fitted = ([each.pull(index, mix) for index, mix in enumerate(mixes)] for each in (check, fit))
     for damping in DAMPINGS:
         factor = _factor(fit, damping)
         if factor is None:
             continue
         for index, (learnt, held) in enumerate(zip(fitted, pulls, strict=True)):
             step = torch.cholesky_solve(learnt.T, factor).T
-            bend = float(((step @ check.hessian.matrix) * step).sum())
+            bend = check.hessian.bend(step)  # type: ignore[attr-defined]
             slope = float((step * held).sum())
             for strength in STRENGTHS:
                 change = strength * strength * bend - 2 * strength * slope
@@ -66,13 +75,25 @@ def choose(fit: Moments, check: Moments, weights: Sequence[Tensor]) -> list[Choi
     return best
 
 
-def solve(moments: Moments, weight: Tensor, damping: float) -> Tensor:
-    """Return the full step W* - W for weight float32 [n, k]; zero where the Hessian stays singular."""
+def combinations(n: int) -> Tensor:
+    """Return combinations R [m, n] of n outputs, R^T R the identity on the mean; where n is small, the identity.
+
+    Source: random signs for the trace of a matrix (Hutchinson 1990).
+    """
+    if n <= OUTPUTS:
+        return torch.eye(n, device="cpu")
+    draw = torch.Generator("cpu").manual_seed(0)
+    return (torch.randint(0, 2, (OUTPUTS, n), generator=draw, device="cpu") * 2 - 1) / OUTPUTS**0.5
+
+
+def solve(moments: Moments, index: int, damping: float) -> Tensor:
+    """Return the full step W* - W of layer ``index``, float32 [n, k]; zero where the Hessian stays singular."""
     factor = _factor(moments, damping)
-    return torch.zeros_like(weight) if factor is None else torch.cholesky_solve(moments.pull(weight).T, factor).T
+    if factor is None:
+        return torch.zeros_like(moments.weights[index])
+    return torch.cholesky_solve(moments.pull(index).T, factor).T
 
 
 def _factor(moments: Moments, damping: float) -> Tensor | None:
     """Return the lower Cholesky factor of the damped Hessian, or None where it is singular."""
-    lower, failed = torch.linalg.cholesky_ex(moments.hessian.damped(damping))
-    return None if failed else lower
+    return factored(moments.hessian.damped(damping))

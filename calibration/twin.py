@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qtoolkit.calibration.capture import quantized_activations, round_tokens
 from qtoolkit.errors import NumericError
-from qtoolkit.stages import Block, Stream
+from qtoolkit.stages import Block, QuantizedWeight, Stream
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,35 @@ def weights(block: Block, given: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for name, weight in before.items():
             block.linear(name).weight.data = weight
+
+
+@contextmanager
+def packed(layer: nn.Linear, weight: QuantizedWeight) -> Iterator[None]:
+    """Inside, ``layer`` has its weight only while it computes, made of ``weight``'s codes; afterwards for good.
+
+    Float weights that it is given meanwhile count before that.
+    """
+    empty = torch.empty(0, device=layer.weight.device)
+    made: list[bool] = []
+
+    def unpack(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not layer.weight.numel():
+            layer.weight.data = weight.dequantize()
+            made.append(True)
+
+    def let_go(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if made:
+            made.clear()
+            layer.weight.data = empty
+
+    layer.weight.data = empty
+    handles = [layer.register_forward_pre_hook(unpack), layer.register_forward_hook(let_go)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        layer.weight.data = weight.dequantize()
 
 
 class _Reached(Exception):

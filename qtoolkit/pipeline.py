@@ -191,6 +191,7 @@ class Run:
             stream.floats = []
             with capture.quantized_activations(block, self.recipe.scheme.activation_bits):
                 stream = capture.advance(block, stream, spent=True)
+            del block  # before the next is read
             if compared and index + 1 < self.blocks:  # a stream in memory costs more than reading a block again
                 floats = capture.advance(self._block(self.weights, index), floats, spent=True)
         rest = {name: self._stored(name) for name in self.weights.files if not self._in_block(name)}

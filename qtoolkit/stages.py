@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -54,7 +54,16 @@ class QuantizedWeight:
         """Return the weight the codes stand for, float32 [n, k]."""
         n, k = self.codes.shape
         groups = self.scales.shape[1]
-        return (self.codes.float().view(n, groups, k // groups) * self.scales.float().unsqueeze(-1)).view(n, k)
+        return self.codes.float().view(n, groups, k // groups).mul_(self.scales.float().unsqueeze(-1)).view(n, k)
+
+    @classmethod
+    def joined(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """Return the rows of ``parts`` as one weight."""
+        import torch
+
+        if len(parts) == 1:
+            return parts[0]
+        return cls(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))
 
 
 @dataclass
@@ -118,9 +127,9 @@ class Stream:
     device: Any = None  # torch.device
 
     def calls(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Yield each batch, on the block's device, with its keywords."""
+        """Yield each batch, on the block's device and in float32, with its keywords."""
         for batch, kwargs in zip(self.batches, self.kwargs, strict=True):
-            yield (batch if self.device is None else batch.to(self.device)), kwargs
+            yield (batch if self.device is None else batch.to(self.device)).float(), kwargs
 
 
 @dataclass(frozen=True)

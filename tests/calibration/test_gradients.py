@@ -65,7 +65,9 @@ def test_probes_and_metrics_are_those_of_autograd_through_the_model(tmp_path: An
         assert behind is not None
         probe = found.probe(index)
         # stored in bfloat16, and what comes from a later block's bfloat16 gradient is off by as much again
-        torch.testing.assert_close(torch.cat(probe.gradients), behind, rtol=0.03, atol=0.01 * float(behind.abs().max()))
+        torch.testing.assert_close(
+            torch.cat(probe.gradients).float(), behind, rtol=0.03, atol=0.01 * float(behind.abs().max())
+        )
         block = skeleton.block(index, source)
         block.probe = probe
         metric = outputs.metrics(block)[LAYER]

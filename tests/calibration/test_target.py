@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from qtoolkit.calibration import losses, target
-from qtoolkit.calibration.moments import Moments, Seen
+from qtoolkit.calibration.capture import round_tokens
+from qtoolkit.calibration.moments import HeldOut, Moments, Seen
 from qtoolkit.calibration.twin import Inputs
 
 K, N = 24, 10
@@ -25,10 +28,11 @@ def made(tokens: int, noise: float, seed: int = 0, drift: bool = True) -> tuple[
     return Inputs(seen, (seen * 8).round() / 8, wanted, lacking), weight
 
 
-def moments(inputs: Inputs, parts: int = 3) -> Moments:
-    found = Moments(K)
+def moments(inputs: Inputs, weights: list[Tensor], kind: type[Moments] = Moments, parts: int = 3) -> Any:
+    found = kind(weights)
     for rows in torch.arange(len(inputs.served)).chunk(parts):
-        found.update(inputs, slice(int(rows[0]), int(rows[-1]) + 1))
+        drift = None if inputs.drift is None else inputs.drift[rows]
+        found.update(inputs.served[rows], inputs.wanted[rows], drift)
     return found
 
 
@@ -42,7 +46,7 @@ def test_the_full_step_is_least_squares_over_the_tokens(drift: bool) -> None:
     ridge = damping * len(x) / 2 * torch.eye(K, dtype=torch.float64)
     # least squares of W* x = wanted with the damping pulling W* towards W
     expected = torch.linalg.solve(x.T @ x + ridge, x.T @ wanted + ridge @ weight.double().T).T
-    found = weight + target.solve(moments(inputs), weight, 0.01)
+    found = weight + target.solve(moments(inputs, [weight]), 0, 0.01)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -50,11 +54,11 @@ def test_the_choice_is_the_least_error_on_tokens_that_were_not_fitted() -> None:
     """Few noisy tokens: the full, undamped step overfits, and the choice says so."""
     inputs, weight = made(40, 3.0)
     fresh, _ = made(4000, 3.0, seed=1)
-    fit, check = moments(inputs), moments(fresh)
-    (choice,) = target.choose(fit, check, [weight])
+    fit, check = moments(inputs, [weight]), moments(fresh, [weight], HeldOut)
+    (choice,) = target.choose(fit, check)
 
     def error(damping: float, strength: float) -> float:
-        aim = weight + strength * target.solve(fit, weight, damping)
+        aim = weight + strength * target.solve(fit, 0, damping)
         assert fresh.drift is not None
         lack = fresh.served @ aim.T - fresh.wanted @ weight.T - fresh.drift
         return float(lack.double().square().sum())
@@ -68,29 +72,50 @@ def test_no_step_is_taken_where_none_helps() -> None:
     inputs, weight = made(30, 3.0)
     draw = torch.Generator().manual_seed(5)
     other = Inputs(inputs.seen, inputs.served, inputs.served.clone(), torch.randn(30, N, generator=draw))
-    (choice,) = target.choose(moments(inputs), moments(other), [weight])
+    (choice,) = target.choose(moments(inputs, [weight]), moments(other, [weight], HeldOut))
     reverse = Inputs(inputs.seen, inputs.served, 2 * inputs.served - inputs.wanted, -inputs.drift)  # type: ignore[operator]
-    (never,) = target.choose(moments(inputs), moments(reverse), [weight])
+    (never,) = target.choose(moments(inputs, [weight]), moments(reverse, [weight], HeldOut))
     assert choice.strength <= 0.5
     assert never.strength == 0.0
 
 
-def test_moments_of_two_halves_merge_into_those_of_all() -> None:
-    inputs, _ = made(101, 0.5)
-    whole, left, right = moments(inputs, 1), Moments(K), Moments(K)
-    left.update(inputs, slice(0, 60))
-    right.update(inputs, slice(60, None))
-    left.merge(right)
-    assert left.tokens == whole.tokens == 101
-    for a, b in ((left.hessian.matrix, whole.hessian.matrix), (left.shift, whole.shift), (left.drift, whole.drift)):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("outputs", [N, 3 * N])
+def test_tokens_held_out_join_the_others_as_if_they_had_been_there(outputs: int) -> None:
+    """With fewer outputs than inputs the lack itself is summed, with more the shift of the inputs."""
+    inputs, weight = made(101, 0.5)
+    inputs = Inputs(inputs.seen, round_tokens(inputs.seen), inputs.wanted, inputs.drift)
+    weight = weight.repeat(outputs // N, 1)
+    drift = inputs.drift
+    assert drift is not None
+    inputs = Inputs(inputs.seen, inputs.served, inputs.wanted, drift.repeat(1, outputs // N))
+    whole, fit, check = moments(inputs, [weight]), Moments([weight]), HeldOut([weight])
+    for kind, rows in ((fit, slice(0, 60)), (check, slice(60, None))):
+        assert inputs.drift is not None
+        kind.update(inputs.served[rows], inputs.wanted[rows], inputs.drift[rows])
+    check.hand_over(fit)
+    assert fit.tokens == whole.tokens == 101
+    x, y, d = (t.double() for t in (inputs.served, inputs.wanted, drift.repeat(1, outputs // N)))
+    expected = 2 / 101 * ((y - x) @ weight.double().T + d).T @ x
+    mix = torch.randn(4, outputs, generator=torch.Generator().manual_seed(3))
+    for found in (fit, whole):
+        torch.testing.assert_close(found.hessian.matrix.double(), 2 / 101 * x.T @ x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.pull(0).double(), expected, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found.pull(0, mix).double(), mix.double() @ expected, rtol=1e-4, atol=2e-3)
+
+
+def test_combinations_of_outputs_have_their_squares_on_the_mean() -> None:
+    assert torch.equal(target.combinations(8), torch.eye(8))
+    mix = target.combinations(4 * target.OUTPUTS)
+    lost = torch.randn(4 * target.OUTPUTS, K, generator=torch.Generator().manual_seed(1))
+    assert mix.shape == (target.OUTPUTS, 4 * target.OUTPUTS)
+    assert float((mix @ lost).square().sum() / lost.square().sum()) == pytest.approx(1, rel=0.1)
 
 
 def test_a_singular_hessian_and_dead_inputs_give_a_finite_aim() -> None:
     inputs, weight = made(5, 0.5)
     for x in (inputs.seen, inputs.served, inputs.wanted):
         x[:, 3] = 0.0
-    ((aim, _),) = target.aims(Seen(K, [inputs]), [weight])
+    ((aim, _),) = target.aims(Seen([weight], [inputs], 5))
     assert aim.isfinite().all()
     assert torch.equal(aim[:, 3], weight[:, 3])  # nothing is known of it
 
