@@ -14,7 +14,7 @@ from qtoolkit.kernels import ops, reference, tables
 from qtoolkit.kernels.selection import Backend, Grid, Problem
 from qtoolkit.kernels.triton import layout
 
-LAYOUT, LAYOUT_CHAINED = "halves", "halves chained"
+LAYOUTS = {Grid.PLAIN: "halves", Grid.CHAINED: "halves chained", Grid.FOLDED: "halves folded"}
 CAPABILITY = (8, 0)  # the oldest: Ampere
 MULTIPROCESSORS = 108  # A100; only the split of the inputs depends on it
 COLUMNS = ("tokens", "rows", "split", "warps", "stages", "fused")
@@ -105,6 +105,8 @@ def refuse(problem: Problem) -> str | None:
     size = problem.group_size
     if size != -1 and size != layout.BLOCK // 2 and size % layout.BLOCK:
         return f"groups must be 64 or whole blocks of {layout.BLOCK} inputs, not {size}"
+    if problem.grid is Grid.FOLDED and size == -1:
+        return "only groups fold"
     if problem.grid is Grid.CHAINED and (size == layout.BLOCK // 2 or problem.k % 8):
         return f"the chained grid wants words of 8 inputs and groups of {layout.BLOCK} or more"
     if size != -1 and problem.k % size:
@@ -118,12 +120,17 @@ def refuse(problem: Problem) -> str | None:
     return None
 
 
+def has_sums_of_groups(group_size: int, grid: Grid) -> bool:
+    """Return whether a product scales each group's sum by itself, in float32; folded ones have one sum a row."""
+    return group_size != -1 and grid is not Grid.FOLDED
+
+
 def prepare(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Permute a checkpoint's weight into halves, on the device it lies on."""
-    return layout.prepare(packed, scales, problem.k, problem.group_size, problem.grid is Grid.CHAINED)
+    return layout.prepare(packed, scales, problem.k, problem.group_size, problem.grid)
 
 
-def quantize(x: Tensor, chained: bool = False) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, grid: Grid = Grid.PLAIN) -> tuple[Tensor, Tensor]:
     """Quantize x [tokens, k]; return codes int8 [tokens, k padded], zeros behind k, and scales fp32 [tokens]."""
     from qtoolkit.kernels.triton import kernels
 
@@ -131,7 +138,15 @@ def quantize(x: Tensor, chained: bool = False) -> tuple[Tensor, Tensor]:
     codes = torch.empty(tokens, layout.padded(k), dtype=torch.int8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     kernels.quantize_tokens[(tokens,)](
-        x, codes, scales, k, codes.shape[1], BLOCK=1024, CHAINED=chained, num_warps=4, enable_fp_fusion=False
+        x,
+        codes,
+        scales,
+        k,
+        codes.shape[1],
+        BLOCK=1024,
+        CHAINED=grid is Grid.CHAINED,
+        num_warps=4,
+        enable_fp_fusion=False,
     )
     return codes, scales
 
@@ -155,7 +170,7 @@ def multiply(
     out: Tensor,
     group_size: int,
     cut: Tiling,
-    chained: bool = False,
+    grid: Grid = Grid.PLAIN,
 ) -> None:
     """Launch the product of tokens with a prepared weight into out [tokens, n].
 
@@ -166,15 +181,16 @@ def multiply(
 
     tokens, n = out.shape
     n_padded, k_padded, k = weight.shape[0], 2 * weight.shape[1], codes.shape[1]
-    grouped = group_size != -1
+    grouped = has_sums_of_groups(group_size, grid)
     shares = torch.float32 if grouped else torch.int32
     parts = torch.empty(cut.split, tokens, n, dtype=shares, device=out.device) if cut.split > 1 else out
     some_bias = bias if bias is not None else out  # a pointer that is not read
-    grid = (n_padded // cut.rows * -(-tokens // cut.tokens), cut.split)
-    kernels.linear[grid](
+    programs = (n_padded // cut.rows * -(-tokens // cut.tokens), cut.split)
+    kernels.linear[programs](
         weight, scales, codes, token_scales, some_bias, out, parts, tokens, n, n_padded, k_padded, k, group_size,
         TOKENS=cut.tokens, ROWS=cut.rows, SPLIT=cut.split, GROUPED=grouped, HALF_GROUPS=group_size == 64,
-        BIAS=bias is not None, ASM=os.environ.get("TRITON_INTERPRET") != "1", CHAINED=chained, FUSED=cut.fused,
+        BIAS=bias is not None, ASM=os.environ.get("TRITON_INTERPRET") != "1", CHAINED=grid is Grid.CHAINED,
+        FOLDED=grid is Grid.FOLDED, FUSED=cut.fused,
         num_warps=cut.warps, num_stages=cut.stages, enable_fp_fusion=not cut.fused,
     )  # fmt: skip
     if cut.split > 1:
@@ -185,7 +201,7 @@ def multiply(
 
 
 def run(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int, chained: bool = False
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int, grid: Grid = Grid.PLAIN
 ) -> Tensor:
     """Quantize tokens and multiply; see ``ops.w4a8_linear``.
 
@@ -199,20 +215,17 @@ def run(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens, k = rows.shape
     with torch.cuda.device_of(x):  # Triton launches on the current device; a tensor of the CPU changes nothing
-        cut = choose(tokens, n, k, group_size != -1, x.device)
+        cut = choose(tokens, n, k, has_sums_of_groups(group_size, grid), x.device)
         if cut.fused:
             codes, token_scales = rows, torch.empty(tokens, dtype=torch.float32, device=x.device)
         else:
-            codes, token_scales = quantize(rows, chained)
-        multiply(codes, token_scales, weight, scales, bias, out.view(tokens, n), group_size, cut, chained)
+            codes, token_scales = quantize(rows, grid)
+        multiply(codes, token_scales, weight, scales, bias, out.view(tokens, n), group_size, cut, grid)
     return out
 
 
-ops.register_layout(LAYOUT, run)
-ops.register_layout(LAYOUT_CHAINED, partial(run, chained=True))
+for _grid, _layout in LAYOUTS.items():
+    ops.register_layout(_layout, partial(run, grid=_grid))
 if importlib.util.find_spec("triton") is not None:
     ops.LIBRARY.impl("quantize_tokens", quantize_tokens, "CUDA")
-BACKENDS = (
-    Backend("triton", LAYOUT, refuse, prepare),
-    Backend("triton", LAYOUT_CHAINED, refuse, prepare, Grid.CHAINED),
-)
+BACKENDS = tuple(Backend("triton", name, refuse, prepare, grid) for grid, name in LAYOUTS.items())

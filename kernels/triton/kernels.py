@@ -92,6 +92,32 @@ def _unpack(weight, ASM: tl.constexpr, CHAINED: tl.constexpr):  # type: ignore[n
     return low, high
 
 
+# Four bytes are one register, $1; the row's multiple and offset are four alike each, $2 to $5 and $6 to $9.
+FOLD_LOW = tl.constexpr("{.reg .b32 t; and.b32 t, $1, 0x0f0f0f0f; mad.lo.u32 t, t, $2, $6; xor.b32 $0, t, 0x80808080;}")
+FOLD_HIGH = tl.constexpr(
+    "{.reg .b32 t; shr.u32 t, $1, 4; and.b32 t, t, 0x0f0f0f0f; mad.lo.u32 t, t, $2, $6; xor.b32 $0, t, 0x80808080;}"
+)
+
+
+@triton.jit
+def _fold(q, multiple, HIGH: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return int8 code * multiple of bytes' low or HIGH nibbles, codes + 8; ``multiple`` [ROWS] is 0..16.
+
+    A word of four nibbles times the multiple, plus 128 - 8 multiples in each byte, is 128 + code * multiple four times,
+    0..240: one multiply-add, and nothing carries. Turning the top bits makes that signed: both sides of a dot are of
+    one type here.
+    """
+    m = multiple.to(tl.int32)[:, None]
+    if ASM:
+        offset = -2139062144 - m * 0x08080808  # 0x80808080
+        text: tl.constexpr = FOLD_HIGH if HIGH else FOLD_LOW
+        return tl.inline_asm_elementwise(
+            text, "=r,r,r,r,r,r,r,r,r,r", [q, m, offset], dtype=tl.int8, is_pure=True, pack=4
+        )
+    nibble = (q >> 4) & 15 if HIGH else q & 15
+    return ((nibble.to(tl.int32) - 8) * m).to(tl.int8)
+
+
 @triton.jit
 def _largest(x_ptr, columns, tokens, k, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the largest magnitude of each of the tokens ``columns`` of x [tokens, k], and whether all are finite."""
@@ -112,13 +138,14 @@ def linear(  # type: ignore[no-untyped-def]
     weight_ptr, scales_ptr, codes_ptr, token_scales_ptr, bias_ptr, out_ptr, parts_ptr,
     tokens, n, n_padded, k_padded, k, group_size,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr, HALF_GROUPS: tl.constexpr,
-    BIAS: tl.constexpr, ASM: tl.constexpr, CHAINED: tl.constexpr, FUSED: tl.constexpr,
+    BIAS: tl.constexpr, ASM: tl.constexpr, CHAINED: tl.constexpr, FOLDED: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Compute a ROWS x TOKENS tile of out^T, or with SPLIT > 1 the share ``program_id(1)`` of its sum into parts.
 
     weight int8 [n_padded, k_padded / 2], see layout; scales fp32 [groups, n_padded]; codes int8 [tokens, k_padded];
     token_scales fp32 [tokens]; parts [SPLIT, tokens, n], int32 per channel, fp32 per group. HALF_GROUPS: groups of 64.
-    CHAINED: weights of the chained grid, and codes in the quantizer's order for it. FUSED: codes are floats [tokens, k]
+    CHAINED: weights of the chained grid, and codes in the quantizer's order for it. FOLDED: groups whose multiples
+    stand behind the scales of rows, as bytes [groups, n_padded]; not with GROUPED. FUSED: codes are floats [tokens, k]
     that each program quantizes for itself; with shares the first one writes the tokens' scales.
     """
     row_tiles = n_padded // ROWS
@@ -141,8 +168,16 @@ def linear(  # type: ignore[no-untyped-def]
         x = codes_ptr + columns[None, :].to(tl.int64) * k
     else:
         x = codes_ptr + columns[None, :].to(tl.int64) * k_padded + first * 128 + inside[:, None]
+    if FOLDED:
+        multiples = (scales_ptr + n_padded).to(tl.pointer_type(tl.uint8)) + rows
     for block in range(first, last):
-        low, high = _unpack(weight, ASM, CHAINED)
+        if FOLDED:
+            q = tl.load(weight)
+            multiple = multiples + (block * 128 // group_size) * n_padded
+            low = _fold(q, tl.load(multiple), False, ASM)
+            high = _fold(q, tl.load(multiple + n_padded if HALF_GROUPS else multiple), True, ASM)
+        else:
+            low, high = _unpack(weight, ASM, CHAINED)
         if FUSED:
             floats = tl.load(x + low_at, mask=present & (low_at < k), other=0.0).to(tl.float32)
             x_low = _codes_of(floats, inverse[None, :])

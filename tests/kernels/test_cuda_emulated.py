@@ -165,6 +165,20 @@ def test_products_with_one_sum_a_row_equal_the_reference_bit_for_bit(
     assert torch.equal(product(emulator, layer, tiling), layer.want())
 
 
+@pytest.mark.parametrize(("code", "largest"), [(7, 112), (-8, 128)])
+def test_the_largest_folded_sums_stay_exact(emulator: Emulator, code: int, largest: int) -> None:
+    """All 65536 inputs at the end of their ranges: operands of 240 times 127 make sums just below 2^31."""
+    layer = Layer(1, 8, backend.MAX_K, 8192, grid=Grid.FOLDED)
+    layer.codes.fill_(code)
+    layer.scales = torch.full_like(layer.scales, 16 * 2.0**-13)
+    layer.scales[:, 1] = 15 * 2.0**-13  # or a larger scale of the channel would do
+    layer.codes[:, 8192:16384] = 0
+    layer.x.fill_(1.0)
+    got, sums = product(emulator, layer, Tiling(8, 1, 1, 2)), (backend.MAX_K - 8192) * 127 * largest
+    assert torch.equal(got, layer.want())
+    assert torch.allclose((got - layer.bias).float().abs(), torch.tensor(sums * 2.0**-13 / 127), rtol=2**-7)
+
+
 GROUPED = [
     (Layer(13, 256, 384, 128), Tiling(8, 1, 1, 2)),
     (Layer(40, 136, 1024, 256), Tiling(48, 1, 2, 2)),

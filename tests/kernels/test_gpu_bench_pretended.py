@@ -165,5 +165,6 @@ def test_every_step_of_a_run_leads_to_the_next(
     assert not unexpected
     script.print_report(result)
     said = capsys.readouterr().out
-    for title in ("ours: times faster than torch.mm bf16", "than the best peer", "fraction of the roofline"):
+    shares = [f"ours g128 folded: speed as a share of {other}" for other in ("ours per channel", "ours g128")]
+    for title in ("ours: times faster than torch.mm bf16", "than the best peer", "fraction of the roofline", *shares):
         assert title in said

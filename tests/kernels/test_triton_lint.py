@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from qtoolkit.kernels.selection import Grid
+
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1", reason="needs triton's compiler"
 )
@@ -55,7 +57,7 @@ def compile_for(
 def built(
     capability: int,
     case: tuple[Any, ...],
-    chained: bool = False,
+    grid: Grid = Grid.PLAIN,
     fused: bool = False,
     half_groups: bool = False,
     one: bool = False,
@@ -65,7 +67,8 @@ def built(
 
     tokens, rows, split, grouped, warps, stages = case
     numbers = {"TOKENS": tokens, "ROWS": rows, "SPLIT": split, "GROUPED": grouped, "HALF_GROUPS": half_groups}
-    numbers |= {"BIAS": True, "ASM": True, "CHAINED": chained, "FUSED": fused}
+    numbers |= {"BIAS": True, "ASM": True, "FUSED": fused}
+    numbers |= {"CHAINED": grid is Grid.CHAINED, "FOLDED": grid is Grid.FOLDED}
     pointers = ("*i8", "*fp32", "*bf16" if fused else "*i8", "*fp32", "*bf16", "*bf16", "*fp32" if grouped else "*i32")
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not fused}
     return compile_for(capability, kernels.linear, pointers, numbers, options, one, fused or not one)
@@ -83,7 +86,7 @@ def listing(kernel: Any, folder: Path) -> str:
     return subprocess.run([tool, "-res-usage", "-sass", cubin], capture_output=True, text=True, check=True).stdout
 
 
-def compiled(capability: int, case: tuple[Any, ...], folder: Path, **how: bool) -> tuple[str, str, int]:
+def compiled(capability: int, case: tuple[Any, ...], folder: Path, **how: Any) -> tuple[str, str, int]:
     """Return PTX, SASS and the shared memory of one product."""
     kernel = built(capability, case, **how)
     return kernel.asm["ptx"], listing(kernel, folder), kernel.metadata.shared
@@ -114,6 +117,24 @@ def test_every_card_gets_integer_products_that_fit(case: tuple[Any, ...], capabi
         assert len(re.findall(r"\b(?:LOP3|PRMT)\b", sass)) <= 2 * products + 60
 
 
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize(("case", "half_groups"), [(SMALL, True), (MIDDLE, False), (LARGE, False), (LARGE, True)])
+def test_folded_groups_take_the_tiles_of_one_scale_a_row(
+    case: tuple[Any, ...], half_groups: bool, capability: int, tmp_path: Path
+) -> None:
+    """Seven operations for eight weights where plain codes take three; byte by byte it would be several times that."""
+    ptx, sass, shared = compiled(capability, case, tmp_path, grid=Grid.FOLDED, half_groups=half_groups)
+    assert PRODUCT[capability] in sass
+    assert "STL" not in sass
+    assert shared <= SHARED[capability] * 1024
+    if capability == 90:
+        products = len(re.findall(r"wgmma\.mma_async\S*m64n\d+k32\.s32\.s8\.s8", ptx))
+        assert len(re.findall(r"wgmma\.mma_async[^;]*\{[^}]*\},\s*\{", ptx)) == products > 0
+    _, plain, _ = compiled(capability, case, tmp_path)
+    logic = [len(re.findall(r"\b(?:LOP3|PRMT|SHF)\b", text)) for text in (sass, plain)]
+    assert logic[0] <= 2 * logic[1] + 24
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("fused", [False, True])
 def test_one_token_of_an_odd_layer_compiles(capability: int, fused: bool, tmp_path: Path) -> None:
@@ -131,11 +152,11 @@ def test_groups_of_64_compile(capability: int, tmp_path: Path) -> None:
     assert shared <= SHARED[capability] * 1024
 
 
-@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("grid", Grid)
 @pytest.mark.parametrize("capability", CARDS)
-def test_a_program_that_quantizes_its_tokens_keeps_to_registers(capability: int, chained: bool, tmp_path: Path) -> None:
-    for case in (SMALL, (16, 128, 8, True, 4, 4)):
-        ptx, sass, shared = compiled(capability, case, tmp_path, chained=chained, fused=True)
+def test_a_program_that_quantizes_its_tokens_keeps_to_registers(capability: int, grid: Grid, tmp_path: Path) -> None:
+    for case in (SMALL, (16, 128, 8, grid is not Grid.FOLDED, 4, 4)):
+        ptx, sass, shared = compiled(capability, case, tmp_path, grid=grid, fused=True)
         assert PRODUCT[capability] in sass
         assert "STL" not in sass
         assert shared <= SHARED[capability] * 1024
@@ -144,7 +165,7 @@ def test_a_program_that_quantizes_its_tokens_keeps_to_registers(capability: int,
         if capability == 90:
             products = len(re.findall(r"wgmma\.mma_async\S*m64n16k32\.s32\.s8\.s8", ptx))
             in_registers = len(re.findall(r"wgmma\.mma_async[^;]*\{[^}]*\},\s*\{", ptx))
-            assert in_registers == (products // 2 if chained else products) > 0
+            assert in_registers == (products // 2 if grid is Grid.CHAINED else products) > 0
 
 
 @pytest.mark.parametrize("capability", CARDS)
@@ -171,25 +192,36 @@ def test_the_sum_of_shares_compiles(capability: int, grouped: bool, tmp_path: Pa
     assert "STL" not in listing(kernel, tmp_path)
 
 
+# Case, grid, instructions of inline assembly, and one of them.
+JOINED = [(case, Grid.CHAINED, 1, "shl.b32") for case in (SMALL, LARGE, GROUPED)]
+JOINED += [(case, Grid.FOLDED, 2, "mad.lo.u32") for case in (SMALL, LARGE)]
+
+
 @pytest.mark.parametrize("capability", [80, 90, 120])
-@pytest.mark.parametrize("case", [SMALL, LARGE, GROUPED])
-def test_chained_words_are_four_neighbours_of_a_row(case: tuple[Any, ...], capability: int) -> None:
-    """The shift joins the four bytes of one register of the product's operand: kWidth 4 are four inputs in order."""
-    text = built(capability, case, chained=True).asm["ttgir"]
-    shifts = [line for line in text.splitlines() if "elementwise_inline_asm" in line]
-    assert len(shifts) == 1
-    assert "packed_element = 4" in shifts[0]
-    assert "shl.b32" in shifts[0]
-    assert shifts[0].count("#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>") == 2
+@pytest.mark.parametrize(("case", "grid", "count", "word"), JOINED)
+def test_four_bytes_of_a_word_are_neighbours_of_a_row(
+    case: tuple[Any, ...], grid: Grid, count: int, word: str, capability: int
+) -> None:
+    """What joins four bytes of an operand's register wants one row: kWidth 4 are four inputs of it in order."""
+    text = built(capability, case, grid=grid).asm["ttgir"]
+    joins = [line for line in text.splitlines() if "elementwise_inline_asm" in line]
+    assert len(joins) == count
+    for join in joins:
+        assert "packed_element = 4" in join
+        assert word in join
+        assert set(re.findall(r"tensor<\d+x64xi\d+, ([^:]*?)>[, ]", join)) == {
+            "#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>"
+        }
 
 
-def test_chained_words_are_four_neighbours_of_a_row_on_blackwell_too() -> None:
+@pytest.mark.parametrize("grid", [Grid.CHAINED, Grid.FOLDED])
+def test_four_bytes_of_a_word_are_neighbours_of_a_row_on_blackwell_too(grid: Grid) -> None:
     """Its products read both operands from shared memory; the words pass through registers before."""
-    text = built(100, SMALL, chained=True).asm["ttgir"]
-    shifts = [line for line in text.splitlines() if "elementwise_inline_asm" in line]
-    assert shifts
-    for shift in shifts:
-        (layout,) = set(re.findall(r"tensor<128x64xi8, (#\w+)>", shift))
+    text = built(100, SMALL, grid=grid).asm["ttgir"]
+    joins = [line for line in text.splitlines() if "elementwise_inline_asm" in line]
+    assert joins
+    for join in joins:
+        (layout,) = set(re.findall(r"tensor<128x64xi\d+, (#\w+)>", join))
         definition = next(line for line in text.splitlines() if line.startswith(f"{layout} ="))
         assert "register = [[0, 1], [0, 2]" in definition or "sizePerThread = [1, " in definition
 
@@ -198,12 +230,12 @@ def test_chained_words_are_four_neighbours_of_a_row_on_blackwell_too() -> None:
 def test_chained_weights_reach_hopper_products_with_fewer_operations(case: tuple[Any, ...], tmp_path: Path) -> None:
     """Odd inputs need no register: their products read the words where they were copied to."""
 
-    def logic(chained: bool) -> int:
-        ptx, sass, _ = compiled(90, case, tmp_path, chained=chained)
+    def logic(grid: Grid) -> int:
+        ptx, sass, _ = compiled(90, case, tmp_path, grid=grid)
         products = len(re.findall(r"wgmma\.mma_async\S*m64n\d+k32\.s32\.s8\.s8", ptx))
         in_registers = len(re.findall(r"wgmma\.mma_async[^;]*\{[^}]*\},\s*\{", ptx))
-        assert in_registers == (products // 2 if chained else products) > 0
+        assert in_registers == (products // 2 if grid is Grid.CHAINED else products) > 0
         assert "STL" not in sass
         return len(re.findall(r"\b(?:LOP3|PRMT|SHF|IMAD\.SHL)\b", sass))
 
-    assert logic(chained=True) < logic(chained=False)
+    assert logic(Grid.CHAINED) < logic(Grid.PLAIN)
