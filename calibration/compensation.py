@@ -27,6 +27,7 @@ from qtoolkit.scheme import CHANNEL, INT8, Scheme
 from qtoolkit.stages import Block, Context, QuantizedWeight, Stream
 
 ROWS = 1024  # of a layer that are rounded together: bounds the memory of what goes with them
+FOLDED = 128  # groups below lose more: scales vary within a row, and a row's multiples end at 16
 RETRIES = 5  # times the damping is raised tenfold when the Hessian is not positive definite
 
 
@@ -42,7 +43,7 @@ class CompensateOptions(Options):
     refine: int = Field(2, ge=0, description="rounds of new scales and new codes after compensation")
     starts: int = Field(2, ge=1, description="orders of the inputs that a small layer is rounded in; the best is kept")
     couple: bool = Field(True, description="round a layer's outputs together, as the loss of the whole model asks")
-    fold: bool = Field(False, description="group scales are small multiples of one a channel: faster kernels")
+    fold: bool = Field(True, description="scales of groups of 128 and more are multiples of one a channel: faster")
     chained: bool = Field(False, description="int8 weights of the chained grid, which a GPU kernel holds in four bits")
 
 
@@ -116,6 +117,7 @@ class Compensate:
                 block.quantized[name] = quantized
                 del aim, served
                 stack.enter_context(twin.packed(block.linear(name), quantized))
+            del solved, hessian
         return report
 
     def _aims(self, seen: Seen) -> list[tuple[Tensor, Choice]]:
@@ -175,7 +177,7 @@ class Solved:
             scales = grid.searched_scales(weight, self.matrix.diagonal(), scheme, dtype)
         else:
             scales = grid.minmax_scales(weight, scheme, dtype)
-        fold = self.options.fold and scheme.weight_bits == 4
+        fold = self.options.fold and scheme.weight_bits == 4 and scheme.group_size >= FOLDED
         if fold:
             costs = grid.stiffness(weight, self.matrix.diagonal(), scales, scheme)
             scales = folded.stored(scales, dtype, fold, costs)

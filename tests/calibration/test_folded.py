@@ -63,3 +63,13 @@ def test_a_compensated_layer_folds_and_loses_at_most_three_percent_more() -> Non
         lost[fold] = solved.relative_error(weight, made.dequantize())
         assert (split(made.scales) is not None) == fold
     assert lost[True] < 1.03 * lost[False]
+
+
+def test_smaller_groups_keep_scales_of_their_own() -> None:
+    draw = torch.Generator().manual_seed(3)
+    hessian = Hessian(256)
+    hessian.update(torch.randn(1024, 256, generator=draw))
+    weight = torch.randn(64, 256, generator=draw)
+    for size, folds in ((128, True), (64, False)):
+        made = Solved(hessian, CompensateOptions()).quantize(weight, Scheme(group_size=size), torch.bfloat16)
+        assert (split(made.scales) is not None) == folds
