@@ -16,6 +16,7 @@ from qtoolkit.kernels.cuda import compiler, driver, layout, plan, source
 from qtoolkit.kernels.selection import Backend, Grid, Problem
 
 CAPABILITY = (9, 0)
+MIXED_SIGNS = (12, 4)  # the first CUDA with PTX 8.4, which has wgmma .u8.s8
 MAX_K = 65536  # a token's inputs stay in one block's registers while it is quantized
 LAYOUTS = {Grid.PLAIN: "hopper", Grid.CHAINED: "hopper chained", Grid.FOLDED: "hopper folded"}
 DTYPES = (torch.bfloat16, torch.float16)
@@ -57,8 +58,11 @@ def refuse(problem: Problem) -> str | None:
         return "no CUDA device is available"
     if torch.cuda.get_device_capability() != CAPABILITY:
         return f"written for compute capability 9.0 (H100, H200), not {torch.cuda.get_device_capability()}"
-    if compiler.version() is None:
+    found = compiler.version()
+    if found is None:
         return "no CUDA compiler: neither NVRTC (nvidia-cuda-nvrtc) nor nvcc was found"
+    if problem.grid is Grid.FOLDED and tuple(map(int, found.split()[1].split("."))) < MIXED_SIGNS:
+        return f"products of unsigned weights with signed tokens need a compiler of CUDA 12.4 or newer, not {found}"
     return None
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qtoolkit.kernels import chained, folded, ops, reference, selection
-from qtoolkit.kernels.cuda import backend, layout, source
+from qtoolkit.kernels.cuda import backend, compiler, layout, source
 from qtoolkit.kernels.cuda.source import Tiling
 from qtoolkit.kernels.selection import Grid, Problem
 from qtoolkit.packing.int4 import pack_int4
@@ -324,6 +324,19 @@ def test_shapes_that_the_kernels_cannot_do_are_refused_in_words() -> None:
     assert backend.refuse_shape(Problem(4096, 128, -1, torch.bfloat16, "cuda", Grid.FOLDED)) == "only groups fold"
     assert backend.refuse(Problem(128, 64, -1, torch.float32, "cuda")) is not None
     assert backend.refuse(Problem(128, 64, -1, torch.bfloat16, "cpu")) == "needs a CUDA device"
+
+
+def test_a_compiler_without_mixed_signs_keeps_groups_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: backend.CAPABILITY)
+    layer = Layer(1, 8, 256, 128, grid=Grid.FOLDED)
+    problem = Problem(layer.k, layer.n, layer.group_size, layer.dtype, "cuda")
+    for version, expected in (("nvrtc 12.3", Grid.PLAIN), ("nvcc 12.4", Grid.FOLDED), ("nvrtc 13.0", Grid.FOLDED)):
+        monkeypatch.setattr(compiler, "version", lambda version=version: version)
+        own = selection.prepare(pack_int4(layer.codes), layer.scales, problem)
+        assert own.layout == backend.LAYOUTS[expected]
+    monkeypatch.setattr(compiler, "version", lambda: "nvrtc 12.3")
+    assert "12.4" in (backend.refuse(dataclasses.replace(problem, grid=Grid.FOLDED)) or "")
 
 
 def test_inputs_that_do_not_fit_the_prepared_weight_are_an_error() -> None:

@@ -115,7 +115,7 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "refuse", lambda problem: "not here")
     gone = tuple(replace(b, refuse=triton_backend.refuse) for b in triton_backend.BACKENDS)
     monkeypatch.setattr(triton_backend, "BACKENDS", gone)
-    monkeypatch.setattr(compiler, "version", lambda: "nvrtc, pretended")
+    monkeypatch.setattr(compiler, "version", lambda: "nvrtc 13.0")
     monkeypatch.setattr(compiler, "cubin", lambda text: b"\x7fELF")
     monkeypatch.setattr(plan, "SHAPES", (Tiling(8, 1, 1, 2), Tiling(8, 1, 1, 2, fused=True)))
     monkeypatch.setattr(plan, "SPLITS", (1, 2))
