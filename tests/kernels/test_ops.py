@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qtoolkit.evals.gpu_bench.contenders import random_weight
 from qtoolkit.kernels import ops, selection
 from qtoolkit.kernels.cuda import backend
-from qtoolkit.kernels.selection import Problem
+from qtoolkit.kernels.selection import Grid, Problem
 
 from .cuda_emulator import COMPILER, Emulator
 
@@ -85,8 +85,9 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.skipif(COMPILER is None, reason="needs g++")
 @pytest.mark.parametrize("tokens", [3, 20])  # one launch, two
+@pytest.mark.parametrize(("group_size", "grid"), [(-1, Grid.PLAIN), (128, Grid.FOLDED)])
 def test_a_call_on_hopper_allocates_from_torch_and_waits_for_nothing(
-    tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokens: int, group_size: int, grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So a graph may capture it: what it calls is views and empty tensors, and the launches between them."""
     emulator = Emulator(tmp_path)
@@ -96,10 +97,11 @@ def test_a_call_on_hopper_allocates_from_torch_and_waits_for_nothing(
         yield emulator.place(everything_readable=True)
 
     monkeypatch.setattr(backend, "place_of", place_of)
-    weight = random_weight(128, 256, -1, "cpu")
-    own = backend.prepare(weight.packed(), weight.scales, Problem(256, 128, -1, torch.bfloat16, "cuda"))
+    weight = random_weight(128, 256, group_size, "cpu", fold=grid is Grid.FOLDED)
+    problem = Problem(256, 128, group_size, torch.bfloat16, "cuda", grid)
+    own = backend.prepare(weight.packed(), weight.scales, problem)
     x, bias = torch.randn(tokens, 256).bfloat16(), torch.randn(128).bfloat16()
     with Recorder() as seen:
-        out = backend.run(x, *own, bias, 128, -1)
+        out = backend.run(x, *own, bias, 128, group_size, grid)
     assert seen.names <= {"new_empty", "empty", "view", "_unsafe_view", "alias", "clone"}
     assert out.isfinite().all()
