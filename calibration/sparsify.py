@@ -53,7 +53,8 @@ class Sparsify:
             if name in block.refused:
                 continue
             parameter, geometry = weight_of(block, name), Geometry.of(block.layer(name))
-            solved = Solved(layer_hessian(block, name, stream), _options(self.options))
+            with torch.inference_mode():  # as the Hessian's matrix was summed, which solving changes in its place
+                solved = Solved(layer_hessian(block, name, stream), _options(self.options))
             dense = to_matrix(parameter.data)
             if solved.factor is None:
                 mask = projections.mask(parameter.data, context.pattern)
