@@ -15,6 +15,7 @@ from torch import Tensor
 from qtoolkit.errors import RequestError
 from qtoolkit.evals.kernel_peers import Contestant, Timer, peers
 from qtoolkit.evals.kernel_remote import Worker
+from qtoolkit.evals.kernel_workers import loop
 from qtoolkit.kernels.cpu import library
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # (k, n)
@@ -67,7 +68,7 @@ def run(
         shapes: (k, n) pairs; multiples of 128.
         tokens: numbers of rows m.
         names: contestants to keep; all that run here when None.
-        seconds: time for one (shape, tokens), all contestants together; each runs five times at least.
+        seconds: time for one (shape, tokens), all contestants together; each has five turns at least.
         progress: called with a line at each (shape, tokens).
         workers: processes with contestants that need a Python of their own.
 
@@ -125,13 +126,14 @@ def _in_turns(
     probes: list[tuple[float, float]] = []
     for timer in timers.values():
         timer(x)  # first calls build caches
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 5:
+    end, turns = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or turns < 5:
+        turns += 1
         if probe:
-            probe.operations()  # not used: wakes the threads
+            loop.warm(probe.bandwidth)
             probes.append((probe.bandwidth(), probe.operations()))
         for name, timer in timers.items():
-            times[name].append(timer(x))
+            times[name] += timer(x)
     return times, probes
 
 

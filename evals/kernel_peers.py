@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from qtoolkit.errors import RequestError
 from qtoolkit.evals.kernel_remote import Worker
+from qtoolkit.evals.kernel_workers import loop
 from qtoolkit.kernels import folded, ops, selection
 
 Layer = Callable[[Tensor], Tensor]  # bfloat16 [m, k] -> bfloat16 [m, n]
-Timer = Callable[[Tensor], float]  # multiplies bfloat16 [m, k] by the next layer's weights; returns seconds
+Timer = Callable[[Tensor], list[float]]  # multiplies bfloat16 [m, k] by the next layers' weights; returns seconds
 
 
 class Contestant(Protocol):
@@ -42,7 +42,7 @@ class Contestant(Protocol):
         ...
 
     def timer(self, k: int, n: int, copies: int) -> Timer:
-        """Make ``copies`` layers; each call of the timer takes the next, so that weights come from memory."""
+        """Make ``copies`` layers; each timed call takes the next, so that weights come from memory."""
         ...
 
 
@@ -56,17 +56,9 @@ class Peer:
     integer: bool
 
     def timer(self, k: int, n: int, copies: int) -> Timer:
-        """Return a timer whose every timed call follows one that is not timed."""
+        """Return a timer whose timed calls follow some that are not timed."""
         turn = cycle([self.make(k, n) for _ in range(copies)])
-
-        def run(x: Tensor) -> float:
-            next(turn)(x)  # not timed: whatever the contestant before left in caches and threads
-            layer = next(turn)
-            begun = time.perf_counter()
-            layer(x)
-            return time.perf_counter() - begun
-
-        return run
+        return lambda x: loop.timed(lambda: next(turn)(x))
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ class RemotePeer:
     def timer(self, k: int, n: int, copies: int) -> Timer:
         """Return a timer that asks the worker."""
         self.worker.ask(make=self.name, k=k, n=n, copies=copies)
-        return lambda x: float(self.worker.ask(run=self.name, m=x.shape[0])["seconds"])
+        return lambda x: self.worker.ask(run=self.name, m=x.shape[0])["seconds"]
 
 
 def random_int4(k: int, n: int) -> Tensor:

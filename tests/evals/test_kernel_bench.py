@@ -10,6 +10,7 @@ import torch
 
 from qtoolkit.errors import RequestError
 from qtoolkit.evals import kernel_bench, kernel_peers, kernel_remote, roofline
+from qtoolkit.evals.kernel_workers import loop
 from qtoolkit.kernels import reference, selection
 from qtoolkit.kernels.cpu import library
 
@@ -68,6 +69,14 @@ def test_the_folded_contestant_folds(monkeypatch: pytest.MonkeyPatch) -> None:
     for folds in (True, False):
         kernel_peers.ours(128, folds)(256, 128)
     assert [layer.layout.endswith(" folded") for layer in layouts] == [True, False]
+
+
+@pytest.mark.parametrize(("takes", "calls", "counted"), [(1.0, 2, 1), (2**-9, 9, 3)])  # warm for 10 ms, then 5 ms
+def test_timed_calls_follow_a_warm_up(takes: float, calls: int, counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: takes * len(clock))
+    assert loop.timed(lambda: clock.append(0.0)) == [takes] * counted
+    assert len(clock) - 1 == calls
 
 
 WORKER = """
