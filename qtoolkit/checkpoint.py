@@ -14,13 +14,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qtoolkit.errors import CheckpointError, RequestError
+from qtoolkit.packed import PackedLayer, integer_packer
 from qtoolkit.scheme import CHANNEL, Scheme
 from qtoolkit.source import Source
 
 MANIFEST = "qtoolkit.json"
 SCHEMA_VERSION = 1
 COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*")  # what goes with the weights, from the source
-OWN = ("config.json", MANIFEST, "model.safetensors.index.json")
+OWN = ("config.json", MANIFEST, "model.safetensors.index.json", "quantize_config.json", "quant_config.json")
 
 
 class LayerRecord(BaseModel):
@@ -31,7 +32,11 @@ class LayerRecord(BaseModel):
     name: str
     scheme: str
     shape: tuple[int, int]
-    error: float = Field(description="|(A - Q) x|^2 / |A x|^2 on the calibration inputs; A is the weight aimed at")
+    error: float | None = Field(
+        None,
+        description="|(A - Q) x|^2 / |A x|^2 on the calibration inputs; A is the weight aimed at; None: another tool "
+        "quantized it, so it is not known",
+    )
     figures: dict[str, float] = {}
 
     @property
@@ -90,6 +95,17 @@ class BudgetRecord(BaseModel):
     rows: tuple[BudgetRow, ...]
 
 
+class Conversion(BaseModel):
+    """A change of layout: from which folder and layout, and the largest relative error that it left in a scale."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    digest: str
+    layout: str
+    scale_error: float
+
+
 class Manifest(BaseModel):
     """What qtoolkit.json says: where the checkpoint comes from and what was done. Unknown keys are an error."""
 
@@ -112,10 +128,28 @@ class Manifest(BaseModel):
     unquantized: tuple[Unquantized, ...] = ()
     choice: Choice | None = None
     budget: BudgetRecord | None = None
+    converted: tuple[Conversion, ...] = Field((), description="changes of layout since, the latest last")
     notes: tuple[str, ...] = Field((), description="what was changed in the model beyond its weights")
     bytes_before: int
     bytes_after: int
     files: dict[str, int] = Field(description="bytes of every weight file")
+
+    def packed(self, layer: LayerRecord) -> PackedLayer:
+        """Return one of the layers with its packer: the first named, or int8 for what has eight bits beside it.
+
+        Raises:
+            CheckpointError: its scheme is none.
+        """
+        try:
+            scheme = layer.parsed_scheme
+        except ValueError as error:
+            raise CheckpointError(f"{MANIFEST} is damaged: {layer.name}: {error}.", "Quantize again.") from None
+        return PackedLayer(layer.name, scheme, "int8" if scheme.weight_bits == 8 else next(iter(self.packing), "int4"))
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Return the error of every layer whose error is known."""
+        return {layer.name: layer.error for layer in self.layers if layer.error is not None}
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -175,17 +209,9 @@ def verify(path: str | Path) -> Manifest:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder / 'config.json'} is missing.", "Copy the checkpoint again, or quantize again.")
     shapes = Source(folder, str(folder)).shapes()
-    for layer in manifest.layers:
-        n, k = layer.shape
-        try:
-            scheme = layer.parsed_scheme
-        except ValueError as error:
-            raise CheckpointError(
-                f"{folder / MANIFEST} is damaged: {layer.name}: {error}.", "Quantize again."
-            ) from None
-        codes = {"weight": (n, k)} if scheme.weight_bits == 8 else {"weight_packed": (n, (k + 7) // 8)}
-        expected = {**codes, "weight_scale": (n, scheme.groups(k))}
-        for tensor, shape in expected.items():
+    for record in manifest.layers:
+        layer = manifest.packed(record)
+        for tensor, shape in integer_packer(layer.packer).shapes(*record.shape, layer.scheme).items():
             name = f"{layer.name}.{tensor}"
             if shapes.get(name) != shape:
                 state = f"shape {list(shapes[name])}" if name in shapes else "nothing"
@@ -194,7 +220,11 @@ def verify(path: str | Path) -> Manifest:
 
 
 def quantization_config(
-    scheme: Scheme, ignore: list[str], others: Mapping[str, Scheme] = MappingProxyType({}), experts: str = ""
+    scheme: Scheme,
+    ignore: list[str],
+    others: Mapping[str, Scheme] = MappingProxyType({}),
+    experts: str = "",
+    packer: str = "int4",
 ) -> dict[str, Any]:
     """Return the standard compressed-tensors entry for config.json: nothing in it is our own.
 
@@ -204,14 +234,16 @@ def quantization_config(
         others: layers with another scheme than ``scheme``. A name is matched before the class ``Linear``.
         experts: what stands in the name of every expert's layer, such as ``.mlp.experts.``, if there are any. Theirs
             is a group that declares no integer inputs: with them vLLM looks for another layout of an expert's weights.
+        packer: of the int4 layers: "int4", or "int8" for a byte a code.
     """
     named: dict[Scheme, list[str]] = {}
     for name, other in others.items():
         named.setdefault(other, []).append(name)
-    groups = [_config_group(other, names) for other, names in named.items()]
+    groups = [_config_group(other, names, packer) for other, names in named.items()]
     if experts:
-        groups.append({**_config_group(scheme, [f"re:.*{re.escape(experts)}\\d+\\..*"]), "input_activations": None})
-    groups.append(_config_group(scheme, ["Linear"]))
+        group = _config_group(scheme, [f"re:.*{re.escape(experts)}\\d+\\..*"], packer)
+        groups.append({**group, "input_activations": None})
+    groups.append(_config_group(scheme, ["Linear"], packer))
     formats = {group["format"] for group in groups}
     return {
         "quant_method": "compressed-tensors",
@@ -223,11 +255,11 @@ def quantization_config(
     }
 
 
-def _config_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+def _config_group(scheme: Scheme, targets: list[str], packer: str) -> dict[str, Any]:
     channel = scheme.group_size == CHANNEL
     return {
         # of int4 layers transformers would infer int-quantized, since their inputs are quantized
-        "format": "pack-quantized" if scheme.weight_bits == 4 else "int-quantized",
+        "format": "pack-quantized" if scheme.weight_bits == 4 and packer == "int4" else "int-quantized",
         "targets": targets,
         "weights": {
             "num_bits": scheme.weight_bits,
@@ -249,6 +281,18 @@ def _config_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         },
         "output_activations": None,
     }
+
+
+def is_token_int8(activations: Mapping[str, Any] | None) -> bool:
+    """Say whether ``input_activations`` of a config group mean int8, symmetric, one dynamic scale a token."""
+    return (
+        activations is not None
+        and activations.get("num_bits") == 8
+        and activations.get("type", "int") == "int"
+        and activations.get("symmetric", True) is True
+        and activations.get("dynamic") is True
+        and activations.get("strategy") in (None, "token")
+    )
 
 
 def companions(source: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -27,8 +28,12 @@ class Registry:
 
     def targets(self) -> dict[str, str]:
         """Return every name with its "module:attr" string, third parties' rows included."""
-        found = {entry.name: entry.value for entry in entry_points(group=f"qtoolkit.{self.kind}s")}
-        return {**found, **self._targets}
+        return {**self._others, **self._targets}
+
+    @cached_property
+    def _others(self) -> dict[str, str]:
+        # asked once: it reads the metadata of every installed package, some ten milliseconds
+        return {entry.name: entry.value for entry in entry_points(group=f"qtoolkit.{self.kind}s")}
 
     def names(self) -> list[str]:
         """Return the known names in order."""
@@ -69,6 +74,7 @@ packers = Registry(
         "int4": "qtoolkit.packing.int4:PACKER",
         "int8": "qtoolkit.packing.int8:PACKER",
         "qqq": "qtoolkit.packing.qqq:PACKER",
+        "gptq": "qtoolkit.packing.gptq:PACKER",
         "nm": "qtoolkit.packing.nm:PACKER",
         "block": "qtoolkit.packing.block:PACKER",
         "filter": "qtoolkit.packing.filter:PACKER",

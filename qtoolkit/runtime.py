@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qtoolkit import checkpoint, registry
+from qtoolkit import checkpoint
 from qtoolkit.errors import CheckpointError, RequestError
 from qtoolkit.int8 import W8A8Linear
 from qtoolkit.kernels import chained, ops, selection
@@ -144,17 +144,11 @@ def _load_packed(source: Source, device: str, dtype: torch.dtype | None, activat
     known = architecture.of(config.model_type)
     model = architecture.build(config, known, dtype=dtype)
     quantized = {layer.name for layer in manifest.layers}
-    parts: dict[str, list[str]] = {name: [] for name in quantized}
-    for name in source.files:
-        layer, _, part = name.rpartition(".")
-        if layer in parts and part != "bias":
-            parts[layer].append(part)
     for record in manifest.layers:
-        name, scheme = record.name, record.parsed_scheme
-        tensors = {part: source.read(f"{name}.{part}") for part in parts[name]}
-        packer = registry.packers.get("int8" if scheme.weight_bits == 8 else manifest.packing[0])
+        layer = manifest.packed(record)
+        name, scheme, tensors = layer.name, layer.scheme, layer.tensors(source)
+        weight = layer.unpack(tensors)
         bias = source.read(f"{name}.bias").to(dtype) if f"{name}.bias" in source.files else None
-        weight = packer.unpack(tensors)
         made = _packed_layer(tensors, weight, bias, scheme, dtype, device) if activations else None
         model.set_submodule(known.loaded(name), made or _float_layer(weight, bias, dtype, device))
     floats = {known.loaded(name): name for name in source.files if name.rpartition(".")[0] not in quantized}
@@ -174,8 +168,9 @@ def _packed_layer(
     if scheme.weight_bits == 8:
         integers, scales = weight.codes.to(device), weight.scales.to(device)
         return _chained_layer(integers, scales, bias, dtype) or W8A8Linear(integers, scales, bias)
-    packed, scales = tensors["weight_packed"].to(device), weight.scales.to(device)
-    return W4A8Linear(packed, scales, bias, weight.codes.shape[1], scheme, dtype)
+    packed = tensors["weight_packed"] if "weight_packed" in tensors else pack_int4(weight.codes)
+    scales = weight.scales.to(device)
+    return W4A8Linear(packed.to(device), scales, bias, weight.codes.shape[1], scheme, dtype)
 
 
 def _chained_layer(integers: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module | None:

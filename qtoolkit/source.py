@@ -33,7 +33,7 @@ class Source:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Return config.json as it stands."""
-        return _read_json(self.path / "config.json")
+        return read_json(self.path / "config.json")
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ class Source:
         """
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ModelError(f"{index} has no weight_map of tensors to files.", "Download it again.")
             shards = sorted({self.path / str(name) for name in weight_map.values()})
@@ -179,7 +179,12 @@ def _download(name: str) -> Source:
     return Source(path, name, revision=path.name)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a model folder.
+
+    Raises:
+        ModelError: the file cannot be read, or holds none.
+    """
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
+from qtoolkit.checkpoint import is_token_int8
 from qtoolkit.errors import RequestError
 from qtoolkit.scheme import Head
 
@@ -68,18 +69,6 @@ def _of_experts(group: Mapping[str, Any]) -> bool:
     """Say whether a config group is that of experts: all its targets are patterns with a part ``experts``."""
     targets = group.get("targets") or [""]
     return all(target.startswith("re:") and ".experts" in target for target in targets)
-
-
-def is_token_int8(activations: Mapping[str, Any] | None) -> bool:
-    """Say whether ``input_activations`` of a config group mean int8, symmetric, one dynamic scale a token."""
-    return (
-        activations is not None
-        and activations.get("num_bits") == 8
-        and activations.get("type", "int") == "int"
-        and activations.get("symmetric", True) is True
-        and activations.get("dynamic") is True
-        and activations.get("strategy") in (None, "token")
-    )
 
 
 def declared(quantization_config: Mapping[str, Any] | None) -> Declared:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 
 import yaml
 
-from qtoolkit.checkpoint import LayerRecord
 from qtoolkit.evals.report import plots
 from qtoolkit.evals.report.page import Code, Figure, Section, Table
 from qtoolkit.evals.report.words import duration, short_name, size
@@ -19,20 +19,19 @@ WORST = 20  # layers in a ranking where a table of blocks does not fit
 
 def layers(result: EvalResult) -> Section | None:
     """Show every quantized layer's error, and what stayed in float and why."""
-    if not result.manifest or not result.manifest.layers:
-        return None
+    if not result.manifest or not (known := result.manifest.errors):
+        return None  # another tool quantized it, and did not say what that cost
     layers, kept = result.manifest.layers, result.manifest.unquantized
-    errors = sorted(layer.error for layer in layers)
-    worst = max(layers, key=lambda layer: layer.error)
+    errors, worst = sorted(known.values()), max(known, key=lambda name: known[name])
     text = (
         f"{len(layers)} layers were quantized. The error of a layer is the energy of what its output lost, as a share "
-        f"of the output's, on the calibration text: {errors[len(errors) // 2]:.2%} in the median, {worst.error:.2%} at "
-        f"worst ({worst.name}).",
+        f"of the output's, on the calibration text: {errors[len(errors) // 2]:.2%} in the median, "
+        f"{known[worst]:.2%} at worst ({worst}).",
     )
-    rows = tuple((layer.name, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.error:.3%}") for layer in layers)
-    largest = sorted(zip(layers, rows, strict=True), key=lambda pair: -pair[0].error)[:SHOWN]
+    rows = tuple((row.name, f"{row.shape[0]} x {row.shape[1]}", f"{known[row.name]:.3%}") for row in layers)
+    largest = sorted(rows, key=lambda row: -known[row[0]])[:SHOWN]
     tables = [
-        Table(("largest errors", "shape", "error"), tuple(row for _, row in largest)),
+        Table(("largest errors", "shape", "error"), tuple(largest)),
         Table(("layer", "shape", "error"), rows, folded=f"All {len(layers)} layers"),
     ]
     if kept:
@@ -45,28 +44,26 @@ def layers(result: EvalResult) -> Section | None:
                 folded="" if len(kept) <= 8 else f"{len(kept)} kept in float",
             )
         )
-    return Section("Layers", text, (layer_figure(layers),), tuple(tables))
+    return Section("Layers", text, (layer_figure(known),), tuple(tables))
 
 
-def layer_figure(layers: tuple[LayerRecord, ...]) -> Figure:
+def layer_figure(errors: Mapping[str, float]) -> Figure:
     """Draw blocks against kinds of layer where names say so (``model.layers.3.mlp.up_proj``), else the worst ones."""
     found: dict[str, dict[int, float]] = {}
-    for layer in layers:
-        if match := re.fullmatch(r"\D*\.(\d+)\.(?:\w+\.)*?(\w+)", layer.name):
-            found.setdefault(match[2], {})[int(match[1])] = layer.error
+    for name, error in errors.items():
+        if match := re.fullmatch(r"\D*\.(\d+)\.(?:\w+\.)*?(\w+)", name):
+            found.setdefault(match[2], {})[int(match[1])] = error
     blocks = sorted({block for row in found.values() for block in row})
-    if sum(map(len, found.values())) == len(layers) and len(found) <= WORST and len(blocks) > 1:
+    if sum(map(len, found.values())) == len(errors) and len(found) <= WORST and len(blocks) > 1:
         values = [[row.get(block) for block in blocks] for row in found.values()]
-        unit = (
-            "In percent." if len(blocks) <= 8 else f"The strongest tint is {max(layer.error for layer in layers):.2%}."
-        )
+        unit = "In percent." if len(blocks) <= 8 else f"The strongest tint is {max(errors.values()):.2%}."
         return Figure(
             partial(plots.cells, list(found), [str(block) for block in blocks], values, "block"),
             "Error of each layer",
             unit,
         )
-    worst = sorted(layers, key=lambda layer: -layer.error)[:WORST]
-    rows = [(layer.name, layer.error, f"{layer.error:.2%}") for layer in worst]
+    worst = sorted(errors.items(), key=lambda pair: -pair[1])[:WORST]
+    rows = [(name, error, f"{error:.2%}") for name, error in worst]
     return Figure(partial(plots.ranking, rows), f"The {len(worst)} layers with the largest error")
 
 
@@ -139,6 +136,10 @@ def provenance(result: EvalResult) -> Section:
         revision = f" at {manifest.revision}" if manifest.revision else ""
         facts += [
             ("made from", f"{manifest.source}{revision} (digest {manifest.source_digest})"),
+            *(("converted", f"from {step.layout}, {step.source}") for step in manifest.converted),
+        ]
+    if manifest and manifest.recipe:  # else another tool quantized it
+        facts += [
             ("recipe", f"{manifest.recipe.get('name', '')}, digest {manifest.digest}, seed {manifest.seed}"),
             ("calibrated on", f"{manifest.calibration_tokens:,} tokens"),
             ("quantized with", ", ".join(f"{name} {number}" for name, number in manifest.versions.items())),

@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from qtoolkit.cli import bench, compress, doctor, eval as evaluation, inspect, listing, output, quantize, serve
+from qtoolkit.cli import bench, compress, convert, doctor, eval as evaluation, inspect, listing, output, quantize, serve
 from qtoolkit.errors import QToolkitError
 
 BUG, INTERRUPTED, MISUSED = 70, 130, 2
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.command)
 app.command("compress")(compress.command)
+app.command("convert")(convert.command)
 app.command("serve")(serve.command)
 app.command("eval")(evaluation.command)
 app.add_typer(bench.app, name="bench")

@@ -29,15 +29,14 @@ def command(
 
 
 def _lines(path: str, manifest: Manifest, every_layer: bool) -> list[str]:
-    errors = sorted((layer.error, layer.name) for layer in manifest.layers)
+    errors = sorted((error, name) for name, error in manifest.errors.items())
     revision = f" at {manifest.revision}" if manifest.revision else ""
-    steps = ", ".join(manifest.recipe.get("steps", {}))
     lines = [
         f"{path}: complete",
         f"  model      {manifest.source}{revision}",
         f"  scheme     {manifest.scheme.name}, packing {', '.join(manifest.packing)}",
-        f"  recipe     {manifest.recipe.get('name')} ({steps}), digest {manifest.digest}, seed {manifest.seed}",
-        f"  calibrated on {manifest.calibration_tokens} {'images' if manifest.kind == 'vision' else 'tokens'}",
+        *(_origin(manifest) if manifest.recipe else ["  recipe     not known: another tool quantized it"]),
+        *(f"  converted  from {step.layout}, {step.source}" for step in manifest.converted),
         f"  size       {output.megabytes(manifest.bytes_before)} -> {output.megabytes(manifest.bytes_after)}",
         f"  layers     {len(manifest.layers)} quantized, {len(manifest.unquantized)} kept in float",
     ]
@@ -58,16 +57,27 @@ def _lines(path: str, manifest: Manifest, every_layer: bool) -> list[str]:
     lines += [f"  kept       {row.name}: {row.reason}" for row in manifest.unquantized]
     if every_layer:
         lines += [
-            f"  {row.name:<44} {row.scheme:<14} {row.shape[0]:>6} x {row.shape[1]:<6} error {row.error:.3%}"
-            + _parts(row)
+            f"  {row.name:<44} {row.scheme:<14} {row.shape[0]:>6} x {row.shape[1]:<6}{_error(row)}"
             for row in manifest.layers
         ]
     return lines
 
 
-def _parts(layer: LayerRecord) -> str:
-    """Return where the layer's error comes from, where that was measured."""
+def _origin(manifest: Manifest) -> list[str]:
+    """Return how the checkpoint was quantized."""
+    steps = ", ".join(manifest.recipe.get("steps", {}))
+    return [
+        f"  recipe     {manifest.recipe.get('name')} ({steps}), digest {manifest.digest}, seed {manifest.seed}",
+        f"  calibrated on {manifest.calibration_tokens} {'images' if manifest.kind == 'vision' else 'tokens'}",
+    ]
+
+
+def _error(layer: LayerRecord) -> str:
+    """Return the layer's error and where it comes from, as far as that was measured."""
+    if layer.error is None:
+        return ""
     found = layer.figures
     if "weight_error" not in found:
-        return ""
-    return f" (weights {found['weight_error']:.3%}, activations {found['activation_error']:.3%})"
+        return f" error {layer.error:.3%}"
+    parts = f"weights {found['weight_error']:.3%}, activations {found['activation_error']:.3%}"
+    return f" error {layer.error:.3%} ({parts})"

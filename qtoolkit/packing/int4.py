@@ -40,6 +40,7 @@ class Int4Packer:
     """``weight_packed`` int32 [n, ceil(k/8)], ``weight_scale`` [n, groups], ``weight_shape`` int64 [2]."""
 
     name = "int4"
+    parts = ("weight_packed", "weight_scale", "weight_shape")
 
     def refuse(self, n: int, k: int, scheme: Scheme) -> str | None:
         """Return why a layer cannot be stored, or None; any n and k fit when the group divides k."""
@@ -48,6 +49,10 @@ class Int4Packer:
         if scheme.group_size != CHANNEL and k % scheme.group_size:
             return f"{k} inputs are not a multiple of the group size {scheme.group_size}"
         return None
+
+    def shapes(self, n: int, k: int, scheme: Scheme) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of a layer."""
+        return {"weight_packed": (n, (k + 7) // 8), "weight_scale": (n, scheme.groups(k)), "weight_shape": (2,)}
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Return the three tensors of the layout."""
@@ -64,7 +69,7 @@ class Int4Packer:
             CheckpointError: shapes or dtypes do not belong together.
         """
         packed, scales, shape = (tensors[name] for name in ("weight_packed", "weight_scale", "weight_shape"))
-        n, k = (int(value) for value in shape)
+        n, k = shape.tolist() if shape.shape == (2,) else (0, 1)
         fits = packed.dtype == torch.int32 and packed.shape == (n, (k + 7) // 8)
         if not fits or scales.dim() != 2 or scales.shape[0] != n or scales.shape[1] < 1 or k % scales.shape[1]:
             raise CheckpointError(

@@ -105,9 +105,12 @@ class QQQPacker:
     """``B`` int32 [k/16, 2n], ``s_channel`` float32 [1, n] and, with groups of 128, ``s_group`` float16 [k/128, n]."""
 
     name = "qqq"
+    parts = ("B", "s_channel", "s_group")
 
     def refuse(self, n: int, k: int, scheme: Scheme) -> str | None:
         """Return why the original kernel could not run a layer, or None."""
+        if scheme.weight_bits != 4:
+            return f"{scheme.name} has {scheme.weight_bits}-bit weights, and this layout holds four bits"
         if scheme.group_size not in (CHANNEL, GROUP):
             return (
                 f"the QQQ layout knows groups of {GROUP} and one scale per channel, not groups of {scheme.group_size}"
@@ -117,6 +120,11 @@ class QQQPacker:
         if scheme.group_size == GROUP and (k % GROUP or k == GROUP):
             return f"{k} inputs do not make two or more groups of {GROUP}"  # one group is stored as per channel
         return None
+
+    def shapes(self, n: int, k: int, scheme: Scheme) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of a layer."""
+        found: dict[str, tuple[int, ...]] = {"B": (k // TILE_K, 2 * n), "s_channel": (1, n)}
+        return found if scheme.groups(k) == 1 else {**found, "s_group": (scheme.groups(k), n)}
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Return the tensors of the layout; float16 and bfloat16 scales survive exactly."""
@@ -135,8 +143,8 @@ class QQQPacker:
         """
         packed, s_channel, s_group = tensors["B"], tensors["s_channel"], tensors.get("s_group")
         grouped = s_group is not None and s_group.numel() > 0
-        n, k = packed.shape[1] // 2, packed.shape[0] * TILE_K
-        fits = packed.dtype == torch.int32 and n % TILE_N == 0 and s_channel.shape == (1, n)
+        n, k = packed.shape[-1] // 2, packed.shape[0] * TILE_K
+        fits = packed.dim() == 2 and packed.dtype == torch.int32 and n % TILE_N == 0 and s_channel.shape == (1, n)
         if not fits or (s_group is not None and grouped and s_group.shape != (k // GROUP, n)):
             found = {name: list(tensor.shape) for name, tensor in tensors.items()}
             raise CheckpointError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from foreign_support import GPTQ, gptq, write
 
 from qtoolkit import cli
 
@@ -32,7 +33,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_help_names_every_command(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("quantize", "compress", "serve", "eval", "bench", "inspect", "list", "doctor"):
+    for command in ("quantize", "compress", "convert", "serve", "eval", "bench", "inspect", "list", "doctor"):
         assert command in out
     assert run()[1] == out
 
@@ -55,6 +56,11 @@ def test_help_names_every_command(run: Run) -> None:
         (["quantize", "tiny", "-o", "x", "--group-size", "100"], 2, "100"),
         (["quantize", "org/name", "-o", "x"], 1, "tiny"),
         (["inspect", "nowhere"], 2, "nowhere"),
+        (["convert", "tiny", "--to", "int4"], 2, "output folder"),
+        (["convert", "tiny", "-o", "x"], 2, "layout"),
+        (["convert", "tiny", "-o", "x", "--to", "gpt"], 2, "gptq"),
+        (["convert", "tiny", "-o", "x", "--to", "gptq"], 2, "not quantized"),
+        (["convert", "nowhere", "-o", "x", "--to", "gptq"], 2, "'nowhere'"),
         (["list", "recipe"], 2, "recipes"),
         (["bench", "kernels", "--tokens", "one"], 2, "--tokens"),
         (["bench", "serve"], 2, "--int4"),
@@ -114,6 +120,30 @@ def test_quantize_prints_what_it_promises_and_inspect_reads_it(run: Run, random_
     code, out, err = run("quantize", random_llama, "-o", tmp_path / "out", "--w4a8", *QUICK)
     assert code == 2
     assert "--fresh" in err
+
+
+def test_convert_prints_what_it_did_and_inspect_shows_it(run: Run, random_llama: Path, tmp_path: Path) -> None:
+    words = ["--recipe", "rtn", "--samples", "1", "--length", "16"]
+    assert run("quantize", random_llama, "-o", tmp_path / "int4", *words)[0] == 0
+    code, out, err = run("convert", tmp_path / "int4", "-o", tmp_path / "gptq", "--to", "gptq")
+    assert code == 0, err
+    assert "14 layers, int4 -> gptq" in out
+    assert len(out.splitlines()) == 1
+    assert "QTOOLKIT_W4A8=always" in err
+    assert f"converted  from int4, {tmp_path / 'int4'}" in run("inspect", tmp_path / "gptq")[1]
+    code, out, _ = run("convert", tmp_path / "gptq", "-o", tmp_path / "back", "--to", "int4", "--json")
+    answer = json.loads(out)
+    assert (answer["ok"], answer["layout_before"], answer["layout"], answer["scale_error"]) == (True, "gptq", "int4", 0)
+
+
+def test_inspect_of_what_another_tool_quantized_claims_no_errors(run: Run, random_llama: Path, tmp_path: Path) -> None:
+    write(random_llama, tmp_path / "theirs", GPTQ, gptq)
+    assert run("convert", tmp_path / "theirs", "-o", tmp_path / "ours", "--to", "int4")[0] == 0
+    code, out, _ = run("inspect", tmp_path / "ours", "--layers")
+    assert code == 0
+    assert "not known: another tool" in out
+    assert "error" not in out
+    assert "nothing was calibrated" in out
 
 
 def test_doctor_and_list_answer_as_data(run: Run) -> None:

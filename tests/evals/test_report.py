@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qtoolkit.checkpoint import Conversion
 from qtoolkit.errors import DataError, RequestError
 from qtoolkit.evals import report
 from qtoolkit.evals.report import facts, language_model, plots, render
@@ -121,12 +122,21 @@ def test_same_result_gives_the_same_bytes(result: EvalResult, tmp_path: Path) ->
 
 def test_layers_without_block_numbers_are_ranked(result: EvalResult) -> None:
     assert result.manifest is not None
-    layers = tuple(
-        layer.model_copy(update={"name": name})
-        for layer, name in zip(result.manifest.layers, ["stem", "head", "a", "b", "c", "d"], strict=True)
-    )
-    figure = facts.layer_figure(layers)
+    errors = dict(zip(["stem", "head", "a", "b", "c", "d"], result.manifest.errors.values(), strict=True))
+    figure = facts.layer_figure(errors)
     assert figure.title == "The 6 layers with the largest error"
+
+
+def test_a_checkpoint_of_another_tool_has_no_errors_and_no_recipe(result: EvalResult) -> None:
+    assert result.manifest is not None
+    layers = tuple(layer.model_copy(update={"error": None}) for layer in result.manifest.layers)
+    step = Conversion(source="theirs", digest="0", layout="gptq", scale_error=0)
+    foreign = result.manifest.model_copy(update={"layers": layers, "recipe": {}, "converted": (step,)})
+    page = language_model.page(result.model_copy(update={"manifest": foreign}))
+    text = render.markdown(page)
+    assert "from gptq, theirs" in text
+    assert "calibrated on" not in text
+    assert "layers were quantized" not in text
 
 
 def test_markdown_has_the_tables(result: EvalResult) -> None:

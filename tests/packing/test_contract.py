@@ -105,7 +105,7 @@ def example(layer: nn.Module, generator: torch.Generator) -> Tensor:
     return torch.randn(*((2, 16, 9, 7) if isinstance(layer, nn.Conv2d) else (5, 48)), generator=generator)
 
 
-INTEGERS = ("int4", "int8", "qqq")
+INTEGERS = ("int4", "int8", "qqq", "gptq")
 CASES = (
     dict.fromkeys(INTEGERS, integers) | dict.fromkeys(PATTERNS, masked) | dict.fromkeys(("binary", "debut"), trained)
 )

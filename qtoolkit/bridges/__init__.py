@@ -1,0 +1,1 @@
+"""Between checkpoint layouts: what other tools' quantization configs say, and changing a layout without loss."""
