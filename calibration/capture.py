@@ -134,5 +134,7 @@ def quantized_activations(block: Block, bits: int) -> Iterator[None]:
 def round_tokens(x: Tensor, bits: int = 8) -> Tensor:
     """Return x [..., k] rounded to ``bits`` integers per token (last dimension), symmetric, scale from its absmax."""
     top = float((1 << (bits - 1)) - 1)
-    scale = x.abs().amax(dim=-1, keepdim=True) / top
-    return torch.where(scale > 0, (x / scale).round().clamp(-top, top) * scale, 0.0)
+    least, most = x.aminmax(dim=-1, keepdim=True)
+    scale = torch.maximum(-least, most) / top
+    scale = torch.where(scale > 0, scale, 1.0)  # of zeros any will do
+    return (x / scale).round_().clamp_(-top, top).mul_(scale)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtoolkit import memory
 from qtoolkit.architecture import Skeleton
 from qtoolkit.calibration import capture, experts, trial
 from qtoolkit.calibration.rotation import Rotated
@@ -70,17 +71,14 @@ def choose(
     for index in range(len(skeleton.blocks)):
         block = load(source, index)
         carried = trial.advance_all(block, carried)
+        behind = capture.advance(block, fit) if index < places[-1] else fit
+        held_behind = capture.advance(block, held)
+        del block  # before those that are tried
         if index in places:
             for name, candidate in candidates.items():
-                tried = load(candidate.weights, index)
-                inputs = candidate.enter(fit)
-                for transform in candidate.transforms.values():
-                    experts.apply(transform, tried, inputs, context)
-                out = trial.served(tried, candidate.enter(held), context.scheme.activation_bits)
-                carried[name, index] = candidate.leave(out)
-        if index < places[-1]:
-            fit = capture.advance(block, fit)
-        held = capture.advance(block, held)
+                carried[name, index] = _tried(candidate, load(candidate.weights, index), fit, held, context)
+                memory.trim()
+        fit, held = behind, held_behind
     found = trial.divergence(skeleton, source, held, carried)
     divergences = {name: sum(found[name, index] for index in places) for name in candidates}
     least = min(divergences.values())
@@ -90,6 +88,14 @@ def choose(
         blocks=tuple(f"{skeleton.architecture.blocks}.{index}" for index in places),
         held_out_tokens=sum(batch.shape[0] * batch.shape[1] for batch in held.batches),
     )
+
+
+def _tried(candidate: Candidate, block: Block, fit: Stream, held: Stream, context: Context) -> Stream:
+    """Return the held-out stream of the float model behind ``block``, quantized in the candidate's way."""
+    inputs = candidate.enter(fit)
+    for transform in candidate.transforms.values():
+        experts.apply(transform, block, inputs, context)
+    return candidate.leave(trial.served(block, candidate.enter(held), context.scheme.activation_bits))
 
 
 def _mapped(stream: Stream, change: Callable[[Tensor], Tensor]) -> Stream:

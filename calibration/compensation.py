@@ -88,7 +88,8 @@ class Compensate:
                 seen = Seen([originals[name] for name in names], batches, tokens)
             del waiting[first]
             if not waiting:  # the float network is not run again
-                originals = {name: originals[name] for name in names}
+                for name in {*originals} - {*names}:
+                    del originals[name]
             aimed = self._aims(seen)
             hessian, sample = seen.fit.hessian, seen.sample
             del seen

@@ -80,7 +80,18 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
     inverse of the matrix is formed.
     """
     lower = factored(matrix)
-    return None if lower is None else _inverse(lower).flip(0, 1).contiguous()
+    return None if lower is None else _reversed(_inverse(lower))
+
+
+def _reversed(matrix: Tensor) -> Tensor:
+    """Reverse rows and columns of a square matrix in its place."""
+    k = len(matrix)
+    for first in range(0, (k + 1) // 2, SOLVED):
+        last = min(first + SOLVED, (k + 1) // 2)
+        upper, lower = (part.flip(0, 1) for part in (matrix[first:last], matrix[k - last : k - first]))
+        matrix[first:last] = lower
+        matrix[k - last : k - first] = upper
+    return matrix
 
 
 def _inverse(lower: Tensor) -> Tensor:

@@ -133,6 +133,7 @@ class Seen:
                     moments.update(part.served[rows], part.wanted[rows], drift)
             if self.sample is None:
                 self.sample = part.cut(min(cut, count - 1), SAMPLE)
+            del part  # before the next batch is computed
 
     def all(self) -> Moments:
         """Return the moments of all tokens; those for fitting and checking are gone then."""

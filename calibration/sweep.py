@@ -26,7 +26,7 @@ def sweep(work: Tensor, factor: Tensor, decide: Callable[[int, Tensor], Tensor],
     for start in range(0, k, columns):
         stop = min(start + columns, k)
         part, errors = work[start:stop], work.new_empty(stop - start, n)
-        inside = factor[start:stop, start:stop]
+        inside = factor[start:stop, start:stop].contiguous()
         for i in range(stop - start):
             new = decide(start + i, part[i:])
             errors[i] = (part[i] - new) / inside[i, i]

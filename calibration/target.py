@@ -65,7 +65,7 @@ def choose(fit: Moments, check: HeldOut) -> list[Choice]:
         if factor is None:
             continue
         for index, (learnt, held) in enumerate(zip(fitted, pulls, strict=True)):
-            step = torch.cholesky_solve(learnt.T, factor).T
+            step = _solved(factor, learnt)
             bend = check.hessian.bend(step)  # type: ignore[attr-defined]
             slope = float((step * held).sum())
             for strength in STRENGTHS:
@@ -91,7 +91,13 @@ def solve(moments: Moments, index: int, damping: float) -> Tensor:
     factor = _factor(moments, damping)
     if factor is None:
         return torch.zeros_like(moments.weights[index])
-    return torch.cholesky_solve(moments.pull(index).T, factor).T
+    return _solved(factor, moments.pull(index))
+
+
+def _solved(factor: Tensor, right: Tensor) -> Tensor:
+    """Return ``right (L L^T)^-1`` [m, k] for the lower factor L; torch.cholesky_solve would copy the factor."""
+    half = torch.linalg.solve_triangular(factor, right.T, upper=False)
+    return torch.linalg.solve_triangular(factor.T, half, upper=True).T
 
 
 def _factor(moments: Moments, damping: float) -> Tensor | None:

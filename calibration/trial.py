@@ -15,8 +15,8 @@ from qtoolkit.source import Source
 from qtoolkit.stages import Block, Stream
 
 FIT, HELD_OUT = 4096, 2048  # tokens that a trial is calibrated on, and those it is judged on
-VOCABULARY = 4096  # rows of the head that are multiplied at once
-AT_ONCE = 512  # tokens whose logits for those rows are held
+VOCABULARY = 2048  # rows of the head that are multiplied at once
+AT_ONCE = 256  # tokens whose logits for those rows are held
 K = TypeVar("K", bound=Hashable)
 
 

@@ -70,7 +70,10 @@ def inputs(
         with weights(block, originals):
             wanted, right = _reach(block, name, norm, exact.to(hidden.device), kwargs)
         drift = None if carried is None or right is None else right - carried
-        yield Inputs(seen, served, wanted, drift)
+        found = Inputs(seen, served, wanted, drift)
+        del seen, served, wanted, drift, carried, right  # nobody but the caller keeps them through the next batch
+        yield found
+        del found
 
 
 @contextmanager

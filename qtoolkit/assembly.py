@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from qtoolkit import __version__, checkpoint
 from qtoolkit.architecture import Skeleton
 from qtoolkit.job import Job, disk_errors
 from qtoolkit.recipe import Recipe
+from qtoolkit.shards import join
 from qtoolkit.source import Source
 
 SHARD_BYTES = 4 * 10**9
@@ -25,7 +26,7 @@ def assemble(
     recipe: Recipe,
     dtype: torch.dtype,
     blocks: Mapping[str, str],
-    rest: str,
+    rest: Sequence[str],
     tokens: int,
     choice: checkpoint.Choice | None,
     budget: checkpoint.BudgetRecord | None,
@@ -39,7 +40,7 @@ def assemble(
         recipe: what was done.
         dtype: in which floats are stored.
         blocks: name of every block and of the part that holds it, in order.
-        rest: name of the part with everything outside the blocks.
+        rest: names of the parts with everything outside the blocks.
         tokens: calibration tokens used.
         choice: how outliers are treated, if that was measured.
         budget: what a size budget was spent on, if there was one.
@@ -50,7 +51,7 @@ def assemble(
         for leftover in staging.iterdir():
             leftover.unlink()
         checkpoint.copy_companions(source.path, staging)
-        files = _write_shards(job, [*blocks.values(), rest], staging, stored)
+        files = _write_shards(job, [*blocks.values(), *rest], staging, stored)
         facts = {name: job.facts(part) for name, part in blocks.items()}
         unquantized = tuple(
             checkpoint.Unquantized(name=stored(f"{block}.{name}"), reason=reason)
@@ -101,12 +102,10 @@ def _write_shards(job: Job, parts: list[str], folder: Path, stored: Callable[[st
 
     ``stored`` gives the name under which a module's tensor is stored.
     """
-    from safetensors.torch import save_file
-
     shards: list[list[str]] = [[]]
     filled = 0
     for part in parts:
-        size = (job.folder / f"{part}.safetensors").stat().st_size
+        size = job.file(part).stat().st_size
         if shards[-1] and filled + size > SHARD_BYTES:
             shards.append([])
             filled = 0
@@ -116,8 +115,7 @@ def _write_shards(job: Job, parts: list[str], folder: Path, stored: Callable[[st
     sizes: dict[str, int] = {}
     for number, members in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {stored(key): tensor for part in members for key, tensor in job.tensors(part).items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        tensors = join([job.file(part) for part in members], folder / name, stored)
         weight_map |= dict.fromkeys(tensors, name)
         sizes[name] = (folder / name).stat().st_size
     if len(shards) > 1:

@@ -77,13 +77,13 @@ class Job:
 
     def has(self, part: str) -> bool:
         """Tell whether ``part`` is finished."""
-        return self._file(part).is_file()
+        return self.file(part).is_file()
 
     def save(self, part: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
         """Store a finished part: tensors, and JSON facts in the file's metadata. All of it appears at once."""
         from safetensors.torch import save_file
 
-        file = self._file(part)
+        file = self.file(part)
         temporary = file.with_name(file.name + ".tmp")
         with disk_errors(file):
             save_file(
@@ -98,13 +98,13 @@ class Job:
         """Return a finished part's tensors."""
         from safetensors.torch import load_file
 
-        return load_file(self._file(part))
+        return load_file(self.file(part))
 
     def facts(self, part: str) -> dict[str, Any]:
         """Return a finished part's facts."""
         from safetensors import safe_open
 
-        with safe_open(self._file(part), framework="pt") as handle:
+        with safe_open(self.file(part), framework="pt") as handle:
             return json.loads(handle.metadata()["facts"])
 
     @property
@@ -139,7 +139,8 @@ class Job:
             self._lock.close()
             self._lock = None
 
-    def _file(self, part: str) -> Path:
+    def file(self, part: str) -> Path:
+        """Return where a part lies."""
         return self.folder / f"{part}.safetensors"
 
     def _interrupted_after_publishing(self) -> bool:

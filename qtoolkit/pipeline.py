@@ -23,6 +23,7 @@ from qtoolkit import (
     checkpoint,
     data,
     device as devices,
+    memory,
     recipe as recipes,
     registry,
 )
@@ -101,6 +102,7 @@ def quantize(
             saved = save(model, tokenizer, Path(folder))
             return quantize(saved, settings, output, fresh=fresh, progress=progress, device=device)
     where = devices.choose(device)
+    memory.keep_little()
     source = resolve(model)
     run = Run(source, settings, progress or Silent(), where)
     job = Job.open(Path(output), run.fingerprint(), fresh=fresh)
@@ -164,7 +166,7 @@ class Run:
     def work(self, job: Job) -> None:
         """Finish every block that is not finished yet."""
         done = next((i for i in range(self.blocks) if not job.has(_part(i))), self.blocks)
-        if done == self.blocks and job.has(REST):
+        if done == self.blocks and all(job.has(part) for part in self._rest().values()):
             return
         tokens = job.tensors(CALIBRATION)["tokens"]
         self.progress.start(self.blocks, done)
@@ -172,6 +174,7 @@ class Run:
         if any(getattr(transform, "reads_gradients", False) for transform in self.transforms.values()):
             gradients = Gradients(self.skeleton, self.weights, self._block, tokens, job)
             gradients.measure()
+        memory.trim()
         stream = capture.embed(self.skeleton, self.weights, tokens)
         compared = any(getattr(transform, "reads_floats", False) for transform in self.transforms.values())
         floats = Stream(list(stream.batches), stream.kwargs, device=stream.device)
@@ -192,18 +195,19 @@ class Run:
             with capture.quantized_activations(block, self.recipe.scheme.activation_bits):
                 stream = capture.advance(block, stream, spent=True)
             del block  # before the next is read
+            memory.trim()
             if compared and index + 1 < self.blocks:  # a stream in memory costs more than reading a block again
                 floats = capture.advance(self._block(self.weights, index), floats, spent=True)
-        rest = {name: self._stored(name) for name in self.weights.files if not self._in_block(name)}
-        job.save(REST, rest)
+        for name, part in self._rest().items():
+            job.save(part, {name: self._stored(name)})
 
     def assemble(self, job: Job) -> None:
         """Put the finished parts together as a checkpoint folder, in the job's staging place."""
         blocks = {self._name(index): _part(index) for index in range(self.blocks)}
         tokens = job.tensors(CALIBRATION)["tokens"].numel()
         dtype, choice, budget = self.dtype, self.choice, self.budget
-        skeleton = self.skeleton
-        assembly.assemble(job, self.weights, skeleton, self.recipe, dtype, blocks, REST, tokens, choice, budget)
+        skeleton, rest = self.skeleton, [*self._rest().values()]
+        assembly.assemble(job, self.weights, skeleton, self.recipe, dtype, blocks, rest, tokens, choice, budget)
 
     def _candidate(
         self, method: str | None, options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
@@ -255,6 +259,11 @@ class Run:
 
     def _in_block(self, name: str) -> bool:
         return name.startswith(f"{self.skeleton.architecture.blocks}.")
+
+    def _rest(self) -> dict[str, str]:
+        """Return the part that holds each tensor outside the blocks."""
+        outside = [name for name in self.weights.files if not self._in_block(name)]
+        return {name: f"{REST}-{number:05d}" for number, name in enumerate(sorted(outside))}
 
     def _stored(self, name: str) -> Tensor:
         tensor = self.weights.read(name)

@@ -127,7 +127,7 @@ def test_several_shards_hold_the_same_tensors_and_load_everywhere(
     monkeypatch.setattr("qtoolkit.assembly.SHARD_BYTES", 100_000)
     qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK)
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
-    assert len(shards) == 3  # two blocks and the rest
+    assert len(shards) == 4  # two blocks, the embedding, and the head with the norm
     merged = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     whole = load_file(quantized / "model.safetensors")
     assert merged.keys() == whole.keys()

@@ -1,0 +1,40 @@
+"""Memory that was freed goes back to the system: glibc keeps it otherwise, in case it is wanted again.
+
+What goes back is asked for again, page by page, unless pages are large: PyTorch takes large ones where it is told to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from functools import cache
+
+LARGE = 4 << 20  # bytes from which a tensor has pages of its own, which go back as soon as it is freed
+PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch's variable, read at its first large tensor: 2 MB pages for those
+THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>; once it is set, glibc raises it no more
+
+
+def keep_little() -> None:
+    """Ask the C library to give back large pieces at once, and PyTorch for large pages; nothing without glibc."""
+    library = _glibc()
+    if library is not None:
+        os.environ.setdefault(PAGES, "1")
+        library.mallopt(THRESHOLD, LARGE)
+
+
+def trim() -> None:
+    """Give back whatever nobody holds any more; without glibc it goes back when the C library likes."""
+    gc.collect()
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
