@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tests_support import save_random
 
 import qtoolkit
 from qtoolkit import checkpoint
+from qtoolkit.bridges import convert
+from qtoolkit.bridges.stream import Stream
 from qtoolkit.errors import RequestError
 
 PROMPT = torch.tensor([[1, 17, 230, 900, 45, 3, 2048, 77]])
@@ -63,6 +66,17 @@ def test_two_conversions_write_the_same_bytes(tiny: Path, tmp_path: Path) -> Non
         qtoolkit.convert(tiny, tmp_path / name, "qqq")
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+def test_several_files_with_an_index_go_in_and_out(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "Stream", partial(Stream, limit=10**6))
+    for source, layout in ((tiny, "gptq"), (tmp_path / "gptq", "int4")):
+        qtoolkit.convert(source, tmp_path / layout, layout)
+        index = json.loads((tmp_path / layout / "model.safetensors.index.json").read_text())
+        files = set(index["weight_map"].values())
+        assert len(files) >= 4
+        assert files == set(checkpoint.verify(tmp_path / layout).files)
+    assert torch.equal(logits(tmp_path / "int4"), logits(tiny))
 
 
 def test_the_configs_are_what_engines_read(tiny: Path, tmp_path: Path) -> None:

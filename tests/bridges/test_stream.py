@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,11 @@ def test_what_was_not_announced_is_not_written(tmp_path: Path) -> None:
         stream.add(f"layer.{i}" * 10, torch.zeros(2))
     with pytest.raises(AssertionError, match="announced"):
         stream.finish()
+
+
+def test_a_written_tensor_is_not_kept(tmp_path: Path) -> None:
+    stream, tensor = Stream(tmp_path, ["first"]), torch.zeros(8)
+    alive = weakref.ref(tensor)
+    stream.add("first", tensor)
+    del tensor
+    assert alive() is None

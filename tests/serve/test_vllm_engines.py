@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from foreign_support import change_config
 from serving_support import Start, own_greedy, own_logprobs, rewrite
 from tests_support import save_random
 from torch import Tensor, nn
@@ -153,49 +154,61 @@ def test_a_mixture_of_experts_equals_our_own_runtime(
     assert difference < 0.01 * noise
 
 
-def as_gptq(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a layer in the layout of GPTQ files."""
-    outputs, groups = layer["weight_scale"].shape
-    return {
-        "qweight": layer["weight_packed"].t(),
-        "scales": layer["weight_scale"].t(),
-        "qzeros": torch.full((groups, outputs // 8), 0x77777777, dtype=torch.int32),
-    }
-
-
 def test_a_gptq_checkpoint_runs_w4a8_on_request_only(packed: Path, tokens: list[int], tmp_path: Path) -> None:
-    config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
-    gptq = rewrite(packed, tmp_path / "gptq", config, as_gptq)
-    stock = run(gptq, [tokens], tmp_path / "stock", dtype="float16")  # vLLM's GPTQ knows no float32
+    qtoolkit.convert(packed, tmp_path / "gptq", "gptq")
+    stock = run(tmp_path / "gptq", [tokens], tmp_path / "stock", dtype="float16")  # vLLM's GPTQ knows no float32
     assert stock.ours == 0
     assert {layer.reason for layer in stock.layers if layer.name.endswith("o_proj")} == {
         "the checkpoint declares no int8 activations (QTOOLKIT_W4A8=always runs it W4A8 all the same)"
     }
-    asked = run(gptq, [tokens], tmp_path / "asked", dtype="float16", QTOOLKIT_W4A8="always")
+    asked = run(tmp_path / "gptq", [tokens], tmp_path / "asked", dtype="float16", QTOOLKIT_W4A8="always")
     assert asked.ours == LINEARS
     declared = run(packed, [tokens], tmp_path / "declared", dtype="float16")
     assert torch.equal(asked.logprobs[0], declared.logprobs[0])  # the same codes, scales and operator
 
 
-def as_qqq(folder: Path, target: Path, bits: str, group_size: int) -> Path:
-    """Write a checkpoint of ours as an original QQQ file."""
-    int4, qqq = registry.packers.get("int4"), registry.packers.get("qqq")
-    config = {"quant_method": "qqq", bits: 4, "group_size": group_size}
-    return rewrite(folder, target, config, lambda layer: qqq.pack(int4.unpack(layer)))
-
-
-@pytest.mark.parametrize(
-    ("fixture", "bits", "group_size"),
-    [("packed", "wbits", 128), ("packed_channel", "bits", -1)],
-    ids=["g128", "channel"],
-)
-def test_a_qqq_checkpoint_equals_our_own_runtime(
-    request: pytest.FixtureRequest, fixture: str, bits: str, group_size: int, tokens: list[int], tmp_path: Path
+@pytest.mark.parametrize("fixture", ["packed", "packed_channel"])
+def test_stock_vllm_runs_what_was_converted_to_gptq_as_it_runs_what_it_was(
+    request: pytest.FixtureRequest, fixture: str, tokens: list[int], tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue(fixture)
-    old = run(as_qqq(folder, tmp_path / "qqq", bits, group_size), [tokens], tmp_path / "report")
+    qtoolkit.convert(folder, tmp_path / "gptq", "gptq")
+    before, after = (
+        run(model, [tokens], tmp_path / f"{model.name}-report", length=16, dtype="float16", VLLM_PLUGINS="")
+        for model in (folder, tmp_path / "gptq")
+    )
+    assert after.layers == []  # no plugin
+    assert torch.equal(after.logprobs[0], before.logprobs[0])
+    assert after.texts == before.texts
+
+
+def test_a_byte_a_code_runs_as_four_bits_do(packed: Path, tokens: list[int], tmp_path: Path) -> None:
+    qtoolkit.convert(packed, tmp_path / "int8", "int8")
+    int4, int8 = (run(model, [tokens], tmp_path / f"{model.name}-report") for model in (packed, tmp_path / "int8"))
+    assert int8.ours == LINEARS
+    assert torch.equal(int8.logprobs[0], int4.logprobs[0])
+
+
+@pytest.mark.parametrize("fixture", ["packed", "packed_channel"])
+@pytest.mark.parametrize("key", ["wbits", "bits"])
+def test_a_qqq_checkpoint_equals_our_own_runtime(
+    request: pytest.FixtureRequest, fixture: str, key: str, tokens: list[int], tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(fixture)
+    qtoolkit.convert(folder, tmp_path / "qqq", "qqq")
+    group_size = 128 if fixture == "packed" else -1
+    change_config(tmp_path / "qqq", quantization_config={"quant_method": "qqq", key: 4, "group_size": group_size})
+    old = run(tmp_path / "qqq", [tokens], tmp_path / "report")
     assert old.ours == LINEARS
     assert_close(old.logprobs[0], *both(folder, tokens))
+
+
+def test_serve_starts_on_what_was_converted(start: Start, packed: Path, tokens: list[int], tmp_path: Path) -> None:
+    qtoolkit.convert(packed, tmp_path / "gptq", "gptq")
+    eager = ("--", "--enforce-eager", "--dtype", "bfloat16")
+    with start(tmp_path / "gptq", eager, {"QTOOLKIT_W4A8": "always"}) as served:
+        assert sum(n for name, n in served.ready["kernels"].items() if name.startswith("w4a8-")) == LINEARS
+        assert served.prompt_logprobs(tokens).isfinite().all()
 
 
 def test_only_the_groups_that_declare_int8_run_w4a8(packed: Path, tokens: list[int], tmp_path: Path) -> None:
@@ -265,7 +278,8 @@ def test_two_ranks_equal_two_halves_also_from_a_qqq_file(
     start: Start, packed: Path, tokens: list[int], tmp_path: Path
 ) -> None:
     expected, (whole, _) = own_logprobs(in_halves(packed), tokens), both(packed, tokens)
-    for folder in (packed, as_qqq(packed, tmp_path / "qqq", "wbits", 128)):
+    qtoolkit.convert(packed, tmp_path / "qqq", "qqq")
+    for folder in (packed, tmp_path / "qqq"):
         with start(folder, TWO_RANKS) as served:
             assert sum(n for name, n in served.ready["kernels"].items() if name.startswith("w4a8-")) == LINEARS
             assert_close(served.prompt_logprobs(tokens), expected, whole)
