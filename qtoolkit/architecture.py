@@ -228,7 +228,8 @@ def skeleton(source: Source) -> Skeleton:
     architecture = of(model_type)
     if "quantization_config" in source.config:
         method = source.config["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(f"{source.name} is already quantized ({method}).", "Give the float model; `qtoolkit convert` takes this one.")
+        hint = "Give the float model; `qtoolkit convert` takes this one."
+        raise ModelError(f"{source.name} is already quantized ({method}).", hint)
     try:
         config = AutoConfig.from_pretrained(source.path)
         model = build(config, architecture, dtype=torch.float32, attn_implementation="sdpa")
