@@ -96,14 +96,15 @@ class BudgetRecord(BaseModel):
 
 
 class Conversion(BaseModel):
-    """A change of layout: from which folder and layout, and the largest relative error that it left in a scale."""
+    """A change of layout: from which folder and layout, and what became of the scales."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str
     digest: str
     layout: str
-    scale_error: float
+    scale_error: float = Field(description="largest relative error of a scale that some code is multiplied with")
+    wide_scales: bool = Field(False, description="some scales are stored wider than the model's dtype")
 
 
 class Manifest(BaseModel):

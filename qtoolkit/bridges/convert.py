@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qtoolkit import __version__, architecture, checkpoint
-from qtoolkit.bridges import gptq, qqq
-from qtoolkit.bridges.opened import HEAD, Opened, open_folder
+from qtoolkit.bridges import record
+from qtoolkit.bridges.opened import Opened, open_folder
 from qtoolkit.bridges.repack import repack
 from qtoolkit.bridges.stream import Stream
 from qtoolkit.errors import RequestError
@@ -21,13 +21,6 @@ from qtoolkit.registry import suggest
 
 LAYOUTS = ("int4", "int8", "qqq", "gptq")
 COMPRESSED = ("int4", "int8")  # the layouts of compressed-tensors, whose config can name a scheme for each layer
-REPLACED = ("quantization_config", "compression_config", "torch_dtype")  # of config.json
-UNDECLARED = "its files say nothing of int8 inputs, which qtoolkit gives it: nothing was calibrated for them"
-WIDE = "its scales stay in float32; engines that keep scales in {dtype} round them when they load"
-SERVED = {
-    "gptq": "GPTQ files have no word for int8 inputs: QTOOLKIT_W4A8=always serves them as W4A8",
-    "qqq": "vLLM reads QQQ files where qtoolkit's plugin is installed",
-}
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,7 @@ def convert(
         bytes_before=opened.source.bytes,
         bytes_after=made.bytes_after,
         seconds=round(time.monotonic() - began, 2),
-        notes=(*_notes(made, to), *made.notes[len(opened.manifest.notes if opened.manifest else ()) :]),
+        notes=record.notes(made, new=opened.manifest is None),
     )
 
 
@@ -107,6 +100,8 @@ def _targets(opened: Opened, to: str) -> dict[str, PackedLayer]:
         RequestError: the layout cannot hold all layers, or its config cannot say what they are.
     """
     name = opened.source.name
+    if not opened.layers:
+        raise RequestError(f"{name} has no quantized layer.", "Nothing to convert.")
     if opened.manifest is not None and opened.manifest.packing[0] == to:
         raise RequestError(f"{name} is already {to}.", "Choose another layout.")
     if all(layer.scheme.weight_bits == 8 for layer in opened.layers) and to != "int8":
@@ -135,13 +130,11 @@ def _write(
     parts = [f"{name}.{part}" for name, layer in targets.items() for part in integer_packer(layer.packer).parts]
     stream = Stream(folder, [*floats, *parts])
     shapes: dict[str, tuple[int, int]] = {}
-    worst, wide, float_bytes = 0.0, False, 0
+    worst, wide = 0.0, False
     for name in source.files:
         layer = opened.owners.get(name)
         if layer is None:
-            tensor = source.read(name)
-            float_bytes += tensor.nbytes
-            stream.add(name, tensor)
+            stream.add(name, source.read(name))
         elif layer.name not in shapes:
             weight = opened.read(layer)
             n, k = weight.codes.shape
@@ -153,72 +146,8 @@ def _write(
             for part, tensor in tensors.items():
                 stream.add(f"{layer.name}.{part}", tensor)
             shapes[layer.name], worst = (n, k), max(worst, error)
-            wide |= dtype.itemsize == 2 and to in COMPRESSED and tensors["weight_scale"].dtype.itemsize > 2
+            wide |= packer.name in COMPRESSED and tensors["weight_scale"].dtype.itemsize > dtype.itemsize
             if len(shapes) * 4 // len(targets) > (len(shapes) - 1) * 4 // len(targets):
                 say(f"{len(shapes)} of {len(targets)} layers")
     files = stream.finish()
-    config = {key: value for key, value in source.config.items() if key not in REPLACED}
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config["quantization_config"] = _quantization_config(opened, to)
-    checkpoint.write_json(folder / "config.json", config)
-    before = opened.manifest or _foreign(opened, shapes, digest, float_bytes + dtype.itemsize * _weights(shapes))
-    step = checkpoint.Conversion(source=source.name, digest=digest, layout=opened.described.layout, scale_error=worst)
-    kinds = {layer.packer for layer in targets.values()}
-    manifest = before.model_copy(
-        update={
-            "packing": (to, *sorted(kinds - {to})),
-            "converted": (*before.converted, step),
-            "bytes_after": sum(files.values()),
-            "files": files,
-            "notes": (*before.notes, *([WIDE.format(dtype=config["dtype"])] if wide else [])),
-        }
-    )
-    checkpoint.write_json(folder / checkpoint.MANIFEST, manifest.model_dump(mode="json"))
-
-
-def _quantization_config(opened: Opened, to: str) -> dict[str, Any]:
-    scheme, floats = opened.scheme, opened.floats
-    if to == "gptq":
-        return gptq.config(scheme, floats)
-    if to == "qqq":
-        return qqq.config(scheme)
-    others = {layer.name: layer.scheme for layer in opened.layers if layer.scheme != scheme}
-    return checkpoint.quantization_config(scheme, floats, others, opened.experts if to == "int4" else "", to)
-
-
-def _weights(shapes: Mapping[str, tuple[int, int]]) -> int:
-    return sum(n * k for n, k in shapes.values())
-
-
-def _foreign(
-    opened: Opened, shapes: Mapping[str, tuple[int, int]], digest: str, bytes_before: int
-) -> checkpoint.Manifest:
-    """Return what is known of a checkpoint that another tool made; how it calibrated is not."""
-    source = opened.source
-    reason = f"it is in float in {source.name}"
-    return checkpoint.Manifest(
-        source=source.name,
-        revision=source.revision,
-        source_digest=digest,
-        recipe={},
-        digest="",
-        scheme=opened.scheme,
-        seed=0,
-        calibration_tokens=0,
-        versions={"qtoolkit": __version__},
-        layers=tuple(
-            checkpoint.LayerRecord(name=layer.name, scheme=layer.scheme.name, shape=shapes[layer.name])
-            for layer in opened.layers
-        ),
-        unquantized=tuple(checkpoint.Unquantized(name=name, reason=reason) for name in opened.floats if name != HEAD),
-        notes=() if opened.described.declared else (UNDECLARED,),
-        bytes_before=bytes_before,
-        bytes_after=0,
-        files={},
-    )
-
-
-def _notes(made: checkpoint.Manifest, to: str) -> list[str]:
-    error = made.converted[-1].scale_error
-    scales = f"scales were rounded, by at most {error:.2g} of their value" if error else "so are the scales"
-    return [f"the codes are the same, bit for bit; {scales}", *([SERVED[to]] if to in SERVED else [])]
+    record.write(opened, shapes, to, record.step(opened, digest, worst, wide), files, folder)

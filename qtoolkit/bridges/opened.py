@@ -20,6 +20,7 @@ from qtoolkit.source import Source, read_json, resolve
 from qtoolkit.stages import QuantizedWeight
 
 METHODS = {"gptq": gptq.read, "qqq": qqq.read, "compressed-tensors": compressed.read}
+METHOD_OF = {"config_groups": "compressed-tensors", "wbits": "qqq", "bits": "gptq"}  # of configs that name none
 SIDE_FILES = ("quantize_config.json", "quant_config.json")  # where files older than config.json's entry say it
 HEAD = "lm_head"
 
@@ -94,7 +95,7 @@ def open_folder(model: str | Path) -> Opened:
         layers = tuple(manifest.packed(layer) for layer in manifest.layers)
         return Opened(source, Described(manifest.packing[0], layers, declared=True), manifest)
     config = _quantization_config(source)
-    method = str(config.get("quant_method", "gptq" if "bits" in config else "qqq" if "wbits" in config else ""))
+    method = str(config.get("quant_method") or next((METHOD_OF[key] for key in METHOD_OF if key in config), ""))
     if method not in METHODS:
         raise RequestError(f"{source.name} is quantized by {method!r}, which is not read.", suggest(method, METHODS))
     try:

@@ -52,6 +52,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {layer.name: model.get_submodule(layer.name).weight for layer in manifest.layers}
 
 
+BYTES = IntQuantizationCompressor
 W4A16, W4A8 = config_of("pack-quantized"), config_of("int-quantized", activations=TOKEN)
 DIALECTS: dict[str, tuple[dict[str, Any], Callable[[Drawn], dict[str, Tensor]], int]] = {
     "gptq": (GPTQ, gptq, 128),
@@ -60,7 +61,7 @@ DIALECTS: dict[str, tuple[dict[str, Any], Callable[[Drawn], dict[str, Tensor]], 
     "qqq": (QQQ, qqq, 128),
     "qqq channel": ({"quant_method": "qqq", "bits": 4, "q_group_size": -1}, qqq, -1),
     "packed": (W4A16, partial(compressed, config=W4A16, compressor=PackedQuantizationCompressor), 128),
-    "bytes": (W4A8, partial(compressed, config=W4A8, compressor=IntQuantizationCompressor), 128),
+    "bytes": (W4A8, partial(compressed, config=W4A8, compressor=BYTES), 128),
 }
 
 
@@ -116,6 +117,36 @@ def test_an_original_qqq_file_comes_back_from_int4_as_it_means(base: Path, tmp_p
     assert found.scale_error <= 2**-11
     old, new = (load_file(tmp_path / folder / "model.safetensors") for folder in ("foreign", "qqq"))
     assert all(torch.equal(old[name], new[name]) for name in old if name.endswith(".B"))
+
+
+def test_eight_bits_stay_eight_bits(base: Path, tmp_path: Path) -> None:
+    """What llm-compressor calls W8A8: nothing changes but that qtoolkit knows it; four bits cannot hold it."""
+    config = config_of("int-quantized", 8, TOKEN, strategy="channel", group_size=None)
+    drawn = write(base, tmp_path / "w8a8", config, partial(compressed, config=W4A8, compressor=BYTES), -1)
+    found = qtoolkit.convert(tmp_path / "w8a8", tmp_path / "out", "int8")
+    assert found.scheme == "W8A8-channel"
+    read = weights(tmp_path / "out")
+    assert all(torch.equal(read[name], weight.weight) for name, weight in drawn.items())
+    for layout in ("int4", "gptq", "qqq"):
+        with pytest.raises(QToolkitError, match="8-bit weights only"):
+            qtoolkit.convert(tmp_path / "w8a8", tmp_path / layout, layout)
+
+
+def test_wide_scales_are_told_for_as_long_as_they_are_there(base: Path, tmp_path: Path) -> None:
+    write(base, tmp_path / "foreign", QQQ, qqq)
+    notes = [
+        qtoolkit.convert(tmp_path / source, tmp_path / layout, layout).notes
+        for source, layout in (("foreign", "int4"), ("int4", "gptq"), ("gptq", "int8"))
+    ]
+    assert [any("stay in float32" in note for note in found) for found in notes] == [True, False, False]
+
+
+def test_an_architecture_that_nobody_described_is_converted_all_the_same(base: Path, tmp_path: Path) -> None:
+    write(base, tmp_path / "foreign", GPTQ, gptq)
+    change_config(tmp_path / "foreign", model_type="brand_new")
+    qtoolkit.convert(tmp_path / "foreign", tmp_path / "out", "int4")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert set(config["quantization_config"]["ignore"]) == {"lm_head", "model.embed_tokens"}
 
 
 def test_settings_in_a_side_file_are_found(base: Path, tmp_path: Path) -> None:
