@@ -22,7 +22,7 @@ from qtoolkit.source import Source
 from qtoolkit.stages import Block, Context, Stream, Transform
 
 LIGHT = {  # options in a trial: what costs most of a step's time and is the same for every candidate
-    "smooth": {"grid": 24, "tokens": 1024},
+    "smooth": {"grid": 24, "tokens": 512},
     "gptq": {"aim": False, "refine": 0, "starts": 1},
 }
 MARGIN = 1.02  # a simpler way wins when it diverges by no more than this times the least

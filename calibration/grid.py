@@ -91,7 +91,15 @@ def to_codes(weight: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
     )
 
 
-def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Return weight [n, k] after min-max rounding to the nearest code: what a search can afford to evaluate often."""
-    step = minmax_scales(weight, scheme, torch.float32).unsqueeze(-1)
-    return (groups(weight, scheme) / step).round_().clamp_(*scheme.code_range).mul_(step).view(weight.shape)
+def rounded(weight: Tensor, scheme: Scheme, times: Tensor | None = None) -> Tensor:
+    """Return weight [n, k], its inputs multiplied with ``times`` [k] first, after min-max rounding to the nearest code.
+
+    A search can afford this often: parts of the rows go by in the cache.
+    """
+    made = torch.empty_like(weight)
+    some = max(1, TOGETHER // weight.shape[1])
+    for part, to in zip(weight.split(some), made.split(some), strict=True):
+        torch.mul(part, 1.0 if times is None else times, out=to)
+        step = minmax_scales(to, scheme, torch.float32).unsqueeze(-1)
+        groups(to, scheme).div_(step).round_().clamp_(*scheme.code_range).mul_(step)
+    return made

@@ -180,7 +180,7 @@ def smoothed_and_rounded(block: Block, group: ChannelGroup, scales: Tensor, cont
             layer = block.linear(name)
             original = layer.weight.data
             stack.callback(setattr, layer.weight, "data", original)
-            layer.weight.data = grid.rounded(original * scales, context.scheme)
+            layer.weight.data = grid.rounded(original, context.scheme, scales)
             hook = layer.register_forward_pre_hook(lambda module, args: (round_tokens(args[0] / scales, bits),))
             stack.callback(hook.remove)
         yield
