@@ -11,6 +11,7 @@ import torch
 
 from qtoolkit import __version__, checkpoint
 from qtoolkit.architecture import Skeleton
+from qtoolkit.bridges import compressed
 from qtoolkit.job import Job, disk_errors
 from qtoolkit.recipe import Recipe
 from qtoolkit.shards import join
@@ -69,7 +70,7 @@ def assemble(
         layers = tuple(_layer_records(facts, recipe.scheme.name, stored))
         others = {row.name: row.parsed_scheme for row in layers if row.scheme != recipe.scheme.name}
         experts = skeleton.architecture.experts
-        config["quantization_config"] = checkpoint.quantization_config(
+        config["quantization_config"] = compressed.config(
             recipe.scheme, ignore, others, stored(f".{experts.module}.") if experts else ""
         )
         checkpoint.write_json(staging / "config.json", config)

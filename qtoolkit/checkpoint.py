@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qtoolkit.errors import CheckpointError, RequestError
 from qtoolkit.packed import PackedLayer, integer_packer
-from qtoolkit.scheme import CHANNEL, Scheme
+from qtoolkit.scheme import Scheme
 from qtoolkit.source import Source
 
 MANIFEST = "qtoolkit.json"
@@ -218,82 +216,6 @@ def verify(path: str | Path) -> Manifest:
                 state = f"shape {list(shapes[name])}" if name in shapes else "nothing"
                 raise CheckpointError(f"{folder}: {name} should have shape {list(shape)}, found {state}.")
     return manifest
-
-
-def quantization_config(
-    scheme: Scheme,
-    ignore: list[str],
-    others: Mapping[str, Scheme] = MappingProxyType({}),
-    experts: str = "",
-    packer: str = "int4",
-) -> dict[str, Any]:
-    """Return the standard compressed-tensors entry for config.json: nothing in it is our own.
-
-    Args:
-        scheme: of every linear layer that is named nowhere else.
-        ignore: layers that stay in float.
-        others: layers with another scheme than ``scheme``. A name is matched before the class ``Linear``.
-        experts: what stands in the name of every expert's layer, such as ``.mlp.experts.``, if there are any. Theirs
-            is a group that declares no integer inputs: with them vLLM looks for another layout of an expert's weights.
-        packer: of the int4 layers: "int4", or "int8" for a byte a code.
-    """
-    named: dict[Scheme, list[str]] = {}
-    for name, other in others.items():
-        named.setdefault(other, []).append(name)
-    groups = [_config_group(other, names, packer) for other, names in named.items()]
-    if experts:
-        group = _config_group(scheme, [f"re:.*{re.escape(experts)}\\d+\\..*"], packer)
-        groups.append({**group, "input_activations": None})
-    groups.append(_config_group(scheme, ["Linear"], packer))
-    formats = {group["format"] for group in groups}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "config_groups": {f"group_{index}": group for index, group in enumerate(reversed(groups))},
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-    }
-
-
-def _config_group(scheme: Scheme, targets: list[str], packer: str) -> dict[str, Any]:
-    channel = scheme.group_size == CHANNEL
-    return {
-        # of int4 layers transformers would infer int-quantized, since their inputs are quantized
-        "format": "pack-quantized" if scheme.weight_bits == 4 and packer == "int4" else "int-quantized",
-        "targets": targets,
-        "weights": {
-            "num_bits": scheme.weight_bits,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "channel" if channel else "group",
-            "group_size": None if channel else scheme.group_size,
-            "dynamic": False,
-            "actorder": None,
-            "observer": "minmax",
-        },
-        "input_activations": {
-            "num_bits": scheme.activation_bits,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "token",
-            "dynamic": True,
-            "observer": None,
-        },
-        "output_activations": None,
-    }
-
-
-def is_token_int8(activations: Mapping[str, Any] | None) -> bool:
-    """Say whether ``input_activations`` of a config group mean int8, symmetric, one dynamic scale a token."""
-    return (
-        activations is not None
-        and activations.get("num_bits") == 8
-        and activations.get("type", "int") == "int"
-        and activations.get("symmetric", True) is True
-        and activations.get("dynamic") is True
-        and activations.get("strategy") in (None, "token")
-    )
 
 
 def companions(source: Path) -> Iterator[Path]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
-from qtoolkit.checkpoint import is_token_int8
+from qtoolkit.bridges.compressed import is_token_int8
 from qtoolkit.errors import RequestError
 from qtoolkit.scheme import Head
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qtoolkit import __version__, architecture, checkpoint
-from qtoolkit.bridges import gptq, qqq
+from qtoolkit.bridges import compressed, gptq, qqq
 from qtoolkit.bridges.opened import HEAD, Opened
 
 REPLACED = ("quantization_config", "compression_config")  # of config.json
@@ -67,7 +67,7 @@ def quantization_config(opened: Opened, to: str) -> dict[str, Any]:
     if to == "qqq":
         return qqq.config(scheme)
     others = {layer.name: layer.scheme for layer in opened.layers if layer.scheme != scheme}
-    return checkpoint.quantization_config(scheme, floats, others, opened.experts if to == "int4" else "", to)
+    return compressed.config(scheme, floats, others, opened.experts if to == "int4" else "", to)
 
 
 def foreign(opened: Opened, shapes: Matrices, digest: str) -> checkpoint.Manifest:

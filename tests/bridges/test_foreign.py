@@ -19,6 +19,7 @@ from torch import Tensor
 
 import qtoolkit
 from qtoolkit import checkpoint
+from qtoolkit.bridges import compressed as bridge
 from qtoolkit.errors import QToolkitError
 from qtoolkit.scheme import Scheme
 
@@ -96,7 +97,7 @@ def test_a_foreign_checkpoint_becomes_one_of_ours(base: Path, tmp_path: Path) ->
     assert (manifest.recipe, manifest.errors, manifest.converted[0].layout) == ({}, {}, "gptq")
     assert manifest.bytes_before > manifest.bytes_after
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["quantization_config"] == checkpoint.quantization_config(Scheme(), ["lm_head"])
+    assert config["quantization_config"] == bridge.config(Scheme(), ["lm_head"])
     assert not (tmp_path / "out" / "quantize_config.json").exists()
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qtoolkit.checkpoint import quantization_config
+from qtoolkit.bridges import compressed
 from qtoolkit.errors import RequestError
 from qtoolkit.scheme import Head, Scheme
 from qtoolkit.serve.intent import Declared, Mode, declared, head, mode
@@ -21,7 +21,7 @@ def config(*groups: tuple[dict[str, Any], dict[str, Any] | None]) -> dict[str, A
 
 
 def test_our_own_checkpoints_declare_it() -> None:
-    assert declared(quantization_config(Scheme(), ["lm_head"])) is Declared.ALL
+    assert declared(compressed.config(Scheme(), ["lm_head"])) is Declared.ALL
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_groups_of_other_widths_do_not_count() -> None:
 
 
 def test_a_mixture_s_experts_do_not_count() -> None:
-    ours = quantization_config(Scheme(), ["lm_head"], experts=".mlp.experts.")
+    ours = compressed.config(Scheme(), ["lm_head"], experts=".mlp.experts.")
     assert [group["input_activations"] is None for group in ours["config_groups"].values()] == [False, True]
     assert declared(ours) is Declared.ALL
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import qtoolkit
 from qtoolkit import checkpoint, registry, runtime
-from qtoolkit.checkpoint import quantization_config
+from qtoolkit.bridges import compressed
 from qtoolkit.packing.int4 import pack_int4
 from qtoolkit.runtime import W4A8Linear
 from qtoolkit.scheme import Scheme
@@ -212,7 +212,7 @@ def test_serve_starts_on_what_was_converted(start: Start, packed: Path, tokens: 
 
 
 def test_only_the_groups_that_declare_int8_run_w4a8(packed: Path, tokens: list[int], tmp_path: Path) -> None:
-    config = quantization_config(Scheme(), ["lm_head"])
+    config = compressed.config(Scheme(), ["lm_head"])
     declared = config["config_groups"]["group_0"]
     config["config_groups"] = {
         "group_0": {**declared, "targets": ["re:.*(q|k|v|gate|up)_proj"]},

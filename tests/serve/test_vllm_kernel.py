@@ -15,7 +15,7 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MP
 from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
-from qtoolkit.checkpoint import quantization_config
+from qtoolkit.bridges import compressed
 from qtoolkit.kernels import reference, selection
 from qtoolkit.packing.int4 import pack_int4
 from qtoolkit.scheme import Scheme
@@ -42,7 +42,7 @@ def model(quantization: dict[str, Any] | None) -> Any:
     )
 
 
-W4A8 = model(quantization_config(Scheme(), ["lm_head"]))
+W4A8 = model(compressed.config(Scheme(), ["lm_head"]))
 GPTQ = model({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True})
 
 
