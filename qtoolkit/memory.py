@@ -6,7 +6,6 @@ What goes back is asked for again, page by page, unless pages are large: PyTorch
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import sys
 from functools import cache
@@ -25,8 +24,7 @@ def keep_little() -> None:
 
 
 def trim() -> None:
-    """Give back whatever nobody holds any more; without glibc it goes back when the C library likes."""
-    gc.collect()
+    """Give back whatever is free now; without glibc it goes back when the C library likes."""
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
