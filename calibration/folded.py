@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtoolkit.kernels.folded import MOST
-
+MOST = 16  # times a code of -8 is the least int8, so no kernel folds more
 TOPS = tuple(8 + step / 2 for step in range(17))  # what a row's largest scale is to be a multiple of, before rounding
 FACTOR_BITS = 4  # of a multiple: 15 has four, and 16 is a power of two
 

@@ -8,10 +8,14 @@ import torch
 from qtoolkit.calibration import folded, grid
 from qtoolkit.calibration.compensation import CompensateOptions, Solved
 from qtoolkit.calibration.hessian import Hessian
-from qtoolkit.kernels.folded import split
+from qtoolkit.kernels.folded import MOST, split
 from qtoolkit.scheme import Scheme
 
 GROUPS = Scheme(group_size=128)
+
+
+def test_multiples_end_where_those_of_kernels_do() -> None:
+    assert folded.MOST == MOST
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
