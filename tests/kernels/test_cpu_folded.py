@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -16,14 +14,6 @@ pytestmark = pytest.mark.skipif(library.failure() is not None, reason=f"no CPU k
 PATHS = () if library.failure() else tuple(library.load().paths)
 DTYPES = tuple(library.DTYPES)
 MANY = 43  # rows from which the AVX512 path unpacks panels, and a few
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def layer(n: int, k: int, group_size: int, seed: int) -> tuple[Tensor, Tensor]:

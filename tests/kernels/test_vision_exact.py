@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +16,6 @@ from qtoolkit.kernels.cpu.vision import backend, library
 
 pytestmark = pytest.mark.skipif(library.failure() is not None, reason=f"no vision kernels here: {library.failure()}")
 PATHS = () if library.failure() else tuple(library.load().paths)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
