@@ -11,7 +11,7 @@ import torch
 
 from qtoolkit import __version__, checkpoint
 from qtoolkit.architecture import Skeleton
-from qtoolkit.bridges import compressed
+from qtoolkit.bridges import written
 from qtoolkit.job import Job, disk_errors
 from qtoolkit.recipe import Recipe
 from qtoolkit.shards import join
@@ -70,8 +70,8 @@ def assemble(
         layers = tuple(_layer_records(facts, recipe.scheme.name, stored))
         others = {row.name: row.parsed_scheme for row in layers if row.scheme != recipe.scheme.name}
         experts = skeleton.architecture.experts
-        config["quantization_config"] = compressed.config(
-            recipe.scheme, ignore, others, stored(f".{experts.module}.") if experts else ""
+        config["quantization_config"] = written.quantization_config(
+            recipe.packer, recipe.scheme, ignore, others, stored(f".{experts.module}.") if experts else ""
         )
         checkpoint.write_json(staging / "config.json", config)
         manifest = checkpoint.Manifest(

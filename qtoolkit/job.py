@@ -200,7 +200,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         first = "Make room" if full else "Choose another folder, or make this one writable,"
         raise QToolkitError(
             f"{path} cannot be written: {what} ({free / 1e6:.0f} MB free).",
-            f"{first} and run the same command again: it goes on where it stopped.",
+            f"{first} and run the same command again.",
         ) from None
 
 

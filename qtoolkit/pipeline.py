@@ -27,6 +27,7 @@ from qtoolkit import (
     recipe as recipes,
     registry,
 )
+from qtoolkit.bridges import written
 from qtoolkit.calibration import budget, capture, choice, experts
 from qtoolkit.calibration.gradients import Gradients
 from qtoolkit.calibration.options import read as read_options
@@ -127,6 +128,8 @@ class Run:
         self.choice: checkpoint.Choice | None = None
         self.budget: checkpoint.BudgetRecord | None = None
         self.packer: Packer = registry.packers.get(recipe.packer)
+        if recipe.packer not in written.COMPRESSED and recipe.budget.bits is not None:
+            raise written.mixed(recipe.packer)
         self.skeleton = replace(architecture.skeleton(source), device=device)
         self.dtype = architecture.stored_dtype(source)
         self.context = Context(recipe.scheme, self.dtype, progress.say)

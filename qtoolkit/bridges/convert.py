@@ -14,13 +14,11 @@ from qtoolkit.bridges import record
 from qtoolkit.bridges.opened import Opened, open_folder
 from qtoolkit.bridges.repack import repack
 from qtoolkit.bridges.stream import Stream
+from qtoolkit.bridges.written import COMPRESSED, LAYOUTS
 from qtoolkit.errors import RequestError
 from qtoolkit.job import Job, disk_errors
 from qtoolkit.packed import PackedLayer, integer_packer
 from qtoolkit.registry import suggest
-
-LAYOUTS = ("int4", "int8", "qqq", "gptq")
-COMPRESSED = ("int4", "int8")  # the layouts of compressed-tensors, whose config can name a scheme for each layer
 
 
 @dataclass(frozen=True)

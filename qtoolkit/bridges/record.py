@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qtoolkit import __version__, architecture, checkpoint
-from qtoolkit.bridges import compressed, gptq, qqq
+from qtoolkit.bridges import written
 from qtoolkit.bridges.opened import HEAD, Opened
 
 REPLACED = ("quantization_config", "compression_config")  # of config.json
@@ -61,13 +61,8 @@ def write(
 
 def quantization_config(opened: Opened, to: str) -> dict[str, Any]:
     """Return the entry for config.json in the words of the layout ``to``."""
-    scheme, floats = opened.scheme, opened.floats
-    if to == "gptq":
-        return gptq.config(scheme, floats)
-    if to == "qqq":
-        return qqq.config(scheme)
-    others = {layer.name: layer.scheme for layer in opened.layers if layer.scheme != scheme}
-    return compressed.config(scheme, floats, others, opened.experts if to == "int4" else "", to)
+    others = {layer.name: layer.scheme for layer in opened.layers if layer.scheme != opened.scheme}
+    return written.quantization_config(to, opened.scheme, opened.floats, others, opened.experts)
 
 
 def foreign(opened: Opened, shapes: Matrices, digest: str) -> checkpoint.Manifest:
