@@ -13,6 +13,7 @@ from qtoolkit.scheme import Head
 
 MODE = "QTOOLKIT_W4A8"  # environment variable: it must reach every worker process of an engine
 HEAD = "QTOOLKIT_LM_HEAD"  # likewise
+ATTENTION = "QTOOLKIT_ATTENTION"  # likewise
 
 
 Word = TypeVar("Word", bound=Enum)
@@ -24,6 +25,13 @@ class Mode(str, Enum):
     DECLARED = "declared"  # the checkpoint says so; the default
     ALWAYS = "always"  # every symmetric int4 layer, whatever the checkpoint says
     OFF = "off"  # never: the engine's own kernels run
+
+
+class Attention(str, Enum):
+    """Whose attention computes prompts, where both can."""
+
+    OWN = "own"  # the default
+    VLLM = "vllm"
 
 
 class Declared(str, Enum):
@@ -50,6 +58,15 @@ def head() -> Head:
         RequestError: the variable holds an unknown word.
     """
     return _choice(HEAD, Head, Head.FLOAT)
+
+
+def attention() -> Attention:
+    """Return from the environment whose attention computes prompts.
+
+    Raises:
+        RequestError: the variable holds an unknown word.
+    """
+    return _choice(ATTENTION, Attention, Attention.OWN)
 
 
 def _choice(variable: str, words: type[Word], otherwise: Word) -> Word:

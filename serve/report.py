@@ -38,6 +38,14 @@ def sentence(layers: Iterable[Layer]) -> str:
     return f"qtoolkit: of {len(layers)} linear layers {counts or 'none'}{why}."
 
 
+def attention(reasons: Iterable[str]) -> str:
+    """Return the line about attention: in how many layers ours computes prompts, and why not in others ("" is ours)."""
+    counts = Counter(reasons)
+    ours = counts.pop("", 0)
+    why = "".join(f"; vLLM's in {count}: {reason}" for reason, count in counts.items())
+    return f"qtoolkit: prompts run on our attention in {ours} of {ours + counts.total()} layers{why}."
+
+
 def _names(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 

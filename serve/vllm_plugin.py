@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from qtoolkit.serve.intent import Mode, head, mode
+from qtoolkit.serve.intent import Mode, attention, head, mode
 
 
 def register() -> None:
     """Put our kernel ahead of vLLM's for W4A8 layers, bring ``quant_method: qqq`` back, offer an integer
-    output layer, and report after loading.
+    output layer and our attention of prompts, and report after loading.
 
     Light and safe to call twice: it adds rows to vLLM's tables and touches no device.
 
@@ -15,7 +15,9 @@ def register() -> None:
         RequestError: the environment asks for something unknown.
     """
     head()
+    attention()
     from qtoolkit.serve.process import die_with_engine
+    from qtoolkit.serve.vllm_attention import register_attention
     from qtoolkit.serve.vllm_experts import register_experts
     from qtoolkit.serve.vllm_gate import register_gate
     from qtoolkit.serve.vllm_head import register_head
@@ -30,4 +32,5 @@ def register() -> None:
         register_head()
         register_gate()
         register_experts()
+        register_attention()
     report_after_loading()

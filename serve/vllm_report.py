@@ -11,6 +11,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -20,6 +21,7 @@ from qtoolkit.kernels.selection import Prepared
 from qtoolkit.scheme import Head
 from qtoolkit.serve import report
 from qtoolkit.serve.intent import HEAD
+from qtoolkit.serve.vllm_attention import PromptAttention
 from qtoolkit.serve.vllm_experts import W4A8ExpertsMethod
 from qtoolkit.serve.vllm_head import IntegerHeadMethod
 from qtoolkit.serve.vllm_kernel import W4A8LinearKernel, refuse
@@ -45,6 +47,8 @@ def report_after_loading() -> None:
         if model_config is vllm_config.model_config and get_tensor_model_parallel_rank() == 0:  # no draft model
             layers = list(describe(model, vllm_config))
             logger.info(report.sentence(layers))
+            if reasons := list(attention(model)):
+                logger.info(report.attention(reasons))
             report.write(layers, f"stage-{get_pp_group().rank_in_group}")
         return model
 
@@ -59,6 +63,13 @@ def describe(model: torch.nn.Module, config: VllmConfig) -> Iterator[report.Laye
             yield describe_layer(name, module, config)
         elif isinstance(module, RoutedExperts):
             yield describe_experts(module)
+
+
+def attention(model: torch.nn.Module) -> Iterator[str]:
+    """Yield for each attention layer that was offered ours why vLLM's computes its prompts, "" where ours does."""
+    for module in model.modules():
+        if isinstance(module, Attention) and isinstance(module.impl, PromptAttention):
+            yield module.impl.reason
 
 
 def describe_experts(module: RoutedExperts) -> report.Layer:

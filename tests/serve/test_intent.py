@@ -9,7 +9,7 @@ import pytest
 from qtoolkit.bridges import compressed
 from qtoolkit.errors import RequestError
 from qtoolkit.scheme import Head, Scheme
-from qtoolkit.serve.intent import Declared, Mode, declared, head, mode
+from qtoolkit.serve.intent import Attention, Declared, Mode, attention, declared, head, mode
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -80,3 +80,10 @@ def test_an_unknown_output_layer_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RequestError, match="QTOOLKIT_LM_HEAD=int3") as caught:
         head()
     assert "float, int8, int4" in str(caught.value.hint)
+
+
+def test_our_attention_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QTOOLKIT_ATTENTION", raising=False)
+    assert attention() is Attention.OWN
+    monkeypatch.setenv("QTOOLKIT_ATTENTION", "vLLM")
+    assert attention() is Attention.VLLM

@@ -1,0 +1,139 @@
+"""Attention of prompts in vLLM on CPUs without AMX: our bfloat16 kernel, over the cache that vLLM's operators keep.
+
+vLLM has a table of attention backends whose rows may be overridden. Ours is vLLM's own but for one method: batches in
+which a sequence has several queries (prompts, whole or in part, alone or among sequences that decode) run on the kernel
+of ``kernels/cpu/attention``. Writing the cache, decoding, and every kind of attention that the kernel does not know
+stay vLLM's, and models without W4A8 layers get vLLM's classes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm.config import VllmConfig, get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    _get_attn_isa,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from qtoolkit.kernels.cpu.attention import library
+from qtoolkit.serve.intent import ATTENTION, Attention, Declared, Mode, attention, mode
+from qtoolkit.serve.vllm_kernel import checkpoint_declares
+
+PAGES = "vec"  # vLLM's name for the layout that the kernel reads
+
+
+def register_attention() -> None:
+    """Override vLLM's row for CPUs; doing it twice changes nothing."""
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{Backend.__module__}.{Backend.__qualname__}")
+
+
+def runs_w4a8(config: VllmConfig) -> bool:
+    """Say whether a model's linear layers are ours, as far as its checkpoint tells."""
+    if config.model_config is None or config.model_config.quantization is None:
+        return False
+    return (
+        config.model_config.quantization == "qqq"
+        or mode() is Mode.ALWAYS
+        or checkpoint_declares(config) is not Declared.NONE
+    )
+
+
+class Backend(CPUAttentionBackend):
+    """vLLM's attention for CPUs, with our implementation for models that run W4A8."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        """Return the class of a layer's implementation for the model that is being built."""
+        config = get_current_vllm_config_or_none()
+        return PromptAttention if config is not None and runs_w4a8(config) else CPUAttentionBackendImpl
+
+
+class PromptAttention(CPUAttentionBackendImpl):
+    """One layer's attention; ``reason`` says why prompts stay with vLLM, and is empty if they do not."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reason = refuse(self, get_current_vllm_config().model_config.dtype) or ""
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Write attention into ``output`` and return it, see vLLM's; keys and values are in the cache already."""
+        batch = attn_metadata
+        scaled = output_scale is not None or output_block_scale is not None
+        if self.reason or scaled or batch is None or not has_prompt(batch) or layer.isa != PAGES:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        own = slice(batch.num_actual_tokens)
+        library.attend(
+            query[own], kv_cache, output[own], batch.block_table, batch.query_start_loc, batch.seq_lens, self.scale
+        )
+        return output
+
+
+def has_prompt(batch: CPUAttentionMetadata) -> bool:
+    """Say whether a batch is plainly causal and some sequence in it has more than one query."""
+    return batch.max_query_len > 1 and batch.causal is True and batch.dynamic_causal is None
+
+
+def refuse(layer: CPUAttentionBackendImpl, dtype: torch.dtype) -> str | None:
+    """Return in words why a layer's prompts stay with vLLM's attention, or None."""
+    if attention() is Attention.VLLM:
+        return f"{ATTENTION}={Attention.VLLM.value}"
+    if layer.attn_type != AttentionType.DECODER:
+        return "it is no decoder's attention to its own tokens"
+    extras = {
+        "a sliding window": layer.sliding_window != -1,
+        "position biases": layer.alibi_slopes is not None,
+        "soft caps": bool(layer.logits_soft_cap),
+        "sinks": layer.sinks is not None,
+        "an fp8 cache": layer.is_fp8_kv_cache,
+        "a negative scale": layer.scale <= 0,
+    }
+    if any(extras.values()):
+        return f"it has {' and '.join(name for name, there in extras.items() if there)}"
+    reason = library.refuse(layer.num_heads, layer.num_kv_heads, layer.head_size, dtype)
+    if reason:
+        return reason
+    kind = _get_attn_isa(dtype, library.GROUP, layer.head_size, layer.kv_cache_dtype)
+    if kind != PAGES:
+        return f"vLLM has a faster one of its own here ({kind})"
+    if not reads_pages(layer.num_kv_heads, layer.head_size):
+        return "this vLLM lays its cache out in another way than the kernel reads"
+    return None
+
+
+@cache
+def reads_pages(heads: int, dim: int) -> bool:
+    """Say whether our kernel finds what vLLM's operator writes: a few tokens, compared with torch's attention."""
+    tokens, page = 40, library.GROUP
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, tokens, heads, dim, generator=generator).bfloat16()
+    pages = torch.zeros(3, heads, page, 2 * dim, dtype=torch.bfloat16)
+    keys, values = pages.view(3, heads, 2 * page, dim).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(key, value, keys, values, torch.arange(page, page + tokens), PAGES)
+    table, output = torch.tensor([[1, 2]], dtype=torch.int32), torch.empty_like(query)
+    starts, lengths = torch.tensor([0, tokens], dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
+    library.attend(query, pages, output, table, starts, lengths, dim**-0.5)
+    q, k, v = (x.float().transpose(0, 1) for x in (query, key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return torch.allclose(output.float().transpose(0, 1), expected, atol=0.05)  # rounding to bfloat16 ends below 0.02

@@ -1,0 +1,224 @@
+"""When the plugin's attention computes prompts in vLLM, and that it computes what vLLM's own does."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("vllm")
+
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from qtoolkit.bridges import compressed
+from qtoolkit.errors import RequestError
+from qtoolkit.kernels.cpu.attention import library
+from qtoolkit.scheme import Scheme
+from qtoolkit.serve import vllm_attention, vllm_plugin
+from qtoolkit.serve.report import attention as line
+from qtoolkit.serve.vllm_attention import Backend, PromptAttention
+
+ours = pytest.mark.skipif(
+    library.failure() is not None or torch.cpu._is_amx_tile_supported(),
+    reason="vLLM's attention stays on this CPU",
+)
+DECLARED = compressed.config(Scheme(), ["lm_head"])
+HEADS, KEY_HEADS, DIM, PAGE = 8, 2, 64, 32
+
+
+def config(quantization: dict[str, Any] | None, method: str | None, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Return as much of a vLLM config as attention looks at."""
+    arch = SimpleNamespace(quantization_config=quantization)
+    return SimpleNamespace(model_config=SimpleNamespace(model_arch_config=arch, quantization=method, dtype=dtype))
+
+
+W4A8 = config(DECLARED, "compressed-tensors")
+
+
+@pytest.fixture(autouse=True)
+def engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand for the engine that builds a W4A8 model."""
+    monkeypatch.delenv("QTOOLKIT_ATTENTION", raising=False)
+    use(monkeypatch, W4A8)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, own: Any) -> None:
+    monkeypatch.setattr(vllm_attention, "get_current_vllm_config_or_none", lambda: own)
+    for module in (vllm_attention, cpu_attn):
+        monkeypatch.setattr(module, "get_current_vllm_config", lambda: own)
+
+
+def layer(kind: type[CPUAttentionBackendImpl] = PromptAttention, **changes: Any) -> Any:
+    """Return one layer's implementation."""
+    values: dict[str, Any] = {
+        "num_heads": HEADS, "head_size": DIM, "scale": DIM**-0.5, "num_kv_heads": KEY_HEADS, "alibi_slopes": None,
+        "sliding_window": None, "kv_cache_dtype": "auto",
+    }  # fmt: skip
+    return kind(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("own", "environment", "kind"),
+    [
+        (W4A8, "", PromptAttention),
+        (config({"quant_method": "qqq"}, "qqq"), "", PromptAttention),
+        (config(None, None), "always", CPUAttentionBackendImpl),
+        (config({"quant_method": "gptq", "bits": 4}, "gptq"), "", CPUAttentionBackendImpl),
+        (config({"quant_method": "gptq", "bits": 4}, "gptq"), "always", PromptAttention),
+        (None, "", CPUAttentionBackendImpl),
+    ],
+)
+def test_models_without_w4a8_layers_get_vllms_class(
+    monkeypatch: pytest.MonkeyPatch, own: Any, environment: str, kind: type
+) -> None:
+    use(monkeypatch, own)
+    monkeypatch.setenv("QTOOLKIT_W4A8", environment)
+    assert Backend.get_impl_cls() is kind
+
+
+def test_the_row_is_overridden_and_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.v1.attention.backends.registry._ATTN_OVERRIDES", {})
+    vllm_attention.register_attention()
+    vllm_attention.register_attention()
+    assert AttentionBackendEnum.CPU_ATTN.get_class() is Backend
+    assert Backend.get_name() == "CPU_ATTN"
+
+
+@ours
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sliding_window": 128}, "a sliding window"),
+        ({"alibi_slopes": [0.5] * HEADS}, "position biases"),
+        ({"logits_soft_cap": 30.0}, "soft caps"),
+        ({"sinks": torch.zeros(HEADS)}, "sinks"),
+        ({"kv_cache_dtype": "fp8"}, "an fp8 cache"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "no decoder's attention"),
+        ({"head_size": 80}, "80 elements"),
+    ],
+)
+def test_what_the_kernel_does_not_know_stays_with_vllm(changes: dict[str, Any], words: str) -> None:
+    assert words in layer(**changes).reason
+
+
+@ours
+def test_other_dtypes_stay_with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, config(DECLARED, "compressed-tensors", torch.float32))
+    assert "torch.float32" in layer().reason
+
+
+def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QTOOLKIT_ATTENTION", "vllm")
+    assert layer().reason == "QTOOLKIT_ATTENTION=vllm"
+
+
+def test_an_unknown_attention_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QTOOLKIT_ATTENTION", "flash")
+    with pytest.raises(RequestError, match="QTOOLKIT_ATTENTION=flash"):
+        vllm_plugin.register()
+
+
+@ours
+def test_another_layout_of_the_cache_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = ops.cpu_attn_reshape_and_cache
+    monkeypatch.setattr(
+        ops, "cpu_attn_reshape_and_cache", lambda key, value, *rest, **more: write(value, key, *rest, **more)
+    )
+    vllm_attention.reads_pages.cache_clear()
+    assert "lays its cache out" in layer().reason
+    vllm_attention.reads_pages.cache_clear()
+
+
+def test_the_log_says_which_layers_and_why_not() -> None:
+    assert line(["", ""]) == "qtoolkit: prompts run on our attention in 2 of 2 layers."
+    assert line(["", "it has sinks"]) == (
+        "qtoolkit: prompts run on our attention in 1 of 2 layers; vLLM's in 1: it has sinks."
+    )
+
+
+class Engine:
+    """A cache, and batches of sequences (queries, tokens) in it as vLLM's runner describes them."""
+
+    def __init__(self, sequences: list[tuple[int, int]]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        most = -(-max(length for _, length in sequences) // PAGE)
+        self.pages = torch.zeros(len(sequences) * most, KEY_HEADS, PAGE, 2 * DIM, dtype=torch.bfloat16)
+        self.layer = SimpleNamespace(isa="vec", _k_scale_float=1.0, _v_scale_float=1.0)
+        table = torch.randperm(len(self.pages), generator=generator).int().view(len(sequences), most)
+        starts = torch.tensor([0, *(queries for queries, _ in sequences)]).cumsum(0).int()
+        lengths = torch.tensor([length for _, length in sequences]).int()
+        for row, (_, length) in enumerate(sequences):
+            token = torch.arange(length)
+            slots = table[row, token // PAGE].long() * PAGE + token % PAGE
+            key, value = torch.randn(2, length, KEY_HEADS, DIM, generator=generator).bfloat16()
+            layer().do_kv_cache_update(self.layer, key, value, self.pages, slots)
+        self.query = torch.randn(int(starts[-1]) + 1, HEADS, DIM, generator=generator).bfloat16()  # the last is padding
+        plan = ops.cpu_attn_get_scheduler_metadata(
+            len(sequences), HEADS, KEY_HEADS, DIM, lengths, torch.bfloat16, starts, True, -1, "vec", True
+        )
+        queries = max(queries for queries, _ in sequences)
+        self.batch = CPUAttentionMetadata(
+            int(starts[-1]), queries, starts, int(lengths.max()), lengths, table, torch.empty(0), plan
+        )
+
+    def run(self, implementation: CPUAttentionBackendImpl) -> Tensor:
+        """Return one implementation's answer."""
+        output = torch.zeros_like(self.query)
+        given: Any = None  # keys and values are in the cache
+        answer = implementation.forward(self.layer, self.query, given, given, self.pages, self.batch, output)
+        assert answer is output
+        return output
+
+
+BATCHES = {
+    "a prompt": [(77, 77)],
+    "a prompt's second part": [(50, 120)],
+    "prompts and single tokens": [(1, 33), (40, 40), (1, 64), (3, 200)],
+}
+
+
+@ours
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_batch_with_a_prompt_equals_vllms_own_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    attend = library.attend
+    monkeypatch.setattr(library, "attend", lambda *arguments: (calls.append(1), attend(*arguments)))
+    engine, implementation = Engine(BATCHES[name]), layer()
+    calls.clear()  # the layer asked how the cache is laid out
+    answer, expected = engine.run(implementation), engine.run(layer(CPUAttentionBackendImpl))
+    assert calls == [1]
+    # one step of bfloat16 between rounded results, and what rounding the weights does, which vLLM keeps in float32
+    torch.testing.assert_close(answer, expected, rtol=2**-7, atol=2**-8)
+    assert not answer[-1].any()  # padding
+
+
+@ours
+def test_single_tokens_are_vllms_own_bit_for_bit() -> None:
+    engine = Engine([(1, 33), (1, 64)])
+    assert torch.equal(engine.run(layer()), engine.run(layer(CPUAttentionBackendImpl)))
+
+
+@ours
+@pytest.mark.parametrize("changes", [{"causal": False}, {"dynamic_causal": torch.ones(1, dtype=torch.bool)}])
+def test_batches_that_are_not_causal_are_vllms(changes: dict[str, Any]) -> None:
+    batch = Engine([(4, 4)]).batch
+    assert vllm_attention.has_prompt(batch)
+    for name, value in changes.items():
+        setattr(batch, name, value)
+    assert not vllm_attention.has_prompt(batch)
+
+
+@ours
+def test_pages_for_another_instruction_set_are_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine([(4, 4)])
+    implementation = layer()
+    monkeypatch.setattr(library, "attend", None)
+    engine.layer.isa = "vec16"
+    assert engine.run(implementation).shape == engine.query.shape
