@@ -117,9 +117,11 @@ namespace {
       "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",      \
       "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm30", "xmm31"
 
-// A tile that is alone on its panel streams the weights from memory: two lines a step, into L1. Otherwise the tiles
-// of a panel share the work of bringing the next one into L2, and each brings its own weights from there into L1.
+// A tile that is alone on its panel streams the weights from memory: two lines a step, into L1. The tiles of a block share
+// the work of bringing the next block into L1. Where there are no blocks, tiles share the next panel, into L2, and each
+// brings its own weights from there into L1.
 #define STREAM "prefetcht0 (%[ahead])\nprefetcht0 64(%[ahead])\n"
+#define BLOCK "prefetcht0 (%[ahead])\n"
 #define SHARE "prefetcht1 (%[ahead])\nprefetcht0 1024(%[w])\nprefetcht0 1088(%[w])\n"
 
 // One group of a tile; steps >= 1.
@@ -133,9 +135,9 @@ struct Group {
   void* f;                 // float sums or int32 totals [rows, 64], aligned to 64 bytes
 };
 
-#define SUM_GROUP(rows, prefetch, scales_, finish)                                                   \
+#define SUM_GROUP(rows, start, prefetch, scales_, finish)                                            \
   asm volatile("vpbroadcastd %[low], %%zmm30\n"                                                      \
-               "vpslld $4, %%zmm30, %%zmm31\n" START_##rows                                          \
+               "vpslld $4, %%zmm30, %%zmm31\n" start                                                 \
                ".p2align 5\n"                                                                        \
                "1:\n" LOAD_WEIGHTS prefetch DOT_##rows                                               \
                "add $128, %[w]\n"                                                                    \
@@ -151,77 +153,175 @@ struct Group {
                  [scales] "r"(group.scales), [low] "m"(LOW_NIBBLES)                                  \
                : CLOBBERED)
 
-#define FOR_EACH_ROWS(prefetch, scales_, finish)                    \
-  if constexpr (ROWS == 1) SUM_GROUP(1, prefetch, scales_, finish); \
-  if constexpr (ROWS == 2) SUM_GROUP(2, prefetch, scales_, finish); \
-  if constexpr (ROWS == 3) SUM_GROUP(3, prefetch, scales_, finish); \
-  if constexpr (ROWS == 4) SUM_GROUP(4, prefetch, scales_, finish); \
-  if constexpr (ROWS == 5) SUM_GROUP(5, prefetch, scales_, finish); \
-  if constexpr (ROWS == 6) SUM_GROUP(6, prefetch, scales_, finish)
+#define FOR_EACH_ROWS(prefetch, scales_, finish)                             \
+  if constexpr (ROWS == 1) SUM_GROUP(1, START_1, prefetch, scales_, finish); \
+  if constexpr (ROWS == 2) SUM_GROUP(2, START_2, prefetch, scales_, finish); \
+  if constexpr (ROWS == 3) SUM_GROUP(3, START_3, prefetch, scales_, finish); \
+  if constexpr (ROWS == 4) SUM_GROUP(4, START_4, prefetch, scales_, finish); \
+  if constexpr (ROWS == 5) SUM_GROUP(5, START_5, prefetch, scales_, finish); \
+  if constexpr (ROWS == 6) SUM_GROUP(6, START_6, prefetch, scales_, finish)
 
 const int32_t LOW_NIBBLES = 0x0f0f0f0f;
 
-// ALONE: the only tile of its panel. SCALES: their type; UINT8 are the multiples of folded groups.
-template <int ROWS, bool ALONE, Dtype SCALES>
+enum Order { ALONE, BLOCKS, PANELS };  // of tiles: one only; all of them over a block; all of them over a panel
+
+// SCALES: their type; UINT8 are the multiples of folded groups.
+template <int ROWS, Order ORDER, Dtype SCALES>
 inline void sum_group(Group group, int64_t stride, int64_t start_stride, int64_t ahead_stride) {
   const int8_t* a3 = group.a + 3 * stride;
   const char* starts3 = reinterpret_cast<const char*>(group.starts) + 3 * start_stride;
-  if constexpr (ALONE && SCALES == FLOAT32) { FOR_EACH_ROWS(STREAM, FLOAT32_SCALES, FLOATS); }
-  if constexpr (ALONE && SCALES == BFLOAT16) { FOR_EACH_ROWS(STREAM, BFLOAT16_SCALES, FLOATS); }
-  if constexpr (ALONE && SCALES == UINT8) { FOR_EACH_ROWS(STREAM, MULTIPLES, INTEGERS); }
-  if constexpr (!ALONE && SCALES == FLOAT32) { FOR_EACH_ROWS(SHARE, FLOAT32_SCALES, FLOATS); }
-  if constexpr (!ALONE && SCALES == BFLOAT16) { FOR_EACH_ROWS(SHARE, BFLOAT16_SCALES, FLOATS); }
-  if constexpr (!ALONE && SCALES == UINT8) { FOR_EACH_ROWS(SHARE, MULTIPLES, INTEGERS); }
+  if constexpr (ORDER == ALONE && SCALES == FLOAT32) { FOR_EACH_ROWS(STREAM, FLOAT32_SCALES, FLOATS); }
+  if constexpr (ORDER == ALONE && SCALES == BFLOAT16) { FOR_EACH_ROWS(STREAM, BFLOAT16_SCALES, FLOATS); }
+  if constexpr (ORDER == ALONE && SCALES == UINT8) { FOR_EACH_ROWS(STREAM, MULTIPLES, INTEGERS); }
+  if constexpr (ORDER == BLOCKS && SCALES == FLOAT32) { FOR_EACH_ROWS(BLOCK, FLOAT32_SCALES, FLOATS); }
+  if constexpr (ORDER == BLOCKS && SCALES == BFLOAT16) { FOR_EACH_ROWS(BLOCK, BFLOAT16_SCALES, FLOATS); }
+  if constexpr (ORDER == BLOCKS && SCALES == UINT8) { FOR_EACH_ROWS(BLOCK, MULTIPLES, INTEGERS); }
+  if constexpr (ORDER == PANELS && SCALES == FLOAT32) { FOR_EACH_ROWS(SHARE, FLOAT32_SCALES, FLOATS); }
+  if constexpr (ORDER == PANELS && SCALES == BFLOAT16) { FOR_EACH_ROWS(SHARE, BFLOAT16_SCALES, FLOATS); }
+  if constexpr (ORDER == PANELS && SCALES == UINT8) { FOR_EACH_ROWS(SHARE, MULTIPLES, INTEGERS); }
 }
 
 // Scales are a second stream from memory: fetched so many groups ahead, and so into the next panel's.
 constexpr int64_t SCALES_AHEAD = 4;
 
-template <int ROWS, bool ALONE, Dtype SCALES>
+template <int ROWS, Order ORDER, Dtype SCALES>
 void run_tile(const Tile& tile) {
   constexpr int64_t BYTES = PANEL * (SCALES == FLOAT32 ? 4 : SCALES == BFLOAT16 ? 2 : 1);  // of a group's scales
   void* f = SCALES == UINT8 ? static_cast<void*>(tile.totals) : tile.sums;
-  std::memset(f, 0, ROWS * PANEL * 4);
-  if (ALONE && SCALES == UINT8)
+  if (tile.begin == 0) std::memset(f, 0, ROWS * PANEL * 4);
+  if (ORDER == ALONE && SCALES == UINT8)
     for (int i = 0; i < PANEL; i += 16) _mm_prefetch(tile.bases + i, _MM_HINT_T0);
-  for (int64_t g = 0, step = 0; g < tile.groups; ++g, step += tile.group_steps) {
-    if (ALONE) {
+  for (int64_t g = tile.begin, step = g * tile.group_steps; g < tile.end; ++g, step += tile.group_steps) {
+    if (ORDER == ALONE) {
       const bool past = SCALES == UINT8 && g + SCALES_AHEAD >= tile.groups;  // the next panel's bases come first
       const char* ahead = tile.scales + (g + SCALES_AHEAD + (past ? BASE_ROWS : 0)) * BYTES;
       for (int64_t line = 0; line < BYTES; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
     }
-    sum_group<ROWS, ALONE, SCALES>(
+    sum_group<ROWS, ORDER, SCALES>(
         {tile.weight + step * STEP_BYTES, tile.codes + step * 4, tile.prefetch + step * tile.prefetch_stride,
          std::min(tile.group_steps, tile.steps - step), tile.starts + 2 * g, tile.scales + g * BYTES, f},
         tile.code_stride, tile.groups * 8, tile.prefetch_stride);
   }
-  if (SCALES == UINT8) scale_totals(tile, ROWS);
+  if (SCALES == UINT8 && tile.end == tile.groups) scale_totals(tile, ROWS);
 }
 
-template <bool ALONE, Dtype SCALES>
+template <Order ORDER, Dtype SCALES>
 void run_rows(const Tile& tile, int rows) {
   switch (rows) {
-    case 1: return run_tile<1, ALONE, SCALES>(tile);
-    case 2: return run_tile<2, ALONE, SCALES>(tile);
-    case 3: return run_tile<3, ALONE, SCALES>(tile);
-    case 4: return run_tile<4, ALONE, SCALES>(tile);
-    case 5: return run_tile<5, ALONE, SCALES>(tile);
-    default: return run_tile<6, ALONE, SCALES>(tile);
+    case 1: return run_tile<1, ORDER, SCALES>(tile);
+    case 2: return run_tile<2, ORDER, SCALES>(tile);
+    case 3: return run_tile<3, ORDER, SCALES>(tile);
+    case 4: return run_tile<4, ORDER, SCALES>(tile);
+    case 5: return run_tile<5, ORDER, SCALES>(tile);
+    default: return run_tile<6, ORDER, SCALES>(tile);
+  }
+}
+
+// Some rows: all tiles pass BLOCK_STEPS of a panel, which stay in L1 like the rows' codes, before the next ones, which
+// follow in memory. A panel as a whole would come from L2 for every tile, and with long rows L2 would not hold the codes,
+// this panel and the next. What a block adds up waits in memory, which many rows would have to fetch from L2.
+constexpr int64_t BLOCK_STEPS = 64, MOST_ROWS = 36;
+
+// The share of tile t in bringing what follows steps [first, last) of its panel.
+inline void share_following(int64_t first, int64_t last, int64_t t, int64_t tiles, Tile& tile) {
+  tile.prefetch_stride = STEP_BYTES / tiles;
+  tile.prefetch = reinterpret_cast<const char*>(tile.weight) + last * STEP_BYTES +
+                  t * ((last - first) * STEP_BYTES / tiles) - first * tile.prefetch_stride;
+}
+
+template <Dtype SCALES>
+void multiply_blocks(const Job& job, int64_t panel, int64_t begin, int64_t end) {
+  const int64_t rows = end - begin, tiles = (rows + 5) / 6;
+  const int64_t groups = std::max<int64_t>(1, BLOCK_STEPS / job.group_steps);  // of a block
+  alignas(64) float kept[MOST_ROWS * PANEL], sums[6 * PANEL], bias[PANEL];
+  const Epilogue epilogue(job, panel, bias);
+  Tile tile = panel_tile(job, panel);
+  for (int64_t g = 0; g < job.groups; g += groups) {
+    tile.begin = g, tile.end = std::min(job.groups, g + groups);
+    for (int64_t t = 0, row = begin; t < tiles; ++t) {
+      const int many = rows_of_tile(rows, tiles, t);
+      float* own = kept + (row - begin) * PANEL;
+      tile.totals = reinterpret_cast<int32_t*>(own), tile.sums = SCALES == UINT8 ? sums : own;
+      tile.codes = job.codes + row * job.code_stride;
+      tile.starts = job.starts + row * job.groups * 2;
+      share_following(g * job.group_steps, std::min(job.steps, tile.end * job.group_steps), t, tiles, tile);
+      run_rows<BLOCKS, SCALES>(tile, many);
+      if (tile.end == job.groups) epilogue.store(row, many, tile.sums);
+      row += many;
+    }
+  }
+}
+
+// Part of a group that is all inputs: f[rows, 64] += the products of its steps, high sums 16 times too large as ever.
+template <int ROWS>
+void sum_part(Group group, int64_t stride, int64_t ahead_stride) {
+  const int64_t start_stride = 0;
+  const char* starts3 = nullptr;
+  const int8_t* a3 = group.a + 3 * stride;
+  if constexpr (ROWS == 3) SUM_GROUP(3, EACH_3(FETCH), BLOCK, "", KEEP);
+  if constexpr (ROWS == 4) SUM_GROUP(4, EACH_4(FETCH), BLOCK, "", KEEP);
+  if constexpr (ROWS == 5) SUM_GROUP(5, EACH_5(FETCH), BLOCK, "", KEEP);
+  if constexpr (ROWS == 6) SUM_GROUP(6, EACH_6(FETCH), BLOCK, "", KEEP);
+}
+
+constexpr decltype(&sum_part<6>) SUM_PART[] = {sum_part<3>, sum_part<4>, sum_part<5>, sum_part<6>};
+
+inline __m512 scales_at(const Tile& tile, int i) {
+  if (tile.scale_dtype == FLOAT32) return _mm512_loadu_ps(reinterpret_cast<const float*>(tile.scales) + i);
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile.scales + 2 * i));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// The same for one scale a channel, where a panel is so large that L2 would not hold all that its tiles need. A block ends
+// no group: its sums wait as they are. Where L2 does hold it, the whole panel is the block.
+constexpr int64_t CHANNEL_STEPS = 512, LARGE_PANEL = 1536;  // steps
+
+void multiply_channels(const Job& job, int64_t panel, int64_t begin, int64_t end) {
+  const int64_t rows = end - begin, tiles = (rows + 5) / 6;  // tiles of 3 rows at least
+  alignas(64) int32_t kept[MOST_ROWS * PANEL];
+  alignas(64) float sums[6 * PANEL], bias[PANEL];
+  const Epilogue epilogue(job, panel, bias);
+  Tile tile = panel_tile(job, panel);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int i = 0; i < 4; ++i)
+      _mm512_store_si512(kept + r * PANEL + i * 16, _mm512_set1_epi32(job.starts[2 * (begin + r) + i % 2]));
+  for (int64_t first = 0; first < job.steps; first += CHANNEL_STEPS) {
+    const int64_t last = std::min(job.steps, first + CHANNEL_STEPS);
+    for (int64_t t = 0, row = begin; t < tiles; ++t) {
+      const int many = rows_of_tile(rows, tiles, t);
+      int32_t* own = kept + (row - begin) * PANEL;
+      share_following(first, last, t, tiles, tile);
+      const Group part{tile.weight + first * STEP_BYTES, job.codes + row * job.code_stride + first * 4,
+                       tile.prefetch + first * tile.prefetch_stride, last - first, nullptr, nullptr, own};
+      SUM_PART[many - 3](part, job.code_stride, tile.prefetch_stride);
+      if (last == job.steps) {
+        for (int i = 0; i < many * PANEL; i += 16) {
+          const __m512i sum = _mm512_srav_epi32(_mm512_load_si512(own + i), _mm512_set1_epi32(i & 16 ? 4 : 0));
+          const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales_at(tile, i % PANEL));
+          _mm512_store_ps(sums + i, _mm512_add_ps(_mm512_setzero_ps(), scaled));  // as in scale_totals
+        }
+        epilogue.store(row, many, sums);
+      }
+      row += many;
+    }
   }
 }
 
 template <Dtype SCALES>
 void multiply_groups(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next) {
-  multiply_rows<6>(job, panel, begin, end, next, end - begin <= 6 ? run_rows<true, SCALES> : run_rows<false, SCALES>);
+  if (end - begin <= 6) multiply_rows<6>(job, panel, begin, end, next, run_rows<ALONE, SCALES>);
+  else if (end - begin > MOST_ROWS) multiply_rows<6>(job, panel, begin, end, next, run_rows<PANELS, SCALES>);
+  else if (SCALES != UINT8 && job.groups == 1 && job.steps > LARGE_PANEL) multiply_channels(job, panel, begin, end);
+  else multiply_blocks<SCALES>(job, panel, begin, end);
 }
 
 // Many rows of a folded layer. A panel becomes bytes once: 128 + code * multiple, 0..240, the unsigned operand of the dot
 // products; rows start at -128 * sum(codes). No tile then masks a nibble or ends a group. The first tile unpacks as it
-// multiplies, UNPACK_STEPS at a time, which stay in L2 for the other tiles; their totals wait in memory meanwhile.
+// multiplies, at most UNPACK_STEPS at a time, which stay in L2 for the other tiles; their totals wait in memory meanwhile.
 //
 // It costs the first tile some 8 cycles a step beside the 12 of its dot products, and spares every tile more than a tenth
 // of that, so it pays from about 32 rows on. |total| < 2**31 up to k = 131072 (128 * 127 * k).
-constexpr int64_t UNPACK_STEPS = 1024, UNPACK_FROM = 32;
+constexpr int64_t UNPACK_STEPS = 512, UNPACK_FROM = 32;
 constexpr int64_t UNPACKED_BYTES = 256;  // of a step
 static_assert(UNPACK_FROM >= 26, "from 26 rows on, tiles have 5 or 6 rows and the first one 6");
 
@@ -285,8 +385,9 @@ void make_table(const char* multiples, char* table) {
 thread_local Scratch unpacked;
 
 // False: no memory.
-bool multiply_unpacked(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next) {
-  const int64_t block = std::min(UNPACK_STEPS, job.steps), rows = end - begin, tiles = (rows + 5) / 6;
+bool multiply_unpacked(const Job& job, int64_t panel, int64_t begin, int64_t end) {
+  const int64_t blocks = (job.steps + UNPACK_STEPS - 1) / UNPACK_STEPS, block = (job.steps + blocks - 1) / blocks;
+  const int64_t rows = end - begin, tiles = (rows + 5) / 6;
   char* memory = unpacked.take(size_t(block * UNPACKED_BYTES + rows * PANEL * 4));
   if (!memory) return false;
   uint8_t* bytes = reinterpret_cast<uint8_t*>(memory);
@@ -302,7 +403,7 @@ bool multiply_unpacked(const Job& job, int64_t panel, int64_t begin, int64_t end
     for (int64_t t = 0, row = begin; t < tiles; ++t) {
       const int many = rows_of_tile(rows, tiles, t);
       tile.totals = totals + (row - begin) * PANEL;
-      share_next(job, panel, next, t, tiles, tile);
+      share_following(first, last, t, tiles, tile);
       const int8_t* codes = job.codes + row * job.code_stride;
       for (int64_t step = first, stop; step < last; step = stop) {
         const int64_t g = step / job.group_steps;
@@ -326,7 +427,7 @@ bool multiply_unpacked(const Job& job, int64_t panel, int64_t begin, int64_t end
 
 void multiply(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next) {
   const bool folded = job.scale_dtype == UINT8;
-  if (folded && end - begin >= UNPACK_FROM && multiply_unpacked(job, panel, begin, end, next)) return;
+  if (folded && end - begin >= UNPACK_FROM && multiply_unpacked(job, panel, begin, end)) return;
   if (folded) multiply_groups<UINT8>(job, panel, begin, end, next);
   else if (job.scale_dtype == BFLOAT16) multiply_groups<BFLOAT16>(job, panel, begin, end, next);
   else multiply_groups<FLOAT32>(job, panel, begin, end, next);

@@ -129,6 +129,16 @@ def test_rows_may_lie_apart(path: str) -> None:
         assert_same_bits(ours(x, packed, scales, None, 32, path), expected(x, packed, scales, None, 32))
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("group_size", [-1, 32, 96, 512])
+@pytest.mark.parametrize("m", [7, 20, 36, 37])  # two tiles, several, the most that pass a block, one more
+def test_many_inputs_are_added_block_by_block(path: str, group_size: int, m: int, threads: int) -> None:
+    k = 6150  # inputs of a panel that is not one block even per channel; neither whole groups nor whole steps
+    packed, scales = layer(70, k, group_size, seed=m)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
+    assert_same_bits(ours(x, packed, scales, None, group_size, path), expected(x, packed, scales, None, group_size))
+
+
 def test_two_runs_give_the_same_bits() -> None:
     packed, scales = layer(320, 1024, 128, seed=11)
     x = torch.randn(33, 1024, generator=torch.Generator().manual_seed(12)).bfloat16()

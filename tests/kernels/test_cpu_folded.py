@@ -78,10 +78,11 @@ def test_thread_counts_and_row_tiles_change_nothing(path: str, group_size: int, 
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("k", [4096, 4100, 9001])  # one, two and three blocks of unpacked inputs, whole and not
-def test_many_inputs_are_unpacked_block_by_block(path: str, k: int) -> None:
+@pytest.mark.parametrize("k", [2048, 4100, 9001])  # one, three and five blocks of unpacked inputs, whole and not
+@pytest.mark.parametrize("m", [20, MANY])  # in blocks of few groups, unpacked
+def test_many_inputs_are_added_block_by_block(path: str, k: int, m: int) -> None:
     packed, scales = layer(70, k, 96, seed=k)  # groups that blocks cut
-    x = torch.randn(MANY, k, generator=torch.Generator().manual_seed(k))
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(k))
     assert_same_bits(ours(x, packed, scales, None, 96, path), expected(x, packed, scales, None, 96))
 
 
