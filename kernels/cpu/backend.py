@@ -85,8 +85,7 @@ def _panels(packed: Tensor, scales: Tensor, problem: Problem) -> Tensor:
         raise ValueError(f"scales are {list(scales.shape)}, not {[n, groups]}")
     functions = library.load().functions
     library.register_operators(OPERATOR, GATED)
-    weight = _aligned(panels * steps * STEP * PANEL // 2).view(panels, steps, STEP * PANEL // 2)
-    functions.qtk_advise(weight.data_ptr(), weight.numel())
+    weight = aligned(panels * steps * STEP * PANEL // 2).view(panels, steps, STEP * PANEL // 2)
     packed = packed.contiguous()
     functions.qtk_pack(packed.data_ptr(), packed.shape[1], n, k, weight.data_ptr())
     return weight
@@ -101,11 +100,13 @@ def _by_panel(values: Tensor) -> Tensor:
     return own.view(panels, PANEL, groups).transpose(1, 2).contiguous()
 
 
-def _aligned(size: int) -> Tensor:
-    """Return uint8 [size] that starts on a 2 MB boundary; memory that is not touched stays unused."""
+def aligned(size: int) -> Tensor:
+    """Return uint8 [size] on large pages, from a 2 MB boundary on; memory that is not touched stays unused."""
     whole = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
     start = -whole.data_ptr() % LARGE_PAGE
-    return whole[start : start + size]
+    own = whole[start : start + size]
+    library.load().functions.qtk_advise(own.data_ptr(), size)
+    return own
 
 
 def run(

@@ -20,7 +20,9 @@ PATH_VARIABLE = "QTOOLKIT_CPU_PATH"  # forces a code path: avx512, avxvnni, avx2
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=off", "-pthread")  # fmt: skip
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
+WIDE = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
+AVX512 = (*WIDE, "-mavx512vnni")
+AVX512_BFLOAT16 = (*WIDE, "-mavx512bf16")
 
 FLOAT32, BFLOAT16, FLOAT16, UINT8 = 0, 1, 2, 3  # as in job.h
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}  # of activations
@@ -29,13 +31,15 @@ SCALES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.uint8: UINT8}
 
 def units() -> tuple[build.Unit, ...]:
     """Return what the library is made of on this architecture; each instruction set is an object file of its own."""
-    own = tuple(build.Unit(name, FOLDER / f"{name}.cpp") for name in ("portable", "driver", "operator"))
+    own = tuple(build.Unit(name, FOLDER / f"{name}.cpp") for name in ("portable", "driver", "operator", "bfloat16"))
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return own
     return (
         build.Unit("avx2", FOLDER / "avx2.cpp", AVX2, optional=True),
         build.Unit("avxvnni", FOLDER / "avx2.cpp", (*AVX2, "-mavxvnni"), optional=True),
         build.Unit("avx512", FOLDER / "avx512.cpp", AVX512, optional=True),
+        build.Unit("bfloat16_avx2", FOLDER / "bfloat16_avx2.cpp", AVX2, optional=True),
+        build.Unit("bfloat16_avx512", FOLDER / "bfloat16_avx512.cpp", AVX512_BFLOAT16, optional=True),
         *own,
     )
 
@@ -102,7 +106,7 @@ def register_operators(name: str, gated_name: str) -> bool:
 
 
 def declare(functions: ctypes.CDLL) -> None:
-    """Tell ctypes the signatures of driver.cpp."""
+    """Tell ctypes the signatures of driver.cpp, operator.cpp and bfloat16.cpp."""
     integer, pointer, small = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     functions.qtk_path_name.argtypes, functions.qtk_path_name.restype = [small], ctypes.c_char_p
     functions.qtk_path_supported.argtypes = [small]
@@ -113,6 +117,11 @@ def declare(functions: ctypes.CDLL) -> None:
         pointer, pointer, small, pointer, small, pointer,
     ]  # fmt: skip
     functions.qtk_register.argtypes = [*[ctypes.c_char_p] * 4, small]
+    functions.qtk_bfloat16_path_name.argtypes, functions.qtk_bfloat16_path_name.restype = [small], ctypes.c_char_p
+    functions.qtk_bfloat16_path_supported.argtypes = [small]
+    functions.qtk_bfloat16_pack.argtypes = [pointer, integer, integer, pointer]
+    functions.qtk_bfloat16_pack.restype = None
+    functions.qtk_bfloat16_linear.argtypes = [small, pointer, *[integer] * 4, pointer, pointer, pointer]
     functions.qtk_read.argtypes, functions.qtk_read.restype = [pointer, integer], ctypes.c_double
     functions.qtk_dot_peak.argtypes, functions.qtk_dot_peak.restype = [small, integer], ctypes.c_double
 
