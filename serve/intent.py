@@ -28,7 +28,7 @@ class Mode(str, Enum):
 
 
 class Attention(str, Enum):
-    """Whose attention computes prompts, where both can."""
+    """Whose attention runs, where both can."""
 
     OWN = "own"  # the default
     VLLM = "vllm"
@@ -61,7 +61,7 @@ def head() -> Head:
 
 
 def attention() -> Attention:
-    """Return from the environment whose attention computes prompts.
+    """Return from the environment whose attention runs.
 
     Raises:
         RequestError: the variable holds an unknown word.

@@ -39,11 +39,11 @@ def sentence(layers: Iterable[Layer]) -> str:
 
 
 def attention(reasons: Iterable[str]) -> str:
-    """Return the line about attention: in how many layers ours computes prompts, and why not in others ("" is ours)."""
+    """Return the line about attention: how many layers run on our kernel, and why others do not ("" is ours)."""
     counts = Counter(reasons)
     ours = counts.pop("", 0)
-    why = "".join(f"; vLLM's in {count}: {reason}" for reason, count in counts.items())
-    return f"qtoolkit: prompts run on our attention in {ours} of {ours + counts.total()} layers{why}."
+    why = "".join(f"; not {count}: {reason}" for reason, count in counts.items())
+    return f"qtoolkit: attention of {ours} of {ours + counts.total()} layers runs on our kernel{why}."
 
 
 def _names(names: list[str]) -> str:

@@ -1,9 +1,9 @@
-"""Attention of prompts in vLLM on CPUs without AMX: our bfloat16 kernel, over the cache that vLLM's operators keep.
+"""Attention in vLLM on CPUs without AMX: our bfloat16 kernel, over the cache that vLLM's operators keep.
 
-vLLM has a table of attention backends whose rows may be overridden. Ours is vLLM's own but for one method: batches in
-which a sequence has several queries (prompts, whole or in part, alone or among sequences that decode) run on the kernel
-of ``kernels/cpu/attention``. Writing the cache, decoding, and every kind of attention that the kernel does not know
-stay vLLM's, and models without W4A8 layers get vLLM's classes.
+vLLM has a table of attention backends whose rows may be overridden. Ours is vLLM's own but for one method: prompts
+(whole or in part, alone or among sequences that decode) and single tokens whose heads share keys run on the kernel of
+``kernels/cpu/attention``. Writing the cache and every kind of attention that the kernel does not know stay vLLM's, and
+models without W4A8 layers get vLLM's classes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from qtoolkit.serve.intent import ATTENTION, Attention, Declared, Mode, attentio
 from qtoolkit.serve.vllm_kernel import checkpoint_declares
 
 PAGES = "vec"  # vLLM's name for the layout that the kernel reads
+SHARED = 4  # heads on one key/value head from which the kernel is faster for single tokens, too
 
 
 def register_attention() -> None:
@@ -54,11 +55,11 @@ class Backend(CPUAttentionBackend):
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         """Return the class of a layer's implementation for the model that is being built."""
         config = get_current_vllm_config_or_none()
-        return PromptAttention if config is not None and runs_w4a8(config) else CPUAttentionBackendImpl
+        return OwnAttention if config is not None and runs_w4a8(config) else CPUAttentionBackendImpl
 
 
-class PromptAttention(CPUAttentionBackendImpl):
-    """One layer's attention; ``reason`` says why prompts stay with vLLM, and is empty if they do not."""
+class OwnAttention(CPUAttentionBackendImpl):
+    """One layer's attention; ``reason`` says why it stays with vLLM's code, and is empty if it does not."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,7 +80,7 @@ class PromptAttention(CPUAttentionBackendImpl):
         """Write attention into ``output`` and return it, see vLLM's; keys and values are in the cache already."""
         batch = attn_metadata
         scaled = output_scale is not None or output_block_scale is not None
-        if self.reason or scaled or batch is None or not has_prompt(batch) or layer.isa != PAGES:
+        if self.reason or scaled or batch is None or layer.isa != PAGES or not takes(batch, self):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
@@ -90,13 +91,19 @@ class PromptAttention(CPUAttentionBackendImpl):
         return output
 
 
-def has_prompt(batch: CPUAttentionMetadata) -> bool:
-    """Say whether a batch is plainly causal and some sequence in it has more than one query."""
-    return batch.max_query_len > 1 and batch.causal is True and batch.dynamic_causal is None
+def takes(batch: CPUAttentionMetadata, layer: CPUAttentionBackendImpl) -> bool:
+    """Say whether a batch is plainly causal, and has a prompt in it or single tokens that occupy all threads.
+
+    vLLM's operator also divides a sequence's keys among threads.
+    """
+    if batch.causal is not True or batch.dynamic_causal is not None:
+        return False
+    shares = layer.num_queries_per_kv >= SHARED
+    return batch.max_query_len > 1 or (shares and len(batch.seq_lens) * layer.num_kv_heads >= torch.get_num_threads())
 
 
 def refuse(layer: CPUAttentionBackendImpl, dtype: torch.dtype) -> str | None:
-    """Return in words why a layer's prompts stay with vLLM's attention, or None."""
+    """Return in words why a layer stays with vLLM's attention, or None."""
     if attention() is Attention.VLLM:
         return f"{ATTENTION}={Attention.VLLM.value}"
     if layer.attn_type != AttentionType.DECODER:

@@ -7,7 +7,7 @@ from qtoolkit.serve.intent import Mode, attention, head, mode
 
 def register() -> None:
     """Put our kernel ahead of vLLM's for W4A8 layers, bring ``quant_method: qqq`` back, offer an integer
-    output layer and our attention of prompts, and report after loading.
+    output layer and our attention, and report after loading.
 
     Light and safe to call twice: it adds rows to vLLM's tables and touches no device.
 

@@ -21,7 +21,7 @@ from qtoolkit.kernels.selection import Prepared
 from qtoolkit.scheme import Head
 from qtoolkit.serve import report
 from qtoolkit.serve.intent import HEAD
-from qtoolkit.serve.vllm_attention import PromptAttention
+from qtoolkit.serve.vllm_attention import OwnAttention
 from qtoolkit.serve.vllm_experts import W4A8ExpertsMethod
 from qtoolkit.serve.vllm_head import IntegerHeadMethod
 from qtoolkit.serve.vllm_kernel import W4A8LinearKernel, refuse
@@ -66,9 +66,9 @@ def describe(model: torch.nn.Module, config: VllmConfig) -> Iterator[report.Laye
 
 
 def attention(model: torch.nn.Module) -> Iterator[str]:
-    """Yield for each attention layer that was offered ours why vLLM's computes its prompts, "" where ours does."""
+    """Yield for each attention layer that was offered our kernel why vLLM's runs it, "" where ours does."""
     for module in model.modules():
-        if isinstance(module, Attention) and isinstance(module.impl, PromptAttention):
+        if isinstance(module, Attention) and isinstance(module.impl, OwnAttention):
             yield module.impl.reason
 
 

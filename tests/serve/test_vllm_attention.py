@@ -1,4 +1,4 @@
-"""When the plugin's attention computes prompts in vLLM, and that it computes what vLLM's own does."""
+"""When the plugin's attention runs in vLLM, and that it computes what vLLM's own does."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from qtoolkit.kernels.cpu.attention import library
 from qtoolkit.scheme import Scheme
 from qtoolkit.serve import vllm_attention, vllm_plugin
 from qtoolkit.serve.report import attention as line
-from qtoolkit.serve.vllm_attention import Backend, PromptAttention
+from qtoolkit.serve.vllm_attention import Backend, OwnAttention
 
 ours = pytest.mark.skipif(
     library.failure() is not None or torch.cpu._is_amx_tile_supported(),
     reason="vLLM's attention stays on this CPU",
 )
 DECLARED = compressed.config(Scheme(), ["lm_head"])
-HEADS, KEY_HEADS, DIM, PAGE = 8, 2, 64, 32
+HEADS, KEY_HEADS, DIM, PAGE = 8, 2, 64, 32  # four heads share keys
 
 
 def config(quantization: dict[str, Any] | None, method: str | None, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -55,7 +55,7 @@ def use(monkeypatch: pytest.MonkeyPatch, own: Any) -> None:
         monkeypatch.setattr(module, "get_current_vllm_config", lambda: own)
 
 
-def layer(kind: type[CPUAttentionBackendImpl] = PromptAttention, **changes: Any) -> Any:
+def layer(kind: type[CPUAttentionBackendImpl] = OwnAttention, **changes: Any) -> Any:
     """Return one layer's implementation."""
     values: dict[str, Any] = {
         "num_heads": HEADS, "head_size": DIM, "scale": DIM**-0.5, "num_kv_heads": KEY_HEADS, "alibi_slopes": None,
@@ -67,11 +67,11 @@ def layer(kind: type[CPUAttentionBackendImpl] = PromptAttention, **changes: Any)
 @pytest.mark.parametrize(
     ("own", "environment", "kind"),
     [
-        (W4A8, "", PromptAttention),
-        (config({"quant_method": "qqq"}, "qqq"), "", PromptAttention),
+        (W4A8, "", OwnAttention),
+        (config({"quant_method": "qqq"}, "qqq"), "", OwnAttention),
         (config(None, None), "always", CPUAttentionBackendImpl),
         (config({"quant_method": "gptq", "bits": 4}, "gptq"), "", CPUAttentionBackendImpl),
-        (config({"quant_method": "gptq", "bits": 4}, "gptq"), "always", PromptAttention),
+        (config({"quant_method": "gptq", "bits": 4}, "gptq"), "always", OwnAttention),
         (None, "", CPUAttentionBackendImpl),
     ],
 )
@@ -137,9 +137,9 @@ def test_another_layout_of_the_cache_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_log_says_which_layers_and_why_not() -> None:
-    assert line(["", ""]) == "qtoolkit: prompts run on our attention in 2 of 2 layers."
+    assert line(["", ""]) == "qtoolkit: attention of 2 of 2 layers runs on our kernel."
     assert line(["", "it has sinks"]) == (
-        "qtoolkit: prompts run on our attention in 1 of 2 layers; vLLM's in 1: it has sinks."
+        "qtoolkit: attention of 1 of 2 layers runs on our kernel; not 1: it has sinks."
     )
 
 
@@ -181,15 +181,17 @@ BATCHES = {
     "a prompt": [(77, 77)],
     "a prompt's second part": [(50, 120)],
     "prompts and single tokens": [(1, 33), (40, 40), (1, 64), (3, 200)],
+    "single tokens": [(1, 33), (1, 1), (1, 600)],
 }
 
 
 @ours
 @pytest.mark.parametrize("name", BATCHES)
-def test_a_batch_with_a_prompt_equals_vllms_own_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_equals_vllms_own_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     attend = library.attend
     monkeypatch.setattr(library, "attend", lambda *arguments: (calls.append(1), attend(*arguments)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # on larger machines single tokens would be vLLM's
     engine, implementation = Engine(BATCHES[name]), layer()
     calls.clear()  # the layer asked how the cache is laid out
     answer, expected = engine.run(implementation), engine.run(layer(CPUAttentionBackendImpl))
@@ -200,19 +202,26 @@ def test_a_batch_with_a_prompt_equals_vllms_own_answer(name: str, monkeypatch: p
 
 
 @ours
-def test_single_tokens_are_vllms_own_bit_for_bit() -> None:
-    engine = Engine([(1, 33), (1, 64)])
-    assert torch.equal(engine.run(layer()), engine.run(layer(CPUAttentionBackendImpl)))
+@pytest.mark.parametrize(
+    ("changes", "threads"),
+    [({"causal": False}, 1), ({"dynamic_causal": torch.ones(1, dtype=torch.bool)}, 1), ({}, 5)],
+)
+def test_batches_that_are_not_causal_or_occupy_too_few_threads_are_vllms(
+    changes: dict[str, Any], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    engine, implementation = Engine([(1, 33), (1, 64)]), layer()
+    assert vllm_attention.takes(engine.batch, implementation) == (threads < 5)
+    for name, value in changes.items():
+        setattr(engine.batch, name, value)
+    assert not vllm_attention.takes(engine.batch, implementation)
 
 
 @ours
-@pytest.mark.parametrize("changes", [{"causal": False}, {"dynamic_causal": torch.ones(1, dtype=torch.bool)}])
-def test_batches_that_are_not_causal_are_vllms(changes: dict[str, Any]) -> None:
-    batch = Engine([(4, 4)]).batch
-    assert vllm_attention.has_prompt(batch)
-    for name, value in changes.items():
-        setattr(batch, name, value)
-    assert not vllm_attention.has_prompt(batch)
+def test_single_tokens_of_heads_with_keys_of_their_own_are_vllms() -> None:
+    own = layer(num_heads=KEY_HEADS)
+    assert not vllm_attention.takes(Engine([(1, 33)]).batch, own)
+    assert vllm_attention.takes(Engine([(2, 33)]).batch, own)
 
 
 @ours

@@ -1,1 +1,1 @@
-"""Attention of prompts over vLLM's paged cache, in bfloat16 on CPUs that multiply it."""
+"""Attention over vLLM's paged cache, in bfloat16 on CPUs that multiply it."""

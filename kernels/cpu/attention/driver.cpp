@@ -14,6 +14,7 @@ constexpr int64_t MOST_ROWS = 480;   // of a task: keys are brought into panels 
 constexpr int64_t MOST_SUMS = 1 << 16;  // of a task, a quarter of a megabyte: they stay in L2
 constexpr int64_t FEWEST_ROWS = 48;  // bringing keys into panels then costs an eighth
 constexpr int64_t TASKS = 4;         // for every thread, where there is enough to do
+constexpr int64_t SERIAL_WORK = 1 << 17;  // queries times keys times elements; waking threads takes as long
 
 thread_local Scratch scratch;
 thread_local std::vector<Task> tasks;
@@ -50,7 +51,11 @@ int qta_supported() {
 // Returns 0, or 1 when memory is short. Only where qta_supported() says so.
 int qta_attend(const Attention* call) {
 #if !defined(WITHOUT_AVX512)
-  const int64_t heads = call->heads / call->key_heads, wanted = TASKS * max_threads();
+  int64_t work = 0;
+  for (int64_t sequence = 0; sequence < call->sequences; ++sequence)
+    work += (call->starts[sequence + 1] - call->starts[sequence]) * call->lengths[sequence] * call->heads * call->dim;
+  const int threads = work <= SERIAL_WORK ? 1 : max_threads();
+  const int64_t heads = call->heads / call->key_heads, wanted = threads == 1 ? 1 : TASKS * threads;
   int64_t count = std::max<int64_t>(1, std::min(MOST_ROWS, MOST_SUMS / call->dim) / heads);
   try {
     divide(*call, count);
@@ -68,7 +73,7 @@ int qta_attend(const Attention* call) {
     else
       for (int64_t task; (task = next++) < number;) attend(*call, all[task], memory);
   };
-  parallel(int(std::min<int64_t>(max_threads(), number)), body);
+  parallel(int(std::min<int64_t>(threads, number)), body);
   return failed;
 #else
   (void)call;
