@@ -36,6 +36,8 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON
     else:
         counting = "population counts" if vision["counts_bits"] else "no population counts"
         output.result(f"vision kernels: {vision['path']} of {', '.join(vision['paths'])}, {counting}")
+    reason = facts["attention_kernel"]["reason"]
+    output.result(f"attention in vLLM: its own, {reason}" if reason else "attention in vLLM: AVX512 with bfloat16")
     for row in facts["kernels"]:
         output.result(f"{row['device']}, {row['scheme']}: {row['backend']}")
         for name, reason in row["refused"].items():
@@ -49,6 +51,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from qtoolkit.kernels.cpu import library
+    from qtoolkit.kernels.cpu.attention import library as attention
     from qtoolkit.kernels.cpu.vision import library as vision
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -60,6 +63,7 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "cpu_kernels": library.describe(),
         "vision_kernels": vision.describe(),
+        "attention_kernel": {"reason": attention.failure()},
         "kernels": [_chosen(device, group) for device in devices for group in (128, -1)],
     }
 
