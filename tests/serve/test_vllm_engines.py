@@ -66,7 +66,7 @@ def run(
     **environment: str,
 ) -> Ran:
     """Run ``prompts`` through vLLM in a process of its own."""
-    reports.mkdir()
+    reports.mkdir(parents=True)
     order = {
         "model": str(model),
         "prompts": prompts,
@@ -242,6 +242,46 @@ def test_an_integer_output_layer_equals_our_own_runtime(
     asked: nn.Module = runtime.load(packed, dtype=torch.float32, lm_head=kind)
     plain: nn.Module = runtime.load(packed, dtype=torch.float32)
     assert_close(served.logprobs[0], own_logprobs(asked, tokens), own_logprobs(plain, tokens))
+
+
+def test_our_attention_of_prompts_answers_as_vllms_does(packed: Path, tokens: list[int], tmp_path: Path) -> None:
+    """Prompts of several lengths in one batch; only two heads share keys, so later tokens are vLLM's own."""
+    prompts = [tokens[: 7 * n] for n in range(1, 12)]
+    runs = {"own": "bfloat16", "vllm": "bfloat16", "": "float32"}
+    ours, vllms, exact = (
+        run(packed, prompts, tmp_path / dtype / name, length=8, dtype=dtype, QTOOLKIT_ATTENTION=name)
+        for name, dtype in runs.items()
+    )
+    own, other, floating = (torch.cat(ran.logprobs) for ran in (ours, vllms, exact))
+    assert not torch.equal(own, other)  # another kernel ran
+    # rounding everything to bfloat16 moves answers; by whose attention they come must not move them further
+    assert (own - floating).abs().mean() < 1.2 * (other - floating).abs().mean()
+    same = [a == b for one, two in zip(ours.texts, vllms.texts, strict=True) for a, b in zip(one, two, strict=True)]
+    assert sum(same) > 0.8 * len(same)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_our_product_of_a_bfloat16_output_layer_answers_as_vllms_does(
+    tied: bool, float_model: Path, tokens: list[int], tmp_path: Path
+) -> None:
+    folder = tmp_path / "packed"
+    if tied:
+        float_model = save_random(tmp_path / "tied", tie_word_embeddings=True, initializer_range=0.1)
+    qtoolkit.quantize(float_model, "rtn", folder, changes={"calibration.samples": 1, "calibration.length": 16})
+    ours, vllms, exact = (
+        run(folder, [tokens[:n] for n in (5, 90)], tmp_path / name, length=8, dtype=dtype, QTOOLKIT_LM_HEAD=word)
+        for name, dtype, word in (
+            ("own", "bfloat16", "float"),
+            ("vllm", "bfloat16", "vllm"),
+            ("f32", "float32", "float"),
+        )
+    )
+    heads = [next(layer.kernel for layer in ran.layers if layer.name == "lm_head") for ran in (ours, vllms, exact)]
+    assert heads == ["bf16-cpu", "unquantized", "unquantized"]
+    own, other, floating = (torch.cat(ran.logprobs) for ran in (ours, vllms, exact))
+    # both round logits to bfloat16 once, after sums in float32
+    assert (own - floating).abs().mean() < 1.2 * (other - floating).abs().mean()
+    assert (own - other).abs().mean() < 0.2 * (other - floating).abs().mean()
 
 
 class Split(nn.Module):
