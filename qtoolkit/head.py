@@ -1,4 +1,4 @@
-"""The output layer with integer weights: int8 or int4, its inputs quantized per token as in every other W4A8 layer."""
+"""The output layer on our kernels: bfloat16 as stored, or int8 or int4, whose inputs are quantized per token."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.kernels import ops, selection
+from qtoolkit.kernels.cpu import bfloat16
 from qtoolkit.packing.int4 import pack_int4
 from qtoolkit.scheme import Head
 
@@ -36,6 +37,18 @@ class QuantizedHead:
         return ops.w4a8_linear(x, own.weight, own.scales, bias, self.n, self.group_size, own.layout)
 
 
+@dataclass(frozen=True)
+class FloatHead:
+    """An output layer in bfloat16, in the layout of our product for CPUs."""
+
+    weight: Tensor
+    n: int
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the logits [..., n] of x [..., k], in bfloat16."""
+        return bfloat16.linear(x, self.weight, bias, self.n)
+
+
 class HeadLayer(nn.Module):
     """A ``QuantizedHead`` where transformers expects a linear layer."""
 
@@ -52,7 +65,9 @@ class HeadLayer(nn.Module):
 
 
 def refuse(n: int, k: int, kind: Head, dtype: torch.dtype, device: str) -> str | None:
-    """Return in words why an output layer of k inputs and n tokens stays in float here, or None."""
+    """Return in words why an output layer of k inputs and n tokens does not run so on our kernels here, or None."""
+    if kind is Head.FLOAT:
+        return bfloat16.refuse(dtype, device)
     if kind is Head.INT4 and k % GROUP:
         return f"its {k} inputs are not a multiple of the group size {GROUP}"
     try:

@@ -22,7 +22,7 @@ from typing import Any
 HEAD = "output layer"
 # Parts of operators' names; the first that fits counts.
 KINDS = (
-    ("linear", ("w4a8", "onednn", "wna16", "int4_scaled_mm", "int8_scaled_mm", "scaled_int8_quant")),
+    ("linear", ("w4a8", "bfloat16_linear", "onednn", "wna16", "int4_scaled_mm", "int8_scaled_mm", "scaled_int8_quant")),
     ("attention", ("attention", "attn", "kv_cache", "slot_mapping")),
     ("graph", ("CompiledFxGraph", "Pregraph")),
     ("sampling", ("argmax", "softmax", "sort", "multinomial", "topk", "exponential")),

@@ -34,6 +34,15 @@ class Attention(str, Enum):
     VLLM = "vllm"
 
 
+class Output(str, Enum):
+    """What runs as the output layer."""
+
+    FLOAT = "float"  # as the checkpoint has it, on our product where that runs; the default
+    INT8 = "int8"
+    INT4 = "int4"
+    VLLM = "vllm"  # as the checkpoint has it, on vLLM's own product
+
+
 class Declared(str, Enum):
     """How many of a checkpoint's int4 groups of layers declare int8 activations."""
 
@@ -51,13 +60,14 @@ def mode() -> Mode:
     return _choice(MODE, Mode, Mode.DECLARED)
 
 
-def head() -> Head:
-    """Return from the environment what the output layer runs as.
+def head() -> Head | None:
+    """Return from the environment what the output layer runs as; None leaves it to vLLM.
 
     Raises:
         RequestError: the variable holds an unknown word.
     """
-    return _choice(HEAD, Head, Head.FLOAT)
+    wanted = _choice(HEAD, Output, Output.FLOAT)
+    return None if wanted is Output.VLLM else Head(wanted.value)
 
 
 def attention() -> Attention:

@@ -1,4 +1,4 @@
-"""The vocabulary's matrix in vLLM: an output layer with integer weights on request, and no copy that nobody reads."""
+"""The vocabulary's matrix in vLLM: the output layer on our kernels, in integers on request; no copy nobody reads."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 
 from qtoolkit import head
+from qtoolkit.kernels.cpu import bfloat16
 from qtoolkit.scheme import Head
 from qtoolkit.serve import intent
+from qtoolkit.serve.vllm_attention import runs_w4a8
 
 
 def register_head() -> None:
@@ -30,15 +32,16 @@ def register_head() -> None:
 
 
 class OutputLayer(ParallelLMHead):
-    """vLLM's output layer, with the weights that QTOOLKIT_LM_HEAD asks for."""
+    """vLLM's output layer, on our kernels where other layers are, with the weights that QTOOLKIT_LM_HEAD asks for."""
 
     quant_method: QuantizeMethodBase
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         plain = isinstance(self.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
-        if plain and intent.head() is not Head.FLOAT:
-            self.quant_method = IntegerHeadMethod(intent.head())
+        wanted = intent.head()
+        if plain and wanted is not None and (wanted is not Head.FLOAT or _refuse_float() is None):
+            self.quant_method = HeadMethod(wanted)
 
 
 class Embedding(VocabParallelEmbedding):
@@ -70,12 +73,12 @@ class LookupMethod(UnquantizedEmbeddingMethod):
         return super().apply(layer, x, bias)
 
 
-class IntegerHeadMethod(QuantizeMethodBase):
-    """Loads the float matrix of this rank's tokens, rounds it once, and multiplies with it in integers."""
+class HeadMethod(QuantizeMethodBase):
+    """Loads the float matrix of this rank's tokens and keeps it in a kernel's layout only, rounded if that is asked."""
 
     def __init__(self, kind: Head) -> None:
         self.kind = kind
-        self.made: head.QuantizedHead | None = None
+        self.made: head.QuantizedHead | head.FloatHead | None = None
         self.stock = UnquantizedEmbeddingMethod()
         self.reason = _refuse_model() or ""  # why it stays in float, if it does
 
@@ -84,14 +87,17 @@ class IntegerHeadMethod(QuantizeMethodBase):
         self.stock.create_weights(layer, *args, **kwargs)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Round the matrix; a tied one stays with the embedding, an own one is dropped."""
+        """Make the kernel's matrix; a tied float one stays with the embedding, an own one is dropped."""
         weight = cast(Tensor, layer.weight)
         n, k = weight.shape
         self.reason = self.reason or head.refuse(n, k, self.kind, weight.dtype, weight.device.type) or ""
         if self.reason:
             self.stock.process_weights_after_loading(layer)
             return
-        self.made = head.quantize(weight.data, self.kind, weight.dtype)
+        if self.kind is Head.FLOAT:
+            self.made = head.FloatHead(bfloat16.prepare(weight.data), n)
+        else:
+            self.made = head.quantize(weight.data, self.kind, weight.dtype)
         layer.weight = torch.nn.Parameter(weight.data.new_empty(0), requires_grad=False)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -105,6 +111,14 @@ class IntegerHeadMethod(QuantizeMethodBase):
             NotImplementedError: always.
         """
         raise NotImplementedError("An output layer looks no tokens up.")
+
+
+def _refuse_float() -> str | None:
+    """Return in words why the output layer of the model that is being built is left to vLLM as it is, or None."""
+    config = get_current_vllm_config()
+    if not runs_w4a8(config):
+        return "the model's other layers are vLLM's"
+    return bfloat16.refuse(config.model_config.dtype, current_platform.device_type) or _refuse_model()
 
 
 def _refuse_model() -> str | None:

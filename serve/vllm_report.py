@@ -17,15 +17,17 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from qtoolkit.head import FloatHead
 from qtoolkit.kernels.selection import Prepared
 from qtoolkit.scheme import Head
 from qtoolkit.serve import report
 from qtoolkit.serve.intent import HEAD
 from qtoolkit.serve.vllm_attention import OwnAttention
 from qtoolkit.serve.vllm_experts import W4A8ExpertsMethod
-from qtoolkit.serve.vllm_head import IntegerHeadMethod
+from qtoolkit.serve.vllm_head import HeadMethod
 from qtoolkit.serve.vllm_kernel import W4A8LinearKernel, refuse
 
+UNQUANTIZED = "it is not quantized in the checkpoint"
 KERNELS = {Head.INT8: "w8a8", Head.INT4: "w4a8"}  # of output layers
 logger = init_logger("vllm.qtoolkit")  # below "vllm", so that vLLM's own handlers print it
 
@@ -85,9 +87,11 @@ def describe_experts(module: RoutedExperts) -> report.Layer:
 def describe_layer(name: str, module: torch.nn.Module, config: VllmConfig) -> report.Layer:
     """Return which kernel runs one layer."""
     method: Any = module.quant_method
-    if isinstance(method, IntegerHeadMethod):
+    if isinstance(method, HeadMethod):
         if method.made is None:
             return report.Layer(name, "unquantized", f"{HEAD}={method.kind.value}, but {method.reason}")
+        if isinstance(method.made, FloatHead):
+            return report.Layer(name, "bf16-cpu", UNQUANTIZED)
         return report.Layer(name, f"{KERNELS[method.kind]}-{method.made.prepared.backend}")
     prepared = getattr(method, "prepared", None)  # the qqq method
     if isinstance(prepared, Prepared):
@@ -101,5 +105,5 @@ def describe_layer(name: str, module: torch.nn.Module, config: VllmConfig) -> re
         reason = refuse(kernel.config, config) or "another kernel was asked for by name"
         return report.Layer(name, f"vllm-{type(kernel).__name__}", reason)
     if type(method).__name__.startswith("Unquantized"):
-        return report.Layer(name, "unquantized", "it is not quantized in the checkpoint")
+        return report.Layer(name, "unquantized", UNQUANTIZED)
     return report.Layer(name, f"vllm-{type(method).__name__}", "its scheme is not int4")

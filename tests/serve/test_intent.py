@@ -73,13 +73,15 @@ def test_the_output_layer_stays_in_float_unless_asked(monkeypatch: pytest.Monkey
     assert head() is Head.FLOAT
     monkeypatch.setenv("QTOOLKIT_LM_HEAD", "INT8")
     assert head() is Head.INT8
+    monkeypatch.setenv("QTOOLKIT_LM_HEAD", "vllm")
+    assert head() is None
 
 
 def test_an_unknown_output_layer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOLKIT_LM_HEAD", "int3")
     with pytest.raises(RequestError, match="QTOOLKIT_LM_HEAD=int3") as caught:
         head()
-    assert "float, int8, int4" in str(caught.value.hint)
+    assert "float, int8, int4, vllm" in str(caught.value.hint)
 
 
 def test_our_attention_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,14 @@ pytest.importorskip("vllm")
 from vllm.model_executor.custom_op import op_registry_oot
 
 from qtoolkit import head
+from qtoolkit.kernels.cpu import bfloat16
 from qtoolkit.scheme import Head
 from qtoolkit.serve import vllm_head, vllm_report
 
 
-def config(**changes: Any) -> SimpleNamespace:
+def config(dtype: torch.dtype = torch.float32, quantization: str | None = "qqq", **changes: Any) -> SimpleNamespace:
     """Return as much of a vLLM config as the layer looks at."""
-    model = SimpleNamespace(dtype=torch.float32, head_dtype=changes.pop("head_dtype", torch.float32))
+    model = SimpleNamespace(dtype=dtype, head_dtype=changes.pop("head_dtype", dtype), quantization=quantization)
     return SimpleNamespace(**{"lora_config": None, "model_config": model, **changes})
 
 
@@ -35,15 +36,65 @@ class Stock:
         return torch.nn.functional.linear(x, layer.weight, bias)
 
 
-def method(monkeypatch: pytest.MonkeyPatch, kind: Head, **changes: Any) -> tuple[vllm_head.IntegerHeadMethod, Any]:
+def method(monkeypatch: pytest.MonkeyPatch, kind: Head, **changes: Any) -> tuple[vllm_head.HeadMethod, Any]:
     """Return a method and a layer of 64 tokens and 128 inputs with loaded weights."""
     monkeypatch.setattr(vllm_head, "get_current_vllm_config", lambda: config(**changes))
-    made = vllm_head.IntegerHeadMethod(kind)
+    made = vllm_head.HeadMethod(kind)
     made.stock = Stock()  # type: ignore[assignment]
     layer: Any = torch.nn.Module()
     torch.manual_seed(0)
     layer.weight = torch.nn.Parameter(torch.randn(64, 128), requires_grad=False)
     return made, layer
+
+
+needs_product = pytest.mark.skipif(
+    bfloat16.refuse(torch.bfloat16, "cpu") is not None, reason="our bfloat16 product does not run here"
+)
+
+
+@needs_product
+def test_a_bfloat16_matrix_runs_on_our_product_in_a_copy_that_replaces_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, layer = method(monkeypatch, Head.FLOAT, dtype=torch.bfloat16)
+    weight = layer.weight.data.bfloat16()
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    x, bias = torch.randn(3, 128).bfloat16(), torch.randn(64).bfloat16()
+    made.process_weights_after_loading(layer)
+    assert torch.equal(made.apply(layer, x, bias), bfloat16.linear(x, bfloat16.prepare(weight), bias, 64))
+    assert layer.weight.numel() == 0
+    reported = vllm_report.describe_layer("lm_head", with_method(layer, made), None)  # type: ignore[arg-type]
+    assert (reported.kernel, reported.reason) == ("bf16-cpu", "it is not quantized in the checkpoint")
+
+
+@needs_product
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"quantization": None}, "are vLLM's"),
+        ({"dtype": torch.float16}, "torch.float16"),
+        ({"head_dtype": torch.float32}, "logits in torch.float32"),
+        ({"lora_config": object()}, "adapters"),
+    ],
+)
+def test_a_float_matrix_is_left_to_vllm_where_ours_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str | None
+) -> None:
+    monkeypatch.setattr(vllm_head, "get_current_vllm_config", lambda: config(**{"dtype": torch.bfloat16, **changes}))
+    reason = vllm_head._refuse_float()
+    assert reason is None if words is None else words in str(reason)
+
+
+@needs_product
+@pytest.mark.parametrize(("word", "ours"), [("float", True), ("vllm", False), ("int8", True)])
+def test_the_variable_says_whose_output_layer_it_is(monkeypatch: pytest.MonkeyPatch, word: str, ours: bool) -> None:
+    def build(self: Any) -> None:
+        torch.nn.Module.__init__(self)
+        self.quant_method = vllm_head.UnquantizedEmbeddingMethod()
+
+    monkeypatch.setenv("QTOOLKIT_LM_HEAD", word)
+    monkeypatch.setattr(vllm_head, "get_current_vllm_config", lambda: config(dtype=torch.bfloat16))
+    monkeypatch.setattr(vllm_head.ParallelLMHead, "__init__", build)
+    assert isinstance(vllm_head.OutputLayer().quant_method, vllm_head.HeadMethod) is ours
 
 
 @pytest.mark.parametrize("kind", [Head.INT8, Head.INT4])
@@ -55,7 +106,7 @@ def test_logits_are_those_of_the_rounded_matrix(monkeypatch: pytest.MonkeyPatch,
     assert vllm_report.describe_layer("lm_head", with_method(layer, made), None).kernel.endswith("-cpu")  # type: ignore[arg-type]
 
 
-def with_method(layer: Any, made: vllm_head.IntegerHeadMethod) -> Any:
+def with_method(layer: Any, made: vllm_head.HeadMethod) -> Any:
     layer.quant_method = made
     return layer
 
