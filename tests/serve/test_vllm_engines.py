@@ -266,7 +266,9 @@ def test_our_product_of_a_bfloat16_output_layer_answers_as_vllms_does(
 ) -> None:
     folder = tmp_path / "packed"
     if tied:
-        float_model = save_random(tmp_path / "tied", tie_word_embeddings=True, initializer_range=0.1)
+        float_model = save_random(
+            tmp_path / "tied", tie_word_embeddings=True, initializer_range=0.1, max_position_embeddings=512
+        )
     qtoolkit.quantize(float_model, "rtn", folder, changes={"calibration.samples": 1, "calibration.length": 16})
     ours, vllms, exact = (
         run(folder, [tokens[:n] for n in (5, 90)], tmp_path / name, length=8, dtype=dtype, QTOOLKIT_LM_HEAD=word)
