@@ -188,10 +188,11 @@ template <int ROWS, Order ORDER, Dtype SCALES>
 void run_tile(const Tile& tile) {
   constexpr int64_t BYTES = PANEL * (SCALES == FLOAT32 ? 4 : SCALES == BFLOAT16 ? 2 : 1);  // of a group's scales
   void* f = SCALES == UINT8 ? static_cast<void*>(tile.totals) : tile.sums;
-  if (tile.begin == 0) std::memset(f, 0, ROWS * PANEL * 4);
+  const int64_t begin = ORDER == BLOCKS ? tile.begin : 0, end = ORDER == BLOCKS ? tile.end : tile.groups;
+  if (begin == 0) std::memset(f, 0, ROWS * PANEL * 4);
   if (ORDER == ALONE && SCALES == UINT8)
     for (int i = 0; i < PANEL; i += 16) _mm_prefetch(tile.bases + i, _MM_HINT_T0);
-  for (int64_t g = tile.begin, step = g * tile.group_steps; g < tile.end; ++g, step += tile.group_steps) {
+  for (int64_t g = begin, step = g * tile.group_steps; g < end; ++g, step += tile.group_steps) {
     if (ORDER == ALONE) {
       const bool past = SCALES == UINT8 && g + SCALES_AHEAD >= tile.groups;  // the next panel's bases come first
       const char* ahead = tile.scales + (g + SCALES_AHEAD + (past ? BASE_ROWS : 0)) * BYTES;
@@ -202,7 +203,7 @@ void run_tile(const Tile& tile) {
          std::min(tile.group_steps, tile.steps - step), tile.starts + 2 * g, tile.scales + g * BYTES, f},
         tile.code_stride, tile.groups * 8, tile.prefetch_stride);
   }
-  if (SCALES == UINT8 && tile.end == tile.groups) scale_totals(tile, ROWS);
+  if (SCALES == UINT8 && end == tile.groups) scale_totals(tile, ROWS);
 }
 
 template <Order ORDER, Dtype SCALES>

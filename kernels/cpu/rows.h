@@ -171,7 +171,7 @@ struct Tile {
   Dtype scale_dtype;
   const float* bases;      // [64], of folded groups
   int64_t steps, group_steps, groups;
-  int64_t begin, end;      // groups to add now
+  int64_t begin, end;      // groups to add now, where tiles pass blocks
   const char* prefetch;    // first byte to prefetch, and how far to move on at each step
   int64_t prefetch_stride;
   int32_t* totals;         // [rows, 64] sums over all inputs, of folded groups
@@ -222,7 +222,6 @@ inline Tile panel_tile(const Job& job, int64_t panel) {
   tile.weight = job.weight + panel * job.steps * STEP_BYTES;
   tile.code_stride = job.code_stride;
   tile.steps = job.steps, tile.group_steps = job.group_steps, tile.groups = job.groups;
-  tile.begin = 0, tile.end = job.groups;
   tile.scale_dtype = job.scale_dtype;
   if (job.scale_dtype == UINT8) {
     const char* own = job.scales + panel * (BASE_ROWS + job.groups) * PANEL;
