@@ -15,6 +15,7 @@ from qtoolkit.errors import RequestError
 from qtoolkit.evals.kernel_remote import Worker
 from qtoolkit.evals.kernel_workers import loop
 from qtoolkit.kernels import folded, ops, selection
+from qtoolkit.kernels.cpu import bfloat16
 
 Layer = Callable[[Tensor], Tensor]  # bfloat16 [m, k] -> bfloat16 [m, n]
 Timer = Callable[[Tensor], list[float]]  # multiplies bfloat16 [m, k] by the next layers' weights; returns seconds
@@ -96,6 +97,12 @@ def ours(group_size: int, folds: bool = False) -> Callable[[int, int], Layer]:
     return make
 
 
+def our_bfloat16(k: int, n: int) -> Layer:
+    """Make our product for layers left in bfloat16."""
+    weight = bfloat16.prepare(torch.randn(n, k, dtype=torch.bfloat16))
+    return lambda x: bfloat16.linear(x, weight, None, n)
+
+
 def torch_bfloat16(k: int, n: int) -> Layer:
     """Make ``torch.nn.functional.linear`` in bfloat16."""
     weight = torch.randn(n, k, dtype=torch.bfloat16)
@@ -116,6 +123,7 @@ def local_peers() -> tuple[Peer, ...]:
         Peer("qtoolkit-g128", 4 + 16 / 128, ours(128), True),
         Peer("qtoolkit-g128-folded", 4 + 8 / 128, ours(128, folds=True), True),
         Peer("qtoolkit-channel", 4, ours(-1), True),
+        *([] if bfloat16.refuse(torch.bfloat16, "cpu") else [Peer("qtoolkit-bf16", 16, our_bfloat16, False)]),
         Peer("torch-bf16", 16, torch_bfloat16, False),
         Peer("torch-int4pack", 4 + 32 / 128, torch_int4pack, False),
     ]
