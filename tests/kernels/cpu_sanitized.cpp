@@ -18,6 +18,11 @@ void qtk_pack(const int32_t* packed, int64_t words, int64_t n, int64_t k, uint8_
 int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int gated, int64_t m, int64_t k, int64_t n,
                int64_t group_size, const void* weight, const void* scales, int scale_dtype, const void* bias,
                int bias_dtype, void* y);
+const char* qtk_bfloat16_path_name(int path);
+int qtk_bfloat16_path_supported(int path);
+void qtk_bfloat16_pack(const void* weight, int64_t n, int64_t k, void* out);
+int qtk_bfloat16_linear(int path, const void* x, int64_t x_stride, int64_t m, int64_t k, int64_t n, const void* weight,
+                        const void* bias, void* y);
 }
 
 namespace {
@@ -96,6 +101,20 @@ int main() {
                     dtype);
         return 1;
       }
+  }
+  for (int round = 0; round < 100; ++round) {  // layers left in bfloat16: no buffer is left, whatever the numbers are
+    const int64_t m = upto(round % 10 ? 20 : 110), n = 1 + upto(150), k = upto(400), stride = k + upto(3);
+    const int64_t panels = (n + 63) / 64, steps = (k + 1) / 2;
+    Guarded matrix(size_t(n * k * 2)), weight(size_t(panels * steps * 256)), bias(size_t(n * 2)), y(size_t(m * n * 2));
+    Guarded x(size_t((m ? (m - 1) * stride + k : 0) * 2));
+    for (int64_t i = 0; i < n * k * 2; ++i) matrix.data[i] = char(random());
+    for (int64_t i = 0; i < (m ? (m - 1) * stride + k : 0) * 2; ++i) x.data[i] = char(random());
+    for (int64_t i = 0; i < n * 2; ++i) bias.data[i] = char(random());
+    qtk_bfloat16_pack(matrix.data, n, k, weight.data);
+    for (int path = 0; qtk_bfloat16_path_name(path); ++path, ++runs)
+      if (qtk_bfloat16_path_supported(path) &&
+          qtk_bfloat16_linear(path, x.data, stride, m, k, n, weight.data, round % 2 ? bias.data : nullptr, y.data))
+        return 1;
   }
   std::printf("%d runs\n", runs);
 }
