@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,4 +174,13 @@ def test_shapes_are_refused_in_words(shape: tuple[int, int, int, torch.dtype], w
 def test_another_code_path_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOLKIT_CPU_PATH", "avx2")
     with pytest.raises(build.BuildError, match="QTOOLKIT_CPU_PATH=avx2 is asked for"):
+        library.load.__wrapped__()
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+def test_another_architecture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QTOOLKIT_CACHE", str(tmp_path))
+    monkeypatch.delenv("QTOOLKIT_CPU_PATH", raising=False)
+    monkeypatch.setattr(library.platform, "machine", lambda: "aarch64")
+    with pytest.raises(build.BuildError, match="no AVX512 with bfloat16"):
         library.load.__wrapped__()

@@ -114,6 +114,11 @@ def test_other_dtypes_stay_with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torch.float32" in layer().reason
 
 
+def test_a_machine_without_the_kernel_leaves_it_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "failure", lambda: "no C++ compiler found")
+    assert layer().reason == "no C++ compiler found"
+
+
 def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOLKIT_ATTENTION", "vllm")
     assert layer().reason == "QTOOLKIT_ATTENTION=vllm"
