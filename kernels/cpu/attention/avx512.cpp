@@ -1,4 +1,4 @@
-// Attention with bfloat16 dot products (AVX512-BF16): scores of 256 keys, softmax, values, up to 6 rows at a time.
+// Attention with bfloat16 dot products (AVX512-BF16): scores of 512 keys, softmax, values, up to 6 rows at a time.
 #include <immintrin.h>
 #include <algorithm>
 #include <cstring>
@@ -30,6 +30,7 @@ void interleave(const Bfloat16* from, int64_t stride, int64_t rows, Bfloat16* to
 }
 
 // c[R, 16 C] = c * factors + a[R, 2 steps] b, or without the sum where factors is null. b is a panel; steps > 0.
+// gcc 12 keeps a copy of every sum in memory, too, unless it is told to unroll before it allocates registers.
 template <int R, int C>
 void product(const Bfloat16* a, int64_t a_stride, const Bfloat16* b, int64_t steps, float* c, int64_t c_stride,
              const float* factors) {
