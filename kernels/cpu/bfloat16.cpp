@@ -81,7 +81,8 @@ void qtk_bfloat16_pack(const void* weight, int64_t n, int64_t k, void* out) {
         for (int64_t channel = 0; channel < PANEL; ++channel)
           for (int64_t i = 0; i < STEP; ++i) {
             const int64_t row = panel * PANEL + channel, input = step * STEP + i;
-            to[((panel * steps + step) * PANEL + channel) * STEP + i] = row < n && input < k ? from[row * k + input] : 0;
+            uint16_t& place = to[((panel * steps + step) * PANEL + channel) * STEP + i];
+            place = row < n && input < k ? from[row * k + input] : 0;
           }
   };
   parallel(max_threads(), body);

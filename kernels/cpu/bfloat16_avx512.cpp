@@ -4,8 +4,8 @@
 
 namespace {
 
-// Assembly for the reason given in avx512.cpp. Registers: zmm0..zmm23 sums, four a token; zmm24..zmm27 the weights of one
-// step; zmm28 two activations, broadcast. vdpbf16ps adds two products to each of 16 sums and takes denormals for zero.
+// Assembly for the reason given in avx512.cpp. Registers: zmm0..zmm23 sums, four a token; zmm24..zmm27 the weights of
+// one step; zmm28 two activations, broadcast. vdpbf16ps adds two products to each of 16 sums and takes denormals for zero.
 #define DOT(address, s0, s1, s2, s3)              \
   "vpbroadcastd " address ", %%zmm28\n"           \
   "vdpbf16ps %%zmm28, %%zmm24, %%zmm" #s0 "\n"    \
@@ -64,7 +64,8 @@ namespace {
 
 // steps >= 1; ALONE: the only tile of its panel.
 template <int TOKENS, bool ALONE>
-void sum(const char* w, const char* x, int64_t stride, int64_t steps, float* f, const char* ahead, int64_t ahead_stride) {
+void sum(const char* w, const char* x, int64_t stride, int64_t steps, float* f, const char* ahead,
+         int64_t ahead_stride) {
   const char* x3 = x + 3 * stride;
 #define FOR_TOKENS(tokens)                                            \
   if constexpr (TOKENS == tokens && ALONE) SUM(tokens, LINES_4);      \
@@ -80,7 +81,8 @@ void multiply(const Job& job, int64_t panel, int64_t begin, int64_t end) {
   multiply_tiles<6>(job, panel, begin, end,
                     [&](int tokens, const char* w, const char* x, int64_t steps, float* sums, const char* ahead,
                         int64_t ahead_stride, bool alone) {
-                      (alone ? SUMS<true> : SUMS<false>)[tokens - 1](w, x, job.x_stride, steps, sums, ahead, ahead_stride);
+                      const auto& own = alone ? SUMS<true> : SUMS<false>;
+                      own[tokens - 1](w, x, job.x_stride, steps, sums, ahead, ahead_stride);
                     });
 }
 

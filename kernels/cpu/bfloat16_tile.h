@@ -1,4 +1,4 @@
-// What the code paths of bfloat16 layers share: how tokens are divided into tiles and blocks, and the rounding of results.
+// What the code paths of bfloat16 layers share: how tokens are divided into tiles and blocks, the rounding of results.
 #pragma once
 #include <algorithm>
 #include <cstring>
