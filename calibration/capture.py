@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.architecture import Skeleton
+from qtoolkit.calibration.sections import without
 from qtoolkit.errors import NumericError
 from qtoolkit.source import Source
 from qtoolkit.stages import Block, Stream
@@ -72,23 +74,27 @@ def fits(numbers: int, device: torch.device) -> bool:
 
 @torch.inference_mode()
 def advance(block: Block, stream: Stream, *, spent: bool = False) -> Stream:
-    """Return the stream behind ``block``; if ``stream`` is ``spent``, every batch of it is let go once it is used.
+    """Return the stream behind ``block``; if ``stream`` is ``spent``, its batches are overwritten.
+
+    Sections that it has passed do not run again.
 
     Raises:
         NumericError: an output is NaN or Inf.
     """
     batches = []
     for number, (hidden, kwargs) in enumerate(stream.calls()):
-        out = block.module(hidden, **kwargs)
+        with without(block, stream.way.passed):
+            out = block.module(hidden, **kwargs)
         out = out[0] if isinstance(out, tuple) else out
-        if not out.isfinite().all():
+        if not finite(out):
             raise NumericError(
                 f"The output of {block.name} holds NaN or Inf on the calibration text.",
                 "The weights or the calibration data are damaged.",
             )
-        batches.append(out if stream.device is None else out.to("cpu"))
         if spent:
-            stream.batches[number] = out.new_empty(0)
+            batches.append(stream.batches[number].copy_(out))
+        else:
+            batches.append(out if stream.device is None else out.to("cpu"))
     return Stream(batches, stream.kwargs, stream.floats, stream.device)
 
 
@@ -105,7 +111,7 @@ def layer_inputs(block: Block, stream: Stream, seen: dict[str, Callable[[Tensor]
 
     def watcher(name: str, to: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if not args[0].isfinite().all():
+            if not finite(args[0]):
                 raise NumericError(
                     f"The input of {block.name}.{name} holds NaN or Inf on the calibration text.",
                     "The weights or the calibration data are damaged.",
@@ -124,11 +130,22 @@ def layer_inputs(block: Block, stream: Stream, seen: dict[str, Callable[[Tensor]
 @contextmanager
 def quantized_activations(block: Block, bits: int) -> Iterator[None]:
     """Inside this context every quantized target of ``block`` sees its input rounded per token, as when served."""
+    last: list[Tensor] = []  # input and the same rounded: layers that share an input follow one another
+
+    def rounded(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        if not last or last[0] is not args[0]:
+            last[:] = args[0], round_tokens(args[0], bits)
+        return (last[1],)
+
     with ExitStack() as stack:
         for _, linear in block.linears():
-            hook = linear.register_forward_pre_hook(lambda module, args: (round_tokens(args[0], bits),))
-            stack.callback(hook.remove)
+            stack.callback(linear.register_forward_pre_hook(rounded).remove)
         yield
+
+
+def finite(x: Tensor) -> bool:
+    """Tell whether ``x`` holds no NaN and no Inf; its extremes say so faster than a look at every number."""
+    return all(math.isfinite(extreme) for extreme in x.aminmax())
 
 
 def round_tokens(x: Tensor, bits: int = 8) -> Tensor:

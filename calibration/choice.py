@@ -22,7 +22,7 @@ from qtoolkit.source import Source
 from qtoolkit.stages import Block, Context, Stream, Transform
 
 LIGHT = {  # options in a trial: what costs most of a step's time and is the same for every candidate
-    "smooth": {"grid": 24, "tokens": 512},
+    "smooth": {"grid": 24, "tokens": 256},
     "gptq": {"aim": False, "refine": 0, "starts": 1},
 }
 MARGIN = 1.05  # a simpler way wins up to so many times the least: trials are short and differ by chance

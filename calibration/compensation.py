@@ -20,7 +20,7 @@ from qtoolkit.calibration.hessian import Hessian, inverse_factor, shared_inputs
 from qtoolkit.calibration.moments import Seen
 from qtoolkit.calibration.options import Options
 from qtoolkit.calibration.refine import refined, refitted_scales
-from qtoolkit.calibration.sweep import sweep
+from qtoolkit.calibration.sweep import COLUMNS
 from qtoolkit.calibration.target import Choice, aims, combinations
 from qtoolkit.errors import NumericError, RequestError
 from qtoolkit.scheme import CHANNEL, INT8, Scheme
@@ -84,7 +84,8 @@ class Compensate:
         waiting = shared_inputs(block)
         for first, names in list(waiting.items()):
             with twin.weights(block, {} if self.options.sequential else originals):
-                batches = twin.inputs(block, first, stream, originals, bits, both=self.reads_floats)
+                unfinished = [name for names in waiting.values() for name in names] if self.options.sequential else None
+                batches = twin.inputs(block, first, stream, originals, bits, both=self.reads_floats, waiting=unfinished)
                 seen = Seen([originals[name] for name in names], batches, tokens)
             del waiting[first]
             if not waiting:  # the float network is not run again
@@ -262,16 +263,25 @@ def round_in_order(order: Tensor, factor: Tensor, scheme: Scheme, weight: Tensor
     n, k = weight.shape
     size = k if scheme.group_size == CHANNEL else scheme.group_size
     work = weight[:, order].T.contiguous()  # [k, n]: a column of the weight is a contiguous row here
-    steps = scales.float().T[order // size]  # [k, n]
+    steps = scales.float().T  # [groups, n]
+    groups = order // size
     codes = torch.empty(k, n, dtype=torch.int8, device=weight.device)
     low, high = scheme.code_range
-
-    def decide(column: int, rest: Tensor) -> Tensor:
-        code = (rest[0] / steps[column]).round_().clamp_(low, high)
-        codes[column] = code.to(torch.int8)
-        return code * steps[column]
-
-    sweep(work, factor, decide)
+    for start in range(0, k, COLUMNS):  # as in ``sweep``, with nothing but what rounding needs: it is done so often
+        stop = min(start + COLUMNS, k)
+        part, step = work[start:stop], steps[groups[start:stop]]
+        inside = factor[start:stop, start:stop]
+        spread = inside / inside.diagonal().unsqueeze(1)
+        found, lost = torch.empty_like(part), torch.empty_like(part)
+        rows = zip(*(each.unbind() for each in (part, step, found, lost)), strict=True)
+        spreads = zip(spread.unsqueeze(2).unbind(), lost.unsqueeze(1).unbind(), strict=True)  # [columns, 1] and [1, n]
+        for i, ((row, width, code, error), (others, by)) in enumerate(zip(rows, spreads, strict=True), 1):
+            torch.div(row, width, out=code).round_().clamp_(low, high)
+            torch.addcmul(row, code, width, value=-1.0, out=error)
+            part[i:].addmm_(others[i:], by, alpha=-1.0)
+        codes[start:stop] = found
+        later = factor[start:stop, stop:] / inside.diagonal().unsqueeze(1)
+        work[stop:].addmm_(later.T, lost, alpha=-1.0)
     result = torch.empty(n, k, dtype=torch.int8, device=weight.device)
     result[:, order] = codes.T
     return result

@@ -86,22 +86,26 @@ def descend(weight: Tensor, matrix: Tensor, start: QuantizedWeight, scheme: Sche
     With G = (Q - W) H the best change of one entry is -G / H_jj, and any code nearer to it than the present one lowers
     the error, so the nearest in range does.
     """
-    n, k = weight.shape
-    scales = start.scales.to(weight.dtype).T.contiguous()  # [groups, n]
-    size = k // scales.shape[0]
+    k = weight.shape[1]
+    steps = start.scales.to(weight.dtype).T.contiguous()  # [groups, n]
+    size = k // steps.shape[0]
     codes = start.codes.T.to(weight.dtype).contiguous()  # [k, n]
-    gradient = matrix @ start.dequantize().sub_(weight).T  # [k, n]
+    slope = matrix @ start.dequantize().sub_(weight).T  # [k, n], the gradient
     for first in range(0, k, COLUMNS):
         last = min(first + COLUMNS, k)
-        near, moved = gradient[first:last], weight.new_empty(last - first, n)
-        for column in range(first, last):
-            scale, local = scales[column // size], column - first
-            wish = codes[column] - near[local] / (scale * matrix[column, column])
-            new = wish.round_().clamp_(*scheme.code_range)
-            moved[local] = (new - codes[column]) * scale
-            codes[column] = new
-            near[local + 1 :].addr_(matrix[column + 1 : last, column], moved[local])
-        gradient[last:].addmm_(matrix[last:, first:last], moved)
+        inside = matrix[first:last, first:last]
+        step = steps[torch.arange(first, last, device=steps.device) // size]  # [columns, n]
+        new, moved = torch.empty_like(step), torch.empty_like(step)
+        bend = step * inside.diagonal().unsqueeze(1)
+        near = slope[first:last]
+        rows = zip(*(each.unbind() for each in (codes[first:last], near, bend, step, new, moved)), strict=True)
+        pulls = zip(inside.unsqueeze(2).unbind(), moved.unsqueeze(1).unbind(), strict=True)  # [columns, 1] and [1, n]
+        for i, ((code, pull, curve, width, wish, move), (others, by)) in enumerate(zip(rows, pulls, strict=True), 1):
+            torch.addcdiv(code, pull, curve, value=-1.0, out=wish).round_().clamp_(*scheme.code_range)
+            torch.sub(wish, code, out=move).mul_(width)
+            near[i:].addmm_(others[i:], by)
+        codes[first:last] = new
+        slope[last:].addmm_(matrix[last:, first:last], moved)
     return codes.T.to(torch.int8).contiguous()
 
 

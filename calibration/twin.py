@@ -6,17 +6,20 @@ difference of the two is what compensation can still make up for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtoolkit.calibration.capture import quantized_activations, round_tokens
+from qtoolkit.calibration.capture import finite, quantized_activations, round_tokens
+from qtoolkit.calibration.sections import nothing, section_of, sections, without
 from qtoolkit.errors import NumericError
 from qtoolkit.stages import Block, QuantizedWeight, Stream
+
+BEHIND = "behind"  # the block: no norm of it reads what comes out
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,19 @@ class Inputs:
 
 @torch.inference_mode()
 def inputs(
-    block: Block, name: str, stream: Stream, originals: Mapping[str, Tensor], bits: int, *, both: bool = True
+    block: Block,
+    name: str,
+    stream: Stream,
+    originals: Mapping[str, Tensor],
+    bits: int,
+    *,
+    both: bool = True,
+    waiting: Collection[str] | None = None,
 ) -> Iterator[Inputs]:
     """Yield what layer ``name`` receives, batch by batch; the block stops at the layer.
+
+    A stream that moves is brought on: past the parts of the block that hold none of the ``waiting`` layers, and in the
+    float network, which waits for nothing, past the part whose last layer ``name`` is.
 
     Args:
         block: some of its targets are quantized already.
@@ -55,25 +68,49 @@ def inputs(
         originals: float weights of the block's targets.
         bits: of the activations.
         both: False leaves the float network out: ``wanted`` is ``seen`` then, without drift.
+        waiting: layers that are not quantized yet; None: nothing is known of them, and nothing is passed.
 
     Raises:
         NumericError: an input holds NaN or Inf.
     """
-    norm = block.residual.get(name, "")
-    for (hidden, kwargs), exact in zip(stream.calls(), stream.floats or stream.batches, strict=True):
-        with quantized_activations(block, bits):
-            seen, carried = _reach(block, name, norm, hidden, kwargs)
+    known = sections(block)
+    place = section_of(known, name)
+    norm = known[place].norm if known else block.residual.get(name, "")
+    drifts = name in block.residual
+    done = waiting is not None and not any(known[i].holds(each) for i in range(place) for each in waiting)
+    onwards = stream.way.moves and done and bool(known) and len(stream.way.passed) < place
+    through = stream.floats_way.moves and both and bool(known) and waiting is not None and known[place].writer == name
+    behind = known[place + 1].norm if through and place + 1 < len(known) else BEHIND if through else ""
+    modules = [section.module for section in known]
+    zeros: dict[str, Any] = {}
+    exacts = stream.floats or stream.batches
+    for number, ((hidden, kwargs), exact) in enumerate(zip(stream.calls(), exacts, strict=True)):
+        with quantized_activations(block, bits), without(block, stream.way.passed):
+            found = _reach(block, name, norm, hidden, kwargs, watched=modules if onwards else [])
+        seen, carried = found.seen, found.carried
+        if onwards:
+            assert carried is not None
+            stream.batches[number].copy_(carried)
+            zeros = {module: found.zeros[module] for module in modules[:place]}
         served = round_tokens(seen, bits)
         if not both:
             yield Inputs(seen, served, seen, None)
             continue
-        with weights(block, originals):
-            wanted, right = _reach(block, name, norm, exact.to(hidden.device), kwargs)
-        drift = None if carried is None or right is None else right - carried
-        found = Inputs(seen, served, wanted, drift)
-        del seen, served, wanted, drift, carried, right  # nobody but the caller keeps them through the next batch
-        yield found
-        del found
+        with weights(block, originals), without(block, stream.floats_way.passed):
+            right = _reach(block, name, norm, exact.to(hidden.device), kwargs, behind, modules if through else [])
+        lack = right.carried - carried if drifts and right.carried is not None and carried is not None else None
+        if through:
+            assert right.behind is not None
+            stream.floats[number].copy_(right.behind)  # where it was: memory does not fall into pieces
+            passed = {module: right.zeros[module] for module in modules[: place + 1]}
+        made = Inputs(seen, served, right.seen, None if lack is None else lack.flatten(0, -2))
+        del seen, served, carried, found, right, lack  # nobody but the caller keeps them through the next batch
+        yield made
+        del made
+    if onwards:
+        stream.way.passed = zeros
+    if through:
+        stream.floats_way.passed, stream.floats_way.behind = passed, behind == BEHIND
 
 
 @contextmanager
@@ -122,30 +159,69 @@ class _Reached(Exception):
     """Ends the block's forward pass at the layer that is looked at."""
 
 
-def _reach(block: Block, name: str, norm: str, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Return the layer's input [tokens, k] before any rounding, and what the norm ``norm`` read [tokens, hidden]."""
+@dataclass
+class _Found:
+    """What a pass saw: the layer's input [tokens, k], and the hidden stream before and behind its section."""
+
+    seen: Tensor
+    carried: Tensor | None
+    behind: Tensor | None
+    zeros: dict[str, Any]
+
+
+def _reach(
+    block: Block,
+    name: str,
+    norm: str,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    behind: str = "",
+    watched: Sequence[str] = (),
+) -> _Found:
+    """Return the layer's input before any rounding, what ``norm`` read, and the stream ``behind`` the layer's section.
+
+    ``behind`` is the next norm, or ``BEHIND`` the block; empty: the pass ends at the layer. Of ``watched`` modules the
+    forms of their outputs are written down.
+    """
     caught: dict[str, Tensor] = {}
+    zeros: dict[str, Any] = {}
 
-    def catch_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught["input"] = args[0]
-        raise _Reached
+    def catch(key: str, last: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            caught[key] = args[0]
+            if last:
+                raise _Reached
 
-    def catch_stream(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught["stream"] = args[0]
+        return hook
 
-    handles = [block.layer(name).register_forward_pre_hook(catch_input, prepend=True)]
-    if norm:
-        handles.append(block.layer(norm).register_forward_pre_hook(catch_stream))
-    try:
-        block.module(hidden, **kwargs)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not caught["input"].isfinite().all():
+    with ExitStack() as stack:
+
+        def watch(module: str, key: str, last: bool, first: bool = False) -> None:
+            handle = block.layer(module).register_forward_pre_hook(catch(key, last), prepend=first)
+            stack.callback(handle.remove)
+
+        watch(name, "input", not behind, first=True)
+        if norm:
+            watch(norm, "stream", False)
+        if behind and behind != BEHIND:
+            watch(behind, "behind", True)
+        for module in watched:
+            stack.callback(block.layer(module).register_forward_hook(_note(zeros, module)).remove)
+        try:
+            out = block.module(hidden, **kwargs)
+            caught["behind"] = out[0] if isinstance(out, tuple) else out
+        except _Reached:
+            pass
+    if not all(finite(each) for key, each in caught.items() if key != "stream"):
         raise NumericError(
             f"The input of {block.name}.{name} holds NaN or Inf on the calibration text.",
             "The weights or the calibration data are damaged.",
         )
-    return caught["input"].flatten(0, -2), caught["stream"].flatten(0, -2) if norm else None
+    return _Found(caught["input"].flatten(0, -2), caught.get("stream"), caught.get("behind"), zeros)
+
+
+def _note(zeros: dict[str, Any], name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        zeros[name] = nothing(out)
+
+    return hook

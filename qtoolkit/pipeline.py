@@ -37,7 +37,7 @@ from qtoolkit.progress import Progress, Silent
 from qtoolkit.recipe import Recipe
 from qtoolkit.scheme import Scheme
 from qtoolkit.source import Source, resolve, save
-from qtoolkit.stages import Block, Context, Packer, Rewrite, Stream, Transform
+from qtoolkit.stages import Block, Context, Packer, Rewrite, Stream, Transform, Way
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -180,7 +180,8 @@ class Run:
         memory.trim()
         stream = capture.embed(self.skeleton, self.weights, tokens)
         compared = any(getattr(transform, "reads_floats", False) for transform in self.transforms.values())
-        floats = Stream(list(stream.batches), stream.kwargs, device=stream.device)
+        own = [batch.clone() for batch in stream.batches] if compared else []  # both are overwritten on their way
+        floats = Stream(own, stream.kwargs, device=stream.device)
         for index in range(self.blocks):
             block = self._block(self.weights, index)
             stream.floats = floats.batches if compared else []
@@ -189,17 +190,19 @@ class Run:
                 self._restore(block, job.tensors(_part(index)))
             else:
                 block.probe = gradients.probe(index) if gradients else None
+                steady = not self._round_floats(block) and len(self.transforms) == 1
+                stream.way, stream.floats_way = Way(moves=True), Way(moves=compared and steady)
                 figures = self._transform(block, stream)
                 block.probe = None
                 job.save(_part(index), self._pack(block), figures)
                 errors = [row["error"] for row in figures["layers"].values()]
                 self.progress.block(block.name, sum(errors) / len(errors) if errors else 0.0)
-            stream.floats = []
+            behind, stream.floats = stream.floats_way.behind, []
             with capture.quantized_activations(block, self.recipe.scheme.activation_bits):
                 stream = capture.advance(block, stream, spent=True)
             del block  # before the next is read
             memory.trim()
-            if compared and index + 1 < self.blocks:  # a stream in memory costs more than reading a block again
+            if compared and not behind and index + 1 < self.blocks:  # a stream in memory costs more than reading again
                 floats = capture.advance(self._block(self.weights, index), floats, spent=True)
         for name, part in self._rest().items():
             job.save(part, {name: self._stored(name)})
@@ -330,12 +333,18 @@ class Run:
     def _packer(self, block: Block, name: str) -> Packer:
         return self.packer if name not in block.schemes else registry.packers.get("int8")
 
-    def _round_floats(self, block: Block) -> None:
-        """Round what stays in float to the stored dtype, so that whatever follows sees what will be served."""
+    def _round_floats(self, block: Block) -> bool:
+        """Round what stays in float to the stored dtype, so that whatever follows sees what will be served.
+
+        Returns whether that changed anything.
+        """
         targets = {f"{name}.weight" for name, _ in block.linears()}
+        changed = False
         for name, parameter in block.module.named_parameters():
             if name not in targets:
-                parameter.data = parameter.data.to(self.dtype).float()
+                before, parameter.data = parameter.data, parameter.data.to(self.dtype).float()
+                changed = changed or not torch.equal(before, parameter.data)
+        return changed
 
 
 def build_transforms(

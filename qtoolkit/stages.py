@@ -114,17 +114,35 @@ class Block:
 
 
 @dataclass
+class Way:
+    """How far a stream has come inside a block, past the parts of it (attention) that need not run again.
+
+    Attributes:
+        moves: whoever quantizes the block may bring the stream on, in its place.
+        passed: parts whose outputs have been added to the stream, each with zeros of the form of its output.
+        behind: the stream is behind the block.
+    """
+
+    moves: bool = False
+    passed: dict[str, Any] = field(default_factory=dict)
+    behind: bool = False
+
+
+@dataclass
 class Stream:
     """Hidden states on their way through the blocks: batches of [sequences, tokens, hidden] and the call's keywords.
 
     ``floats`` are the same hidden states in the float network; where it is empty, the batches themselves are those.
     Batches that do not fit beside a block on its ``device`` wait in the host's memory; None: they are where they go.
+    ``way`` and ``floats_way`` say where in a block they are; as a rule before it.
     """
 
     batches: list[Tensor]
     kwargs: list[dict[str, Any]]
     floats: list[Tensor] = field(default_factory=list)
     device: Any = None  # torch.device
+    way: Way = field(default_factory=Way)
+    floats_way: Way = field(default_factory=Way)
 
     def calls(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yield each batch, on the block's device and in float32, with its keywords."""

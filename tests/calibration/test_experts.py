@@ -94,7 +94,7 @@ def test_folding_any_scales_leaves_the_block_s_function_and_scales_the_router(
 def test_the_range_of_the_experts_inputs_is_that_of_all_tokens(block_and_stream: tuple[Block, Stream]) -> None:
     block, stream = block_and_stream
     (group,) = (group for group in block.groups if group.name == "experts")
-    largest = smoothing.input_range(block, group, stream)
+    largest = smoothing.input_ranges(block, [group], stream)["experts"]
     arrived = torch.cat(experts.arrivals(block, stream).hidden)
     torch.testing.assert_close(largest, arrived.abs().amax(dim=0))
     seen = torch.zeros_like(largest)

@@ -33,7 +33,7 @@ def test_folding_any_scales_leaves_the_block_s_function(block_and_stream: tuple[
     block, stream = block_and_stream
     before = outputs(block, stream)
     for group in block.groups:
-        largest = smoothing.input_range(block, group, stream)  # tied across a key/value head's readers
+        largest = smoothing.input_ranges(block, [group], stream)[group.name]  # tied across a key/value head's readers
         smoothing.fold(block, group, 1.0 + largest)
     # fp32: each output is a sum of about 256 products, a few units in the last place apart
     torch.testing.assert_close(outputs(block, stream), before, rtol=2e-5, atol=2e-6)
@@ -42,7 +42,7 @@ def test_folding_any_scales_leaves_the_block_s_function(block_and_stream: tuple[
 def test_value_scales_are_shared_by_the_query_heads_that_read_them(block_and_stream: tuple[Block, Stream]) -> None:
     block, stream = block_and_stream
     group = next(group for group in block.groups if group.heads)
-    heads = smoothing.input_range(block, group, stream).view(-1, block.kv_repeats, block.head_dim)
+    heads = smoothing.input_ranges(block, [group], stream)[group.name].view(-1, block.kv_repeats, block.head_dim)
     assert torch.equal(heads, heads[:, :1].expand_as(heads))
     assert heads.shape[1] == 2
 
@@ -51,7 +51,7 @@ def test_the_loss_is_the_one_of_the_paper(block_and_stream: tuple[Block, Stream]
     block, stream = block_and_stream
     group = next(group for group in block.groups if group.name == "down_proj")
     calls = smoothing.record(block, group, stream, tokens=72)
-    scales = smoothing.input_range(block, group, stream) / 0.01 + 1
+    scales = smoothing.input_ranges(block, [group], stream)[group.name] / 0.01 + 1
     loss = smoothing.group_loss(block, group, calls, scales, CONTEXT)
 
     weight = block.linear("mlp.down_proj").weight.double()

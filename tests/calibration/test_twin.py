@@ -11,7 +11,7 @@ from qtoolkit.calibration import capture, twin
 from qtoolkit.calibration.compensation import Compensate, CompensateOptions
 from qtoolkit.scheme import Scheme
 from qtoolkit.source import resolve
-from qtoolkit.stages import Block, Context, Stream
+from qtoolkit.stages import Block, Context, Stream, Way
 
 CONTEXT = Context(Scheme(group_size=64), torch.bfloat16, print)
 
@@ -81,3 +81,26 @@ def test_the_same_stream_gives_the_same_codes(block_and_stream: tuple[Block, Str
         Compensate(CompensateOptions()).apply(block, stream, CONTEXT)
         codes.append({name: weight.codes for name, weight in block.quantized.items()})
     assert all(torch.equal(codes[0][name], codes[1][name]) for name in originals)
+
+
+def test_a_stream_that_moves_ends_where_one_does_that_starts_anew_for_every_layer(
+    block_and_stream: tuple[Block, Stream],
+) -> None:
+    block, stream = block_and_stream
+    originals = {name: layer.weight.data for name, layer in block.linears()}
+    floats_behind = capture.advance(block, Stream(stream.floats, stream.kwargs)).batches
+    codes, behind = [], []
+    for moves in (False, True):
+        for name, weight in originals.items():
+            block.linear(name).weight.data = weight
+        batches, floats = ([batch.clone() for batch in some] for some in (stream.batches, stream.floats))
+        own = Stream(batches, stream.kwargs, floats, way=Way(moves), floats_way=Way(moves))
+        Compensate(CompensateOptions()).apply(block, own, CONTEXT)
+        codes.append({name: weight.codes.clone() for name, weight in block.quantized.items()})
+        assert list(own.way.passed) == (["self_attn"] if moves else [])
+        assert own.floats_way.behind is moves
+        assert torch.equal(own.floats[0], floats_behind[0] if moves else stream.floats[0])
+        with capture.quantized_activations(block, 8):
+            behind.append(capture.advance(block, own, spent=True).batches[0])
+    assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
+    assert torch.equal(*behind)
