@@ -21,7 +21,7 @@ from qtoolkit.calibration.capture import layer_inputs, round_tokens
 from qtoolkit.calibration.options import Options
 from qtoolkit.stages import Block, ChannelGroup, Context, Stream
 
-STRIDE = 6  # the search tries every sixth threshold, then nearer and nearer ones to the best: a quarter of all
+COARSE = 16  # thresholds, each the same part of the one before, that the search tries before it nears the best of them
 LOWEST = 0.1  # the official search stops at this threshold; models with smaller activations go lower
 
 
@@ -78,9 +78,12 @@ class Smooth:
                     losses[step] = group_loss(block, group, calls, scales_at(step), context)
             return min(losses, key=lambda step: (losses[step], step))
 
-        best = judge(range(0, steps, STRIDE))
-        best = judge((best - STRIDE // 2, best + STRIDE // 2))
-        best = judge(range(best - STRIDE // 2 + 1, best + STRIDE // 2))
+        some = coarse(start, lowest, steps)
+        best = judge(some)
+        stride = max(abs(best - step) for step in some[max(0, some.index(best) - 1) : some.index(best) + 2])
+        while stride > 1:
+            stride = (stride + 1) // 2
+            best = judge((best - stride, best + stride))
         scales = scales_at(best)
         return scales, {
             "threshold": start - (start - lowest) * best / steps,
@@ -89,6 +92,15 @@ class Smooth:
             "loss_unsmoothed": losses[0],  # every scale is 1
             "largest_scale": float(scales.max()),
         }
+
+
+def coarse(start: float, lowest: float, steps: int) -> list[int]:
+    """Return the steps, out of ``steps`` equal ones from ``start`` to ``lowest``, nearest to a geometric sequence."""
+    if start <= lowest:
+        return [0]
+    ratio = (lowest / start) ** (1 / COARSE)
+    places = (round(steps * start * (1 - ratio**i) / (start - lowest)) for i in range(COARSE))
+    return sorted({min(place, steps - 1) for place in places})
 
 
 def input_ranges(block: Block, groups: Sequence[ChannelGroup], stream: Stream) -> dict[str, Tensor]:

@@ -107,3 +107,14 @@ def test_an_outlier_channel_is_smoothed_away(block_and_stream: tuple[Block, Stre
     assert report["largest_scale"] > 5
     assert report["loss"] < 0.5 * report["loss_unsmoothed"]
     torch.testing.assert_close(outputs(block, stream), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_search_begins_with_thresholds_that_fall_by_the_same_part() -> None:
+    places = smoothing.coarse(100.0, 0.1, 1000)
+    assert places == sorted({*places})
+    assert places[0] == 0
+    found = [100.0 - 99.9 * place / 1000 for place in places]
+    for i in range(smoothing.COARSE):
+        wanted = 100.0 * 0.001 ** (i / smoothing.COARSE)
+        assert min(abs(wanted - threshold) for threshold in found) < 0.051  # half a step
+    assert smoothing.coarse(0.0, 0.0, 100) == [0]  # a dead input
