@@ -98,8 +98,9 @@ def coarse(start: float, lowest: float, steps: int) -> list[int]:
     """Return the steps, out of ``steps`` equal ones from ``start`` to ``lowest``, nearest to a geometric sequence."""
     if start <= lowest:
         return [0]
-    ratio = (lowest / start) ** (1 / COARSE)
-    places = (round(steps * start * (1 - ratio**i) / (start - lowest)) for i in range(COARSE))
+    count = min(COARSE, 1 + steps // 6)  # a trial's search of few steps begins with fewer
+    ratio = (lowest / start) ** (1 / count)
+    places = (round(steps * start * (1 - ratio**i) / (start - lowest)) for i in range(count))
     return sorted({min(place, steps - 1) for place in places})
 
 
