@@ -104,3 +104,13 @@ def test_a_stream_that_moves_ends_where_one_does_that_starts_anew_for_every_laye
             behind.append(capture.advance(block, own, spent=True).batches[0])
     assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
     assert torch.equal(*behind)
+
+
+def test_finite_sees_every_nan_and_inf_and_takes_no_tokens() -> None:
+    good = torch.randn(7, 5)
+    assert capture.finite(good)
+    assert capture.finite(good[:0])
+    for wrong in (float("nan"), float("inf"), float("-inf")):
+        bad = good.clone()
+        bad[3, 2] = wrong
+        assert not capture.finite(bad)
