@@ -68,6 +68,7 @@ class RecoverOptions(Options):
     teacher_weights: str = Field("", description="the weight file of one of our own networks")
     mix: float = Field(0.0, ge=0, le=1, description="part of the images that are blended with another one")
     augment: bool = Field(True, description="random shifts and mirroring as the architecture says")
+    views: int = Field(0, ge=0, description="epochs after which images, with teachers' answers, come again; 0: never")
     bfloat16: bool = Field(False, description="multiply in bfloat16: twice as fast where the processor can")
 
 
@@ -127,7 +128,7 @@ class Training:
         if options.teacher and not options.distill:
             raise RequestError("A teacher is named that nothing is learnt from.", "Add --set recover.distill=0.9.")
         taught_by = teachers(options.teacher, options.teacher_weights, self.network, context) if options.distill else []
-        self.teaching = Teaching(options.distill, options.temperature, taught_by)
+        self.teaching = Teaching(options.distill, options.temperature, taught_by, remember=options.views > 0)
         self.regularizer: Plain = REGULARIZERS[options.regularizer](options.strength)
         self.regularizer.start(self)
 
@@ -185,7 +186,8 @@ class Training:
             self.refresh(epoch / options.epochs)  # with zeros where filters are removed the mask stays what it was
             if options.masks == "epoch" and epoch == 0:
                 self._project()  # the first epoch already trains against the pruning
-            generator = torch.Generator().manual_seed(context.seed * 1000 + epoch)  # resuming needs no generator state
+            drawn = epoch % options.views if options.views else epoch
+            generator = torch.Generator().manual_seed(context.seed * 1000 + drawn)  # resuming needs no generator state
             batches = context.training.epoch(options.batch, architecture, generator, self.regularizer.views)
             for step, (views, y) in enumerate(batches):
                 self.progress = (epoch + step / steps) / options.epochs

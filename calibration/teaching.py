@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -25,19 +26,33 @@ class Teaching:
         share: part of the error that is the divergence, 0 to 1.
         temperature: T.
         teachers: networks that take what the pupil takes; none where ``share`` is 0.
+        remember: keep the answers, in 40 bytes and some an image of ten classes, for when the same batch comes again:
+            two teachers take as long as two thirds of a pupil's step.
     """
 
-    def __init__(self, share: float, temperature: float, teachers: Sequence[nn.Module]) -> None:
-        self.share, self.temperature = share, temperature
+    def __init__(
+        self, share: float, temperature: float, teachers: Sequence[nn.Module], *, remember: bool = False
+    ) -> None:
+        self.share, self.temperature, self.remember = share, temperature, remember
         self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
+        self.answered: dict[bytes, Tensor] = {}
+
+    @torch.no_grad()
+    def answers(self, x: Tensor) -> Tensor:
+        """Return the mean of the teachers' logits, float32 [images, classes], for images ``x``."""
+        batch = hashlib.blake2b(x.cpu().numpy().tobytes(), digest_size=16).digest() if self.remember else b""
+        if batch in self.answered:
+            return self.answered[batch]
+        said = torch.stack([teacher(x).float() for teacher in self.teachers]).mean(dim=0)
+        if self.remember:
+            self.answered[batch] = said
+        return said
 
     def error(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Return the mean error of ``logits`` [images, classes] for images ``x`` of classes ``y``."""
         if not self.share:
             return F.cross_entropy(logits, y)
-        with torch.no_grad():
-            said = torch.stack([teacher(x).float() for teacher in self.teachers]).mean(dim=0)
-            aim = (said / self.temperature).log_softmax(dim=1)
+        aim = (self.answers(x) / self.temperature).log_softmax(dim=1)
         answers = (logits / self.temperature).log_softmax(dim=1)
         divergence = F.kl_div(answers, aim, reduction="batchmean", log_target=True) * self.temperature**2
         return (1 - self.share) * F.cross_entropy(logits, y) + self.share * divergence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,50 @@ def test_two_teachers_teach_the_mean_of_their_logits() -> None:
         agreed = (one(x) + two(x)) / 2
     assert float(Teaching(1.0, 4.0, [one, two]).error(agreed, x, y)) < 1e-6
     assert float(Teaching(1.0, 4.0, [one, two]).error(one(x), x, y)) > 1e-3
+
+
+class Counting(torch.nn.Linear):
+    asked = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
+        return super().forward(x)
+
+
+def test_a_teacher_that_remembers_is_asked_once_about_a_batch_and_says_the_same() -> None:
+    x, other = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    teacher = Counting(4, 3)
+    forgetful, remembering = Teaching(1.0, 4.0, [teacher]), Teaching(1.0, 4.0, [teacher], remember=True)
+    expected = [forgetful.answers(batch) for batch in (x, other)]
+    for _ in range(2):
+        assert torch.equal(remembering.answers(x), expected[0])
+        assert torch.equal(remembering.answers(other), expected[1])
+    assert teacher.asked == 2 + 2
+
+
+def test_views_come_again_with_their_answers_and_resuming_changes_nothing(tmp_path: Path, digits_weights: Path) -> None:
+    def trained(job: Job | None, say: Callable[[str], None] = lambda text: None) -> tuple[Block, int]:
+        block, images, context = prepared(NM)
+        teacher = models.resolve("digits", digits_weights).network
+        batches: list[int] = []
+        teacher.register_forward_hook(lambda module, x, out: batches.append(len(x[0])))
+        options = RecoverOptions(epochs=5, batch=64, masks="forward", distill=1.0, mix=0.5, views=2)
+        taught = replace(context, original=lambda: teacher, job=job, say=say)
+        Recover(options).apply(block, images, taught)
+        return block, len(batches)
+
+    def stop(text: str) -> None:
+        if text.startswith("epoch 4"):
+            raise Stopped
+
+    whole, asked = trained(None)
+    assert asked == 2 * 4  # two views, four batches
+    with pytest.raises(Stopped):
+        trained(Job.open(tmp_path / "cut", {}), stop)
+    resumed, asked = trained(Job.open(tmp_path / "cut", {}))
+    assert asked == 2 * 4  # epochs 4 and 5 are one of each view
+    for name, tensor in whole.module.state_dict().items():
+        assert torch.equal(tensor, resumed.module.state_dict()[name]), name
 
 
 def test_a_teacher_may_be_any_network_that_is_read_and_sees_images_as_it_was_trained(digits_weights: Path) -> None:
