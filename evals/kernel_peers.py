@@ -15,7 +15,7 @@ from qtoolkit.errors import RequestError
 from qtoolkit.evals.kernel_remote import Worker
 from qtoolkit.evals.kernel_workers import loop
 from qtoolkit.kernels import folded, ops, selection
-from qtoolkit.kernels.cpu import bfloat16
+from qtoolkit.kernels.cpu import bfloat16, bfloat16_compressed
 
 Layer = Callable[[Tensor], Tensor]  # bfloat16 [m, k] -> bfloat16 [m, n]
 Timer = Callable[[Tensor], list[float]]  # multiplies bfloat16 [m, k] by the next layers' weights; returns seconds
@@ -103,6 +103,13 @@ def our_bfloat16(k: int, n: int) -> Layer:
     return lambda x: bfloat16.linear(x, weight, None, n)
 
 
+def our_compressed_bfloat16(k: int, n: int) -> Layer:
+    """Make the same product with 12 bits a weight in memory."""
+    weight = bfloat16_compressed.compress(torch.randn(n, k, dtype=torch.bfloat16))
+    assert weight is not None  # normal weights fit the tables
+    return lambda x: bfloat16_compressed.linear(x, weight, None, n)
+
+
 def torch_bfloat16(k: int, n: int) -> Layer:
     """Make ``torch.nn.functional.linear`` in bfloat16."""
     weight = torch.randn(n, k, dtype=torch.bfloat16)
@@ -119,11 +126,15 @@ def torch_int4pack(k: int, n: int) -> Layer:
 
 def local_peers() -> tuple[Peer, ...]:
     """Return the contestants that run in this process, ours first."""
+    in_bfloat16 = [
+        Peer("qtoolkit-bf16", 16, our_bfloat16, False),
+        Peer("qtoolkit-bf16-12bit", 12, our_compressed_bfloat16, False),
+    ]
     found = [
         Peer("qtoolkit-g128", 4 + 16 / 128, ours(128), True),
         Peer("qtoolkit-g128-folded", 4 + 8 / 128, ours(128, folds=True), True),
         Peer("qtoolkit-channel", 4, ours(-1), True),
-        *([] if bfloat16.refuse(torch.bfloat16, "cpu") else [Peer("qtoolkit-bf16", 16, our_bfloat16, False)]),
+        *([] if bfloat16.refuse(torch.bfloat16, "cpu") else in_bfloat16),
         Peer("torch-bf16", 16, torch_bfloat16, False),
         Peer("torch-int4pack", 4 + 32 / 128, torch_int4pack, False),
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.kernels import ops, selection
-from qtoolkit.kernels.cpu import bfloat16
+from qtoolkit.kernels.cpu import bfloat16, bfloat16_compressed
 from qtoolkit.packing.int4 import pack_int4
 from qtoolkit.scheme import Head
 
@@ -39,14 +39,21 @@ class QuantizedHead:
 
 @dataclass(frozen=True)
 class FloatHead:
-    """An output layer in bfloat16, in the layout of our product for CPUs."""
+    """An output layer in bfloat16, in a layout of our product for CPUs."""
 
-    weight: Tensor
+    weight: Tensor | bfloat16_compressed.Compressed
     n: int
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the logits [..., n] of x [..., k], in bfloat16."""
-        return bfloat16.linear(x, self.weight, bias, self.n)
+        """Return the logits [..., n] of x [..., k], in bfloat16; the same bits in either layout."""
+        if isinstance(self.weight, Tensor):
+            return bfloat16.linear(x, self.weight, bias, self.n)
+        return bfloat16_compressed.linear(x, self.weight, bias, self.n)
+
+
+def keep(weight: Tensor) -> FloatHead:
+    """Bring a bfloat16 matrix [n, k] into 12 bits a value where its values allow that, else into 16: exactly."""
+    return FloatHead(bfloat16_compressed.compress(weight) or bfloat16.prepare(weight), weight.shape[0])
 
 
 class HeadLayer(nn.Module):

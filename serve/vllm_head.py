@@ -95,7 +95,7 @@ class HeadMethod(QuantizeMethodBase):
             self.stock.process_weights_after_loading(layer)
             return
         if self.kind is Head.FLOAT:
-            self.made = head.FloatHead(bfloat16.prepare(weight.data), n)
+            self.made = head.keep(weight.data)
         else:
             self.made = head.quantize(weight.data, self.kind, weight.dtype)
         layer.weight = torch.nn.Parameter(weight.data.new_empty(0), requires_grad=False)

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <numeric>
 #include "scratch.h"
 #include "threads.h"
 #if defined(__x86_64__)
@@ -44,6 +46,39 @@ bool supported(bool wide) {
 #endif
 }
 
+template <class Work>
+void each_panel(int64_t n, Work work) {
+  std::atomic<int64_t> next{0};
+  auto body = [&](int, int) {
+    for (int64_t panel; (panel = next++) < (n + PANEL - 1) / PANEL;) work(panel);
+  };
+  parallel(max_threads(), body);
+}
+
+// weight: bfloat16 [n, k]; to: one panel [steps, 128].
+void pack_panel(const uint16_t* weight, int64_t n, int64_t k, int64_t panel, uint16_t* to) {
+  for (int64_t step = 0; step < (k + 1) / STEP; ++step)
+    for (int64_t channel = 0; channel < PANEL; ++channel)
+      for (int64_t i = 0; i < STEP; ++i) {
+        const int64_t row = panel * PANEL + channel, input = step * STEP + i;
+        *to++ = row < n && input < k ? weight[row * k + input] : 0;
+      }
+}
+
+// work(panel, its plain layout, number of values). 0, or 1 when memory is short.
+template <class Work>
+int each_packed_panel(const void* weight, int64_t n, int64_t k, Work work) {
+  const int64_t values = (k + 1) / STEP * VALUES;
+  std::atomic<int> failed{0};
+  each_panel(n, [&](int64_t panel) {
+    const std::unique_ptr<uint16_t[]> plain(new (std::nothrow) uint16_t[size_t(values)]);
+    if (!plain) return failed.store(1);
+    pack_panel(static_cast<const uint16_t*>(weight), n, k, panel, plain.get());
+    work(panel, plain.get(), values);
+  });
+  return failed;
+}
+
 thread_local Scratch scratch;
 thread_local std::unique_ptr<Share[]> shares;
 
@@ -71,26 +106,54 @@ int qtk_bfloat16_path_supported(int path) { return supported(PATHS[path].wide); 
 
 // weight: bfloat16 [n, k]; out: [panels, steps, 256], see bfloat16.h.
 void qtk_bfloat16_pack(const void* weight, int64_t n, int64_t k, void* out) {
-  const int64_t steps = (k + 1) / 2, panels = (n + PANEL - 1) / PANEL;
-  const uint16_t* from = static_cast<const uint16_t*>(weight);
-  uint16_t* to = static_cast<uint16_t*>(out);
-  std::atomic<int64_t> next{0};
-  auto body = [&](int, int) {
-    for (int64_t panel; (panel = next++) < panels;)
-      for (int64_t step = 0; step < steps; ++step)
-        for (int64_t channel = 0; channel < PANEL; ++channel)
-          for (int64_t i = 0; i < STEP; ++i) {
-            const int64_t row = panel * PANEL + channel, input = step * STEP + i;
-            uint16_t& place = to[((panel * steps + step) * PANEL + channel) * STEP + i];
-            place = row < n && input < k ? from[row * k + input] : 0;
-          }
-  };
-  parallel(max_threads(), body);
+  const int64_t steps = (k + 1) / STEP;
+  each_panel(n, [&](int64_t panel) {
+    pack_panel(static_cast<const uint16_t*>(weight), n, k, panel, static_cast<uint16_t*>(out) + panel * steps * VALUES);
+  });
 }
 
-// y [m, n] = x [m, k] weight^T + bias, all bfloat16. 0, or 1 when memory is short.
+// What a weight is compressed with: tables uint8 [panels, 16], the commonest upper bytes, and counts [panels] of the values
+// that have others. 0, or 1 when memory is short.
+int qtk_bfloat16_survey(const void* weight, int64_t n, int64_t k, uint8_t* tables, int64_t* counts) {
+  return each_packed_panel(weight, n, k, [&](int64_t panel, const uint16_t* plain, int64_t values) {
+    int64_t seen[256] = {};
+    for (int64_t i = 0; i < values; ++i) ++seen[plain[i] >> 8];
+    uint8_t upper[256];
+    std::iota(upper, upper + 256, uint8_t(0));
+    std::stable_sort(upper, upper + 256, [&](uint8_t a, uint8_t b) { return seen[a] > seen[b]; });
+    std::memcpy(tables + panel * ENTRIES, upper, size_t(ENTRIES));
+    counts[panel] = values;
+    for (int i = 0; i < ENTRIES; ++i) counts[panel] -= seen[upper[i]];
+  });
+}
+
+// tables as from qtk_bfloat16_survey, starts [panels + 1] its counts added up; out: [panels, steps, 192] and
+// rest [starts[panels]], see bfloat16.h. 0, or 1 when memory is short.
+int qtk_bfloat16_compress(const void* weight, int64_t n, int64_t k, const uint8_t* tables, const int64_t* starts,
+                          uint8_t* out, int64_t* rest) {
+  return each_packed_panel(weight, n, k, [&](int64_t panel, const uint16_t* plain, int64_t values) {
+    int number[256];
+    std::fill(number, number + 256, -1);
+    for (int i = 0; i < ENTRIES; ++i) number[tables[panel * ENTRIES + i]] = i;
+    uint8_t* to = out + panel * (values / VALUES) * COMPRESSED_BYTES;
+    std::memset(to, 0, size_t(values / VALUES * COMPRESSED_BYTES));
+    int64_t* left = rest + starts[panel];
+    for (int64_t i = 0; i < values; ++i) {
+      const int64_t half = i % VALUES / 64, word = i % 64 / 32, value = i % 32;
+      const int64_t place = value / 8 * 16 + word * 8 + value % 8;
+      uint8_t* step = to + i / VALUES * COMPRESSED_BYTES;
+      const int found = number[plain[i] >> 8];
+      step[half * 64 + place] = uint8_t(plain[i]);
+      step[128 + place] |= uint8_t(std::max(found, 0) << 4 * half);
+      if (found < 0) *left++ = i << 16 | plain[i];
+    }
+  });
+}
+
+// y [m, n] = x [m, k] weight^T + bias, all bfloat16; tables, starts and rest of a compressed weight, or null. 0, or 1
+// when memory is short.
 int qtk_bfloat16_linear(int path, const void* x, int64_t x_stride, int64_t m, int64_t k, int64_t n, const void* weight,
-                        const void* bias, void* y) {
+                        const uint8_t* tables, const int64_t* starts, const int64_t* rest, const void* bias, void* y) {
   if (m == 0 || n == 0) return 0;
   const Path& own = *PATHS[path].path;
   Job job{};
@@ -99,6 +162,7 @@ int qtk_bfloat16_linear(int path, const void* x, int64_t x_stride, int64_t m, in
   // One line more than needed: tokens a power of two apart would meet in the same few cache sets.
   job.x_stride = (job.steps * job.x_step + 63) / 64 * 64 + 64;
   job.weight = static_cast<const char*>(weight), job.bias = static_cast<const uint16_t*>(bias);
+  job.tables = tables, job.starts = starts, job.rest = rest;
   job.y = static_cast<uint16_t*>(y);
   char* tokens = scratch.take(size_t(m * job.x_stride));
   if (!tokens) return 1;

@@ -47,14 +47,23 @@ def prepare(weight: Tensor) -> Tensor:
     Raises:
         ValueError: it is another dtype or shape.
     """
-    if weight.dtype != torch.bfloat16 or weight.dim() != 2 or weight.device.type != "cpu":
-        raise ValueError(f"the weight is {weight.dtype} {list(weight.shape)}, not bfloat16 [n, k] on the CPU")
-    n, k = weight.shape
-    panels, steps = -(-n // PANEL), -(-k // STEP)
+    n, k, panels, steps = sizes(weight)
     own = aligned(panels * steps * PANEL * STEP * 2).view(torch.bfloat16).view(panels, steps, PANEL * STEP)
     weight = weight.contiguous()
     library.load().functions.qtk_bfloat16_pack(weight.data_ptr(), n, k, own.data_ptr())
     return own
+
+
+def sizes(weight: Tensor) -> tuple[int, int, int, int]:
+    """Return n, k, panels and steps of a weight, bfloat16 [n, k] on the CPU.
+
+    Raises:
+        ValueError: it is another dtype or shape.
+    """
+    if weight.dtype != torch.bfloat16 or weight.dim() != 2 or weight.device.type != "cpu":
+        raise ValueError(f"the weight is {weight.dtype} {list(weight.shape)}, not bfloat16 [n, k] on the CPU")
+    n, k = weight.shape
+    return n, k, -(-n // PANEL), -(-k // STEP)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> Tensor:
@@ -77,22 +86,48 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, path: str | None = None) -> Tensor:
     """Run the product; see ``linear``. ``path`` forces a code path (tests and benchmarks)."""
-    k = x.shape[-1] if x.dim() else 0
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not x.dim():
-        raise ValueError(f"x must be bfloat16 [..., k] on the CPU, not {x.dtype} {list(x.shape)} on {x.device.type}")
+    k = inputs(x)
     if weight.dtype != torch.bfloat16 or weight.shape != (-(-n // PANEL), -(-k // STEP), PANEL * STEP):
         raise ValueError(f"weight {weight.dtype} {list(weight.shape)} is not that of {k} inputs and {n} outputs")
+    return multiply(x, weight.data_ptr(), (None, None, None), bias, n, path)
+
+
+def inputs(x: Tensor) -> int:
+    """Return k of tokens, bfloat16 [..., k] on the CPU.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not x.dim():
+        raise ValueError(f"x must be bfloat16 [..., k] on the CPU, not {x.dtype} {list(x.shape)} on {x.device.type}")
+    return x.shape[-1]
+
+
+def multiply(
+    x: Tensor,
+    weight: int,
+    compressed: tuple[int | None, int | None, int | None],
+    bias: Tensor | None,
+    n: int,
+    path: str | None,
+) -> Tensor:
+    """Call the library with a weight's address, and those of its tables, starts and rest if it is compressed.
+
+    Raises:
+        ValueError: the bias does not fit; x and the weight's sizes are the caller's business.
+    """
     if bias is not None:
         if bias.dtype != torch.bfloat16 or bias.shape != (n,):
             raise ValueError(f"bias must be bfloat16 [{n}], not {bias.dtype} {list(bias.shape)}")
         bias = bias.contiguous()
+    k = x.shape[-1]
     rows = x.reshape(math.prod(x.shape[:-1]), k)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     y = torch.empty((*x.shape[:-1], n), dtype=torch.bfloat16)
     number = next(iter(paths().values())) if path is None else paths()[path]
     if library.load().functions.qtk_bfloat16_linear(
-        number, rows.data_ptr(), rows.stride(0), rows.shape[0], k, n, weight.data_ptr(),
+        number, rows.data_ptr(), rows.stride(0), rows.shape[0], k, n, weight, *compressed,
         None if bias is None else bias.data_ptr(), y.data_ptr(),
     ):  # fmt: skip
         raise MemoryError(f"no memory for {rows.shape[0]} tokens of {k} inputs")

@@ -4,7 +4,6 @@
 
 namespace {
 
-constexpr int MOST = 4;        // tokens of a tile
 constexpr int64_t CHUNK = 32;  // steps: 8 KB of weights stay in L1 while their parts are taken
 
 inline __m256 low(__m256i word) { return _mm256_castsi256_ps(_mm256_slli_epi32(word, 16)); }
@@ -58,17 +57,47 @@ void sum_chunk(const char* w, const char* x, int64_t stride, int64_t steps, floa
 
 constexpr decltype(&sum_chunk<1, 8>) CHUNKS[] = {sum_chunk<1, 8>, sum_chunk<2, 4>, sum_chunk<3, 2>, sum_chunk<4, 2>};
 
-void multiply(const Job& job, int64_t panel, int64_t begin, int64_t end) {
-  multiply_tiles<MOST>(job, panel, begin, end,
-                       [&](int tokens, const char* w, const char* x, int64_t steps, float* sums, const char* ahead,
-                           int64_t ahead_stride, bool) {
-                         for (int64_t first = 0; first < steps; first += CHUNK)
-                           CHUNKS[tokens - 1](w + first * STEP_BYTES, x + first * job.x_step, job.x_stride,
-                                              std::min(CHUNK, steps - first), sums, ahead + first * ahead_stride,
-                                              ahead_stride);
-                       });
+// Compressed steps into the plain layout, see bfloat16.h.
+void expand(const char* w, const uint8_t* table, int64_t steps, char* to) {
+  const __m256i upper = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  const __m256i nibble = _mm256_set1_epi8(15);
+  for (int64_t step = 0; step < steps; ++step, w += COMPRESSED_BYTES, to += STEP_BYTES)
+    for (int part = 0; part < 4; ++part) {  // 32 bytes of a half
+      const auto load = [&](int64_t at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + at)); };
+      const __m256i lower = load(32 * part), both = load(128 + 32 * (part % 2));
+      const __m256i number = _mm256_and_si256(part / 2 ? _mm256_srli_epi16(both, 4) : both, nibble);
+      const __m256i high = _mm256_shuffle_epi8(upper, number);
+      char* own = to + 128 * (part / 2) + 32 * (part % 2);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(own), _mm256_unpacklo_epi8(lower, high));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(own + 64), _mm256_unpackhi_epi8(lower, high));
+    }
 }
+
+struct Own {
+  static constexpr int MOST = 4;
+
+  struct Block {
+    alignas(32) char plain[bfloat16::BLOCK_STEPS * STEP_BYTES];
+
+    void prepare(const Compressed& own) {
+      expand(own.w, own.table, own.steps, plain);
+      for (const int64_t* value = own.rest; value < own.rest_end; ++value) put(*value, plain + own.step(value) * STEP_BYTES);
+    }
+  };
+
+  static void add(const Job& job, const Part& part) {
+    for (int64_t first = 0; first < part.steps; first += CHUNK)
+      CHUNKS[part.tokens - 1](part.w + first * STEP_BYTES, part.x + first * job.x_step, job.x_stride,
+                              std::min(CHUNK, part.steps - first), part.sums, part.ahead + first * part.ahead_stride,
+                              part.ahead_stride);
+  }
+
+  static void add_compressed(const Job& job, Part part, const Block& block) {
+    part.w = block.plain;
+    add(job, part);
+  }
+};
 
 }  // namespace
 
-const bfloat16::Path bfloat16::AVX2_PATH{"avx2", 4, multiply};
+const bfloat16::Path bfloat16::AVX2_PATH{"avx2", 4, multiply_tiles<Own>};

@@ -40,52 +40,157 @@ namespace {
 #define DOT_6 DOT_5 DOT("(%[x3],%[stride],2)", 20, 21, 22, 23)
 
 #define LINES_2 "prefetcht0 (%[ahead])\nprefetcht0 64(%[ahead])\n"
-#define LINES_4 LINES_2 "prefetcht0 128(%[ahead])\nprefetcht0 192(%[ahead])\n"
+#define LINES_3 LINES_2 "prefetcht0 128(%[ahead])\n"
+#define LINES_4 LINES_3 "prefetcht0 192(%[ahead])\n"
+
+#define PLAIN(w)                         \
+  "vmovups (%[" #w "]), %%zmm24\n"       \
+  "vmovups 64(%[" #w "]), %%zmm25\n"     \
+  "vmovups 128(%[" #w "]), %%zmm26\n"    \
+  "vmovups 192(%[" #w "]), %%zmm27\n"    \
+  "add $256, %[" #w "]\n"
+
+// Lower bytes from memory, upper ones from the table zmm29 by nibbles (mask zmm30), and both interleaved.
+#define COMPRESSED                                   \
+  "vmovups (%[w]), %%zmm24\n"                        \
+  "vpandd 128(%[w]), %%zmm30, %%zmm31\n"             \
+  "vpshufb %%zmm31, %%zmm29, %%zmm31\n"              \
+  "vpunpckhbw %%zmm31, %%zmm24, %%zmm25\n"           \
+  "vpunpcklbw %%zmm31, %%zmm24, %%zmm24\n"           \
+  "vmovups 64(%[w]), %%zmm26\n"                      \
+  "vpsrlw $4, 128(%[w]), %%zmm31\n"                  \
+  "vpandd %%zmm31, %%zmm30, %%zmm31\n"               \
+  "vpshufb %%zmm31, %%zmm29, %%zmm31\n"              \
+  "vpunpckhbw %%zmm31, %%zmm26, %%zmm27\n"           \
+  "vpunpcklbw %%zmm31, %%zmm26, %%zmm26\n"           \
+  "add $192, %[w]\n"
+
+#define CLOBBERED                                                                                     \
+  "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",     \
+      "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19",       \
+      "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29",       \
+      "xmm30", "xmm31"
+
+#define NEXT_X                    \
+  "add $4, %[x]\n"                \
+  "add $4, %[x3]\n"               \
+  "add %[ahead_stride], %[ahead]\n"
 
 #define SUM(tokens, lines)                                                                            \
   asm volatile(EACH_##tokens(MOVE_FROM) ".p2align 5\n"                                                \
-               "1:\n"                                                                                 \
-               "vmovups (%[w]), %%zmm24\n"                                                            \
-               "vmovups 64(%[w]), %%zmm25\n"                                                          \
-               "vmovups 128(%[w]), %%zmm26\n"                                                         \
-               "vmovups 192(%[w]), %%zmm27\n" lines DOT_##tokens                                      \
-               "add $256, %[w]\n"                                                                     \
-               "add $4, %[x]\n"                                                                       \
-               "add $4, %[x3]\n"                                                                      \
-               "add %[ahead_stride], %[ahead]\n"                                                      \
+               "1:\n" PLAIN(w) lines DOT_##tokens NEXT_X                                              \
                "dec %[steps]\n"                                                                       \
                "jnz 1b\n" EACH_##tokens(MOVE_TO)                                                      \
                : [w] "+r"(w), [x] "+r"(x), [x3] "+r"(x3), [ahead] "+r"(ahead), [steps] "+r"(steps)    \
-               : [stride] "r"(stride), [ahead_stride] "r"(ahead_stride), [f] "r"(f)                   \
-               : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",      \
-                 "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16",       \
-                 "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25",     \
-                 "xmm26", "xmm27", "xmm28")
+               : [stride] "r"(stride), [ahead_stride] "r"(part.ahead_stride), [f] "r"(part.sums)      \
+               : CLOBBERED)
 
-// steps >= 1; ALONE: the only tile of its panel.
+// Runs of compressed steps, and between each two a step that lies in the plain layout.
+#define SUM_COMPRESSED(tokens, lines)                                                                 \
+  asm volatile(EACH_##tokens(MOVE_FROM)                                                               \
+               "vbroadcasti32x4 (%[table]), %%zmm29\n"                                                \
+               "vpbroadcastd %[nibble], %%zmm30\n"                                                    \
+               "jmp 3f\n"                                                                             \
+               ".p2align 5\n"                                                                         \
+               "1:\n" COMPRESSED lines DOT_##tokens NEXT_X                                            \
+               "dec %[steps]\n"                                                                       \
+               "jnz 1b\n"                                                                             \
+               "2:\n"                                                                                 \
+               "cmp %[run], %[last]\n"                                                                \
+               "je 4f\n"                                                                              \
+               "add $192, %[w]\n" PLAIN(plain) lines DOT_##tokens NEXT_X                              \
+               "add $8, %[run]\n"                                                                     \
+               "3:\n"                                                                                 \
+               "mov (%[run]), %[steps]\n"                                                             \
+               "test %[steps], %[steps]\n"                                                            \
+               "jnz 1b\n"                                                                             \
+               "jmp 2b\n"                                                                             \
+               "4:\n" EACH_##tokens(MOVE_TO)                                                          \
+               : [w] "+r"(w), [x] "+r"(x), [x3] "+r"(x3), [ahead] "+r"(ahead), [steps] "=&r"(steps),  \
+                 [run] "+r"(run), [plain] "+r"(plain)                                                 \
+               : [stride] "r"(stride), [ahead_stride] "r"(part.ahead_stride), [f] "r"(part.sums),     \
+                 [last] "r"(block.runs + block.count), [table] "r"(block.table), [nibble] "m"(NIBBLE) \
+               : CLOBBERED)
+
+constexpr uint32_t NIBBLE = 0x0f0f0f0f;
+
+void expand(const char* w, const uint8_t* table, char* to) {  // one compressed step
+  const __m512i upper = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  const __m512i nibble = _mm512_set1_epi32(int32_t(NIBBLE)), both = _mm512_loadu_si512(w + 128);
+  for (int half = 0; half < 2; ++half) {
+    const __m512i lower = _mm512_loadu_si512(w + 64 * half);
+    const __m512i number = _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, nibble);
+    const __m512i high = _mm512_shuffle_epi8(upper, number);
+    _mm512_store_si512(to + 128 * half, _mm512_unpacklo_epi8(lower, high));
+    _mm512_store_si512(to + 128 * half + 64, _mm512_unpackhi_epi8(lower, high));
+  }
+}
+
+// Compressed steps as runs[0], one step from `plain`, runs[1], ..., runs[count].
+struct CompressedBlock {
+  int64_t count, runs[bfloat16::BLOCK_STEPS + 1];
+  const uint8_t* table;
+  alignas(64) char plain[bfloat16::BLOCK_STEPS * STEP_BYTES];
+
+  void prepare(const Compressed& own) {
+    int64_t done = 0;
+    count = 0, table = own.table;
+    for (const int64_t* value = own.rest; value < own.rest_end; ++count) {
+      const int64_t step = own.step(value);
+      char* to = plain + count * STEP_BYTES;
+      expand(own.w + step * COMPRESSED_BYTES, table, to);
+      for (; value < own.rest_end && own.step(value) == step; ++value) put(*value, to);
+      runs[count] = step - done, done = step + 1;
+    }
+    runs[count] = own.steps - done;
+  }
+};
+
+// part.steps >= 1.
 template <int TOKENS, bool ALONE>
-void sum(const char* w, const char* x, int64_t stride, int64_t steps, float* f, const char* ahead,
-         int64_t ahead_stride) {
-  const char* x3 = x + 3 * stride;
-#define FOR_TOKENS(tokens)                                            \
-  if constexpr (TOKENS == tokens && ALONE) SUM(tokens, LINES_4);      \
+void sum(const Job& job, const Part& part) {
+  const int64_t stride = job.x_stride;
+  const char *w = part.w, *x = part.x, *x3 = x + 3 * stride, *ahead = part.ahead;
+  int64_t steps = part.steps;
+#define FOR_TOKENS(tokens)                                               \
+  if constexpr (TOKENS == tokens && ALONE) SUM(tokens, LINES_4);         \
   if constexpr (TOKENS == tokens && !ALONE) SUM(tokens, LINES_2);
   FOR_TOKENS(1) FOR_TOKENS(2) FOR_TOKENS(3) FOR_TOKENS(4) FOR_TOKENS(5) FOR_TOKENS(6)
+#undef FOR_TOKENS
 }
 
+template <int TOKENS, bool ALONE>
+void sum_compressed(const Job& job, const Part& part, const CompressedBlock& block) {
+  const int64_t stride = job.x_stride, *run = block.runs;
+  const char *w = part.w, *x = part.x, *x3 = x + 3 * stride, *ahead = part.ahead, *plain = block.plain;
+  int64_t steps;
+#define FOR_TOKENS(tokens)                                                     \
+  if constexpr (TOKENS == tokens && ALONE) SUM_COMPRESSED(tokens, LINES_3);    \
+  if constexpr (TOKENS == tokens && !ALONE) SUM_COMPRESSED(tokens, LINES_2);
+  FOR_TOKENS(1) FOR_TOKENS(2) FOR_TOKENS(3) FOR_TOKENS(4) FOR_TOKENS(5) FOR_TOKENS(6)
+#undef FOR_TOKENS
+}
+
+#define EACH_COUNT(function) {function<1, ALONE>, function<2, ALONE>, function<3, ALONE>, \
+                              function<4, ALONE>, function<5, ALONE>, function<6, ALONE>}
 template <bool ALONE>
-constexpr decltype(&sum<1, true>) SUMS[] = {sum<1, ALONE>, sum<2, ALONE>, sum<3, ALONE>,
-                                            sum<4, ALONE>, sum<5, ALONE>, sum<6, ALONE>};
+constexpr decltype(&sum<1, ALONE>) SUMS[] = EACH_COUNT(sum);
+template <bool ALONE>
+constexpr decltype(&sum_compressed<1, ALONE>) SUMS_COMPRESSED[] = EACH_COUNT(sum_compressed);
 
-void multiply(const Job& job, int64_t panel, int64_t begin, int64_t end) {
-  multiply_tiles<6>(job, panel, begin, end,
-                    [&](int tokens, const char* w, const char* x, int64_t steps, float* sums, const char* ahead,
-                        int64_t ahead_stride, bool alone) {
-                      const auto& own = alone ? SUMS<true> : SUMS<false>;
-                      own[tokens - 1](w, x, job.x_stride, steps, sums, ahead, ahead_stride);
-                    });
-}
+struct Own {
+  static constexpr int MOST = 6;
+  using Block = CompressedBlock;
+
+  static void add(const Job& job, const Part& part) {
+    (part.alone ? SUMS<true> : SUMS<false>)[part.tokens - 1](job, part);
+  }
+
+  static void add_compressed(const Job& job, const Part& part, const Block& block) {
+    (part.alone ? SUMS_COMPRESSED<true> : SUMS_COMPRESSED<false>)[part.tokens - 1](job, part, block);
+  }
+};
 
 }  // namespace
 
-const bfloat16::Path bfloat16::AVX512_PATH{"avx512", 2, multiply};
+const bfloat16::Path bfloat16::AVX512_PATH{"avx512", 2, multiply_tiles<Own>};

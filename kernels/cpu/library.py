@@ -121,7 +121,9 @@ def declare(functions: ctypes.CDLL) -> None:
     functions.qtk_bfloat16_path_supported.argtypes = [small]
     functions.qtk_bfloat16_pack.argtypes = [pointer, integer, integer, pointer]
     functions.qtk_bfloat16_pack.restype = None
-    functions.qtk_bfloat16_linear.argtypes = [small, pointer, *[integer] * 4, pointer, pointer, pointer]
+    functions.qtk_bfloat16_survey.argtypes = [pointer, integer, integer, pointer, pointer]
+    functions.qtk_bfloat16_compress.argtypes = [pointer, integer, integer, *[pointer] * 4]
+    functions.qtk_bfloat16_linear.argtypes = [small, pointer, *[integer] * 4, *[pointer] * 6]
     functions.qtk_read.argtypes, functions.qtk_read.restype = [pointer, integer], ctypes.c_double
     functions.qtk_dot_peak.argtypes, functions.qtk_dot_peak.restype = [small, integer], ctypes.c_double
 

@@ -21,8 +21,11 @@ int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int gated, 
 const char* qtk_bfloat16_path_name(int path);
 int qtk_bfloat16_path_supported(int path);
 void qtk_bfloat16_pack(const void* weight, int64_t n, int64_t k, void* out);
+int qtk_bfloat16_survey(const void* weight, int64_t n, int64_t k, uint8_t* tables, int64_t* counts);
+int qtk_bfloat16_compress(const void* weight, int64_t n, int64_t k, const uint8_t* tables, const int64_t* starts,
+                          uint8_t* out, int64_t* rest);
 int qtk_bfloat16_linear(int path, const void* x, int64_t x_stride, int64_t m, int64_t k, int64_t n, const void* weight,
-                        const void* bias, void* y);
+                        const uint8_t* tables, const int64_t* starts, const int64_t* rest, const void* bias, void* y);
 }
 
 namespace {
@@ -106,15 +109,36 @@ int main() {
     const int64_t m = upto(round % 10 ? 20 : 110), n = 1 + upto(150), k = upto(400), stride = k + upto(3);
     const int64_t panels = (n + 63) / 64, steps = (k + 1) / 2;
     Guarded matrix(size_t(n * k * 2)), weight(size_t(panels * steps * 256)), bias(size_t(n * 2)), y(size_t(m * n * 2));
-    Guarded x(size_t((m ? (m - 1) * stride + k : 0) * 2));
-    for (int64_t i = 0; i < n * k * 2; ++i) matrix.data[i] = char(random());
+    Guarded x(size_t((m ? (m - 1) * stride + k : 0) * 2)), other(size_t(m * n * 2));
+    const int any = round % 4 ? 0xf3ff : 0xffff;  // few exponents, or any
+    for (int64_t i = 0; i < n * k; ++i) {
+      const uint16_t value = uint16_t(random() & (upto(200) ? any : 0xffff));
+      std::memcpy(matrix.data + i * 2, &value, 2);
+    }
     for (int64_t i = 0; i < (m ? (m - 1) * stride + k : 0) * 2; ++i) x.data[i] = char(random());
     for (int64_t i = 0; i < n * 2; ++i) bias.data[i] = char(random());
     qtk_bfloat16_pack(matrix.data, n, k, weight.data);
-    for (int path = 0; qtk_bfloat16_path_name(path); ++path, ++runs)
-      if (qtk_bfloat16_path_supported(path) &&
-          qtk_bfloat16_linear(path, x.data, stride, m, k, n, weight.data, round % 2 ? bias.data : nullptr, y.data))
+    Guarded tables(size_t(panels * 16)), counts(size_t(panels * 8)), starts(size_t((panels + 1) * 8));
+    Guarded compressed(size_t(panels * steps * 192));
+    int64_t* start = reinterpret_cast<int64_t*>(starts.data);
+    uint8_t* table = reinterpret_cast<uint8_t*>(tables.data);
+    if (qtk_bfloat16_survey(matrix.data, n, k, table, reinterpret_cast<int64_t*>(counts.data))) return 1;
+    for (int64_t i = 0; i < panels; ++i) start[i + 1] = start[i] + reinterpret_cast<int64_t*>(counts.data)[i];
+    Guarded rest(size_t(start[panels] * 8));
+    int64_t* values = reinterpret_cast<int64_t*>(rest.data);
+    if (qtk_bfloat16_compress(matrix.data, n, k, table, start, reinterpret_cast<uint8_t*>(compressed.data), values))
+      return 1;
+    const void* own_bias = round % 2 ? bias.data : nullptr;
+    for (int path = 0; qtk_bfloat16_path_name(path); ++path, ++runs) {
+      if (!qtk_bfloat16_path_supported(path)) continue;
+      if (qtk_bfloat16_linear(path, x.data, stride, m, k, n, weight.data, nullptr, nullptr, nullptr, own_bias, y.data) ||
+          qtk_bfloat16_linear(path, x.data, stride, m, k, n, compressed.data, table, start, values, own_bias, other.data))
         return 1;
+      if (std::memcmp(y.data, other.data, size_t(m * n * 2))) {
+        std::printf("layouts differ: path %d m %ld n %ld k %ld\n", path, long(m), long(n), long(k));
+        return 1;
+      }
+    }
   }
   std::printf("%d runs\n", runs);
 }

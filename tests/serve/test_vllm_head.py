@@ -66,6 +66,19 @@ def test_a_bfloat16_matrix_runs_on_our_product_in_a_copy_that_replaces_it(monkey
 
 
 @needs_product
+def test_a_bfloat16_matrix_is_compressed_where_its_values_allow_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    for weight, allowed in (
+        (torch.randn(64, 128).bfloat16(), True),
+        (torch.randint(-(2**15), 2**15, (64, 128), dtype=torch.int16).view(torch.bfloat16), False),
+    ):
+        made, layer = method(monkeypatch, Head.FLOAT, dtype=torch.bfloat16)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        made.process_weights_after_loading(layer)
+        assert isinstance(made.made, head.FloatHead)
+        assert isinstance(made.made.weight, torch.Tensor) is not allowed
+
+
+@needs_product
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
