@@ -278,7 +278,7 @@ def round_in_order(order: Tensor, factor: Tensor, scheme: Scheme, weight: Tensor
         for i, ((row, width, code, error), (others, by)) in enumerate(zip(rows, spreads, strict=True), 1):
             torch.div(row, width, out=code).round_().clamp_(low, high)
             torch.addcmul(row, code, width, value=-1.0, out=error)
-            part[i:].addmm_(others[i:], by, alpha=-1.0)
+            part[i:].addcmul_(others[i:], by, value=-1.0)
         codes[start:stop] = found
         later = factor[start:stop, stop:] / inside.diagonal().unsqueeze(1)
         work[stop:].addmm_(later.T, lost, alpha=-1.0)

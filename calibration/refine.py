@@ -103,7 +103,7 @@ def descend(weight: Tensor, matrix: Tensor, start: QuantizedWeight, scheme: Sche
         for i, ((code, pull, curve, width, wish, move), (others, by)) in enumerate(zip(rows, pulls, strict=True), 1):
             torch.addcdiv(code, pull, curve, value=-1.0, out=wish).round_().clamp_(*scheme.code_range)
             torch.sub(wish, code, out=move).mul_(width)
-            near[i:].addmm_(others[i:], by)
+            near[i:].addcmul_(others[i:], by)
         codes[first:last] = new
         slope[last:].addmm_(matrix[last:, first:last], moved)
     return codes.T.to(torch.int8).contiguous()

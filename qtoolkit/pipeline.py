@@ -28,7 +28,7 @@ from qtoolkit import (
     registry,
 )
 from qtoolkit.bridges import written
-from qtoolkit.calibration import budget, capture, choice, experts
+from qtoolkit.calibration import budget, capture, choice, experts, products
 from qtoolkit.calibration.gradients import Gradients
 from qtoolkit.calibration.options import read as read_options
 from qtoolkit.errors import ModelError
@@ -109,8 +109,9 @@ def quantize(
     job = Job.open(Path(output), run.fingerprint(), fresh=fresh)
     try:
         if not job.published:
-            run.prepare(job)
-            run.work(job)
+            with products.fast(where):
+                run.prepare(job)
+                run.work(job)
             run.assemble(job)
             job.publish()
     finally:

@@ -1,0 +1,47 @@
+"""Products by oneDNN: taken only where they are float32's, and given back as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qtoolkit.calibration import products
+
+CPU = torch.device("cpu")
+
+
+def test_products_inside_have_the_precision_of_float32() -> None:
+    with products.fast(CPU):
+        assert products.exact()
+
+
+def test_what_was_set_before_is_set_again() -> None:
+    with pytest.raises(KeyError), products.fast(CPU):
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_products_that_are_not_exact_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "exact", lambda: False)
+    with products.fast(CPU):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_what_a_user_has_set_stays() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        with products.fast(CPU):
+            assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_bfloat16_products_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.Tensor.__matmul__
+
+    def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return whole(a.bfloat16(), b.bfloat16()).float() if a.dtype == torch.float32 else whole(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not products.exact()
