@@ -1,22 +1,26 @@
 """Choice by measurement: whether a model is smoothed, rotated, both or neither, judged on held-out text before the run.
 
-A few blocks are quantized in every way, by the recipe's own steps on a part of the calibration text. What comes out is
-carried through the float blocks behind, and the way with the least divergence of the next token wins. Rotation harms
-some models (published for Qwen3-14B at int4) and saves others, so that no fixed choice is right.
+A few blocks are quantized in every way. What comes out is carried through the float blocks behind, and the way with the
+least divergence of the next token wins. Rotation harms some models (published for Qwen3-14B at int4) and saves others,
+so that no fixed choice is right. First weights are only rounded to nearest, which is cheap and tells ways apart that
+outliers tell apart; where that leaves it open, the ways that are near are tried again by the recipe's own steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from qtoolkit import memory
 from qtoolkit.architecture import Skeleton
-from qtoolkit.calibration import capture, experts, trial
+from qtoolkit.calibration import capture, experts, grid, trial
 from qtoolkit.calibration.rotation import Rotated
+from qtoolkit.calibration.smoothing import Smooth
 from qtoolkit.checkpoint import Choice
 from qtoolkit.source import Source
 from qtoolkit.stages import Block, Context, Stream, Transform
@@ -26,6 +30,7 @@ LIGHT = {  # options in a trial: what costs most of a step's time and is the sam
     "gptq": {"aim": False, "refine": 0, "starts": 1},
 }
 MARGIN = 1.05  # a simpler way wins up to so many times the least: trials are short and differ by chance
+APART = 2.0  # times the least, rounded to nearest: a way this bad is not tried again
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class Candidate:
     def leave(self, stream: Stream) -> Stream:
         """Return a stream of this model as the float model has it."""
         return _mapped(stream, self.weights.hidden.back) if isinstance(self.weights, Rotated) else stream
+
+
+Treatment = Callable[[Candidate, Block, Stream, Context], None]  # quantizes a block, given what it receives
 
 
 @torch.inference_mode()
@@ -65,8 +73,55 @@ def choose(
         blocks: how many blocks are tried.
         context: as in the run.
     """
-    fit, held = (capture.embed(skeleton, source, part) for part in trial.split(tokens))
     places = trial.spread(len(skeleton.blocks), blocks)
+    fit, held = trial.split(tokens)
+
+    def measured(some: Mapping[str, Candidate], treat: Treatment) -> dict[str, float]:
+        before, judged = (capture.embed(skeleton, source, part) for part in (fit, held))
+        return _measured(skeleton, source, some, load, before, judged, places, context, treat)
+
+    glance = measured(candidates, _round)
+    left = contenders(glance)
+    again = measured({name: candidates[name] for name in left}, _quantize) if len(left) > 1 else {}
+    return Choice(
+        chosen=simplest(again, MARGIN) if again else left[0],
+        divergence=glance,
+        compensated=again,
+        blocks=tuple(f"{skeleton.architecture.blocks}.{index}" for index in places),
+        held_out_tokens=held.numel(),
+    )
+
+
+def contenders(glance: Mapping[str, float]) -> list[str]:
+    """Return which ways may be the best, by their divergence with weights rounded to nearest, the simplest first.
+
+    Where the simplest is about as good as any, nothing has to be done about outliers: it is the only one.
+    """
+    first = next(iter(glance))
+    if simplest(glance, MARGIN) == first:
+        return [first]
+    least = min(glance.values())
+    return [name for name, value in glance.items() if value <= least * APART]
+
+
+def simplest(divergences: Mapping[str, float], margin: float) -> str:
+    """Return the first way whose divergence is at most ``margin`` times the least."""
+    least = min(divergences.values())
+    return next(name for name, value in divergences.items() if value <= least * margin)
+
+
+def _measured(
+    skeleton: Skeleton,
+    source: Source,
+    candidates: Mapping[str, Candidate],
+    load: Callable[[Source, int], Block],
+    fit: Stream,
+    held: Stream,
+    places: Sequence[int],
+    context: Context,
+    treat: Treatment,
+) -> dict[str, float]:
+    """Return every candidate's divergence, summed over the blocks at ``places``, each quantized alone by ``treat``."""
     carried: dict[tuple[str, int], Stream] = {}
     for index in range(len(skeleton.blocks)):
         block = load(source, index)
@@ -75,27 +130,38 @@ def choose(
         held_behind = capture.advance(block, held)
         del block  # before those that are tried
         if index in places:
-            for name, candidate in candidates.items():
-                carried[name, index] = _tried(candidate, load(candidate.weights, index), fit, held, context)
-                memory.trim()
+            for weights, group in groupby(candidates.items(), key=lambda item: item[1].weights):
+                block, alike = load(weights, index), list(group)
+                for number, (name, candidate) in enumerate(alike, 1):
+                    own = block if number == len(alike) else copy.deepcopy(block)
+                    carried[name, index] = _tried(candidate, own, fit, held, context, treat)
+                    del own
+                    memory.trim()
+                del block
         fit, held = behind, held_behind
     found = trial.divergence(skeleton, source, held, carried)
-    divergences = {name: sum(found[name, index] for index in places) for name in candidates}
-    least = min(divergences.values())
-    return Choice(
-        chosen=next(name for name, value in divergences.items() if value <= least * MARGIN),
-        divergence=divergences,
-        blocks=tuple(f"{skeleton.architecture.blocks}.{index}" for index in places),
-        held_out_tokens=sum(batch.shape[0] * batch.shape[1] for batch in held.batches),
-    )
+    return {name: sum(found[name, index] for index in places) for name in candidates}
 
 
-def _tried(candidate: Candidate, block: Block, fit: Stream, held: Stream, context: Context) -> Stream:
+def _tried(candidate: Candidate, block: Block, fit: Stream, held: Stream, context: Context, treat: Treatment) -> Stream:
     """Return the held-out stream of the float model behind ``block``, quantized in the candidate's way."""
-    inputs = candidate.enter(fit)
+    treat(candidate, block, candidate.enter(fit), context)
+    return candidate.leave(trial.served(block, candidate.enter(held), context.scheme.activation_bits))
+
+
+def _quantize(candidate: Candidate, block: Block, inputs: Stream, context: Context) -> None:
+    """Quantize ``block`` by the recipe's steps."""
     for transform in candidate.transforms.values():
         experts.apply(transform, block, inputs, context)
-    return candidate.leave(trial.served(block, candidate.enter(held), context.scheme.activation_bits))
+
+
+def _round(candidate: Candidate, block: Block, inputs: Stream, context: Context) -> None:
+    """Smooth ``block`` where that is a part of the way, and round its weights to nearest."""
+    for transform in candidate.transforms.values():
+        if isinstance(transform, Smooth):
+            experts.apply(transform, block, inputs, context)
+    for name, layer in block.linears():
+        layer.weight.data = grid.rounded(layer.weight.data, block.schemes.get(name, context.scheme))
 
 
 def _mapped(stream: Stream, change: Callable[[Tensor], Tensor]) -> Stream:

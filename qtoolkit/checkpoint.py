@@ -69,6 +69,7 @@ class Choice(BaseModel):
 
     chosen: str
     divergence: dict[str, float] = Field(description="KL in nats a token, summed over the blocks tried")
+    compensated: dict[str, float] = Field({}, description="the same of ways that rounding to nearest left open")
     blocks: tuple[str, ...]
     held_out_tokens: int
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import qtoolkit
 from qtoolkit import architecture, checkpoint, recipe
-from qtoolkit.calibration import capture, trial
+from qtoolkit.calibration import capture, choice, trial
 from qtoolkit.errors import RequestError
 from qtoolkit.source import resolve
 from qtoolkit.stages import Stream
@@ -77,12 +77,34 @@ def outliers(folder: Path, factor: float) -> Path:
 def test_outliers_are_treated_and_the_numbers_say_why(tmp_path: Path) -> None:
     folder = outliers(save_random(tmp_path / "model"), 64.0)
     qtoolkit.quantize(folder, "w4a8", tmp_path / "out", changes=QUICK)
-    choice = checkpoint.verify(tmp_path / "out").choice
-    assert choice is not None
-    assert list(choice.divergence) == ["none", "smooth", "rotate", "both"]
-    assert choice.chosen != "none"
-    assert choice.divergence[choice.chosen] < 0.5 * choice.divergence["none"]
-    assert choice.held_out_tokens == 2 * 48
+    found = checkpoint.verify(tmp_path / "out").choice
+    assert found is not None
+    assert list(found.divergence) == ["none", "smooth", "rotate", "both"]
+    assert found.chosen != "none"
+    assert found.divergence[found.chosen] < 0.5 * found.divergence["none"]
+    assert found.held_out_tokens == 2 * 48
+
+
+def test_ways_that_rounding_leaves_near_are_tried_again_with_compensation(tmp_path: Path) -> None:
+    folder = outliers(save_random(tmp_path / "model"), 64.0)
+    qtoolkit.quantize(folder, "w4a8", tmp_path / "out", changes=QUICK)
+    found = checkpoint.verify(tmp_path / "out").choice
+    assert found is not None
+    assert list(found.compensated) == choice.contenders(found.divergence)
+    assert found.chosen == choice.simplest(found.compensated, choice.MARGIN)
+    assert all(value < found.divergence[name] for name, value in found.compensated.items())
+
+
+@pytest.mark.parametrize(
+    ("glance", "left"),
+    [
+        ({"none": 1.04, "smooth": 1.0, "rotate": 1.2}, ["none"]),  # nothing to be gained
+        ({"none": 1.5, "smooth": 1.0, "rotate": 2.5}, ["none", "smooth"]),  # open
+        ({"none": 9.0, "smooth": 1.0, "rotate": 2.5}, ["smooth"]),  # clear
+    ],
+)
+def test_only_ways_that_rounding_leaves_near_stay_in_question(glance: dict[str, float], left: list[str]) -> None:
+    assert choice.contenders(glance) == left
 
 
 @pytest.mark.parametrize(
