@@ -19,7 +19,7 @@ from qtoolkit.calibration import chained, folded, grid, losses, outputs, rows, s
 from qtoolkit.calibration.hessian import Hessian, inverse_factor, shared_inputs
 from qtoolkit.calibration.moments import Seen
 from qtoolkit.calibration.options import Options
-from qtoolkit.calibration.refine import refined, refitted_scales
+from qtoolkit.calibration.refine import refitted_scales
 from qtoolkit.calibration.sweep import COLUMNS
 from qtoolkit.calibration.target import Choice, aims, combinations
 from qtoolkit.errors import NumericError, RequestError
@@ -28,6 +28,7 @@ from qtoolkit.stages import Block, Context, QuantizedWeight, Stream
 
 ROWS = 1024  # of a layer that are rounded together: bounds the memory of what goes with them
 FOLDED = 128  # groups below lose more: scales vary within a row, and a row's multiples end at 16
+REPORTED = 128  # combinations of many outputs that the error in the report is taken on
 RETRIES = 5  # times the damping is raised tenfold when the Hessian is not positive definite
 
 
@@ -37,6 +38,7 @@ class CompensateOptions(Options):
     compensate: bool = Field(True, description="false: round to nearest")
     scale_search: bool = Field(True, description="search each scale by Hessian-weighted error; false: absmax / 7")
     damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a part of its mean")
+    shrinkage: float = Field(0.25, ge=0, lt=1, description="of what inputs have in common, against other text: 0 to 1")
     activation_order: bool = Field(True, description="round the inputs with the largest Hessian diagonal first")
     sequential: bool = Field(True, description="a layer sees its block's earlier layers quantized; false: in float")
     aim: bool = Field(True, description="aim at the float network's outputs, as far as held-out tokens support it")
@@ -86,7 +88,7 @@ class Compensate:
             with twin.weights(block, {} if self.options.sequential else originals):
                 unfinished = [name for names in waiting.values() for name in names] if self.options.sequential else None
                 batches = twin.inputs(block, first, stream, originals, bits, both=self.reads_floats, waiting=unfinished)
-                seen = Seen([originals[name] for name in names], batches, tokens)
+                seen = Seen([originals[name] for name in names], batches, tokens, self.options.shrinkage)
             del waiting[first]
             if not waiting:  # the float network is not run again
                 for name in {*originals} - {*names}:
@@ -189,7 +191,10 @@ class Solved:
         orders, stretches = starts.count(weight.shape[0], weight.shape[1], self.options.starts)
         sweeps = [partial(round_in_order, *each, scheme) for each in self._orders(orders)]
         with self.hessian.under(self.damping) as matrix:
-            begin = partial(starts.best, matrix=matrix, scheme=scheme, sweeps=sweeps, stretches=stretches, fold=fold)
+            refit = starts.affordable(*weight.shape) > 1
+            begin = partial(
+                starts.best, matrix=matrix, scheme=scheme, sweeps=sweeps, stretches=stretches, fold=fold, refit=refit
+            )
             if metric is None:
                 both = zip(weight.split(ROWS), scales.split(ROWS), strict=True)
                 return QuantizedWeight.joined([begin(*part, rounds=rounds) for part in both])
@@ -197,8 +202,7 @@ class Solved:
             found = rows.rounded(weight, metric, several, lambda part, which: begin(part, scales[which], rounds=first))
             if not rounds:
                 return found
-            improve = partial(refined, matrix=matrix, scheme=scheme, rounds=1, fold=fold)
-            return rows.refined(weight, matrix, metric, several, found, lambda aim, start: improve(aim, start=start))
+            return rows.refined(weight, matrix, metric, several, found, scheme)
 
     def _orders(self, wanted: int) -> list[tuple[Tensor, Tensor]]:
         """Return so many orders of the inputs with the factor in each."""
@@ -242,7 +246,7 @@ class Solved:
 
         Of many outputs it is taken on random combinations, as for the aim: within a few percent of itself.
         """
-        mix = combinations(len(weight)).to(weight)
+        mix = combinations(len(weight), REPORTED).to(weight)
         lost, total = (((each @ self.matrix) * each).sum() for each in (mix @ (weight - served), mix @ weight))
         return float(lost / total) if total > 0 else 0.0
 

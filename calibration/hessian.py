@@ -16,9 +16,16 @@ TOKENS = 131072  # inputs a convolution's Hessian is made of: over 200 for each 
 
 
 class Hessian:
-    """Running ``H = 2 / tokens * sum x x^T`` of one layer's inputs, float32 [k, k], and their mean [k]."""
+    """Running ``H = 2 / tokens * sum x x^T`` of one layer's inputs, float32 [k, k], and their mean [k].
 
-    def __init__(self, k: int, device: torch.device | None = None) -> None:
+    ``shrinkage`` s, of 0 to 1, is how little a solver trusts what inputs had in common on this text: under it they see
+    ``(1 - s) H + s diag(H)``, as a multiple that leaves H beside the diagonal. Other text has other correlations; the
+    size of each input changes less. Source: shrinkage to the diagonal (Ledoit and Wolf 2004; Schäfer and Strimmer 2005,
+    target D).
+    """
+
+    def __init__(self, k: int, device: torch.device | None = None, shrinkage: float = 0.0) -> None:
+        self.shrinkage = shrinkage
         self.matrix = torch.zeros(k, k, device=device)
         self.mean = torch.zeros(k, device=device)
         self.tokens = 0
@@ -44,9 +51,9 @@ class Hessian:
         return self.matrix.diagonal() == 0
 
     def diagonal(self, damping: float) -> Tensor:
-        """Return the diagonal [k] plus ``damping`` times its mean; an input that was always zero counts as one."""
+        """Return the shrunk diagonal [k] plus ``damping`` times its mean; an input that was always zero counts as one."""
         found = self.matrix.diagonal() + self.dead
-        return found + damping * float(found.mean())
+        return (found + damping * float(found.mean())) / (1 - self.shrinkage)
 
     def damped(self, damping: float) -> Tensor:
         """Return the matrix with the diagonal of ``damping``."""

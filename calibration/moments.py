@@ -12,7 +12,7 @@ from qtoolkit.calibration.twin import Inputs
 
 HELD_OUT = 4  # the last token in so many of every batch checks what the others were fitted to
 CHECKED = 4096  # tokens held out at most, or as many as the layer has inputs: they are kept as they are
-SAMPLE = 256  # held-out tokens kept in float, to split the error into its parts
+SAMPLE = 128  # held-out tokens kept in float, to split the error into its parts
 
 
 class Moments:
@@ -25,11 +25,11 @@ class Moments:
         hessian: ``2 / tokens * sum x x^T`` [k, k].
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        """Take the float ``weights`` [n, k] of the layers; those of one with a drift d come alone."""
+    def __init__(self, weights: Sequence[Tensor], shrinkage: float = 0.0) -> None:
+        """Take the float ``weights`` [n, k] of the layers, those of one with a drift d alone, and the Hessian's option."""
         self.weights = list(weights)
         k = self.weights[0].shape[1]
-        self.hessian = Hessian(k, self.weights[0].device)
+        self.hessian = Hessian(k, self.weights[0].device, shrinkage)
         self.whole = sum(len(weight) for weight in weights) <= k
         self._shift: Tensor | None = None  # [k, k], or [n, k] with the outputs of all layers
         self._drift: Tensor | None = None  # [n, k], beside a shift of the inputs
@@ -119,9 +119,11 @@ class Kept:
 class Seen:
     """Everything kept of one layer's calibration inputs: moments to fit and to check with, and a sample of tokens."""
 
-    def __init__(self, weights: Sequence[Tensor], batches: Iterable[Inputs], tokens: int) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], batches: Iterable[Inputs], tokens: int, shrinkage: float = 0.0
+    ) -> None:
         """Sum over ``batches`` of about ``tokens`` tokens, as the layers with ``weights`` [n, k] receive them."""
-        self.fit, self.check = Moments(weights), HeldOut(weights)
+        self.fit, self.check = Moments(weights, shrinkage), HeldOut(weights)
         self.sample: Inputs | None = None
         most = max(CHECKED, weights[0].shape[1])
         for part in batches:

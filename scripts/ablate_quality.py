@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "inputs of the block in float": {"gptq.sequential": False},
     "outputs rounded one by one": {"gptq.couple": False},
     "one start": {"gptq.starts": 1},
+    "no shrinkage of the Hessian": {"gptq.shrinkage": 0},
     "no refinement": {"gptq.refine": 0},
     "min-max scales": {"gptq.scale_search": False},
     "columns in their own order": {"gptq.activation_order": False},

@@ -59,6 +59,20 @@ def test_codes_equal_those_of_the_exact_formulation(group_size: int) -> None:
     assert differing < 0.01  # a value next to a rounding tie may fall either way in fp32, and its successors follow
 
 
+def test_shrinkage_is_compensation_under_the_shrunk_matrix() -> None:
+    hessian, _ = made(48)
+    hessian.shrinkage = 0.25
+    scheme = Scheme(group_size=16)
+    weight = torch.randn(20, 48, generator=torch.Generator().manual_seed(3))
+    plain = CompensateOptions(scale_search=False, refine=0, starts=1)
+    quantized = Solved(hessian, plain).quantize(weight, scheme, torch.float32)
+    shrunk = 0.75 * hessian.matrix + 0.25 * hessian.matrix.diagonal().diag()
+    expected = optimal_brain(weight, shrunk, quantized.scales, scheme, damping=0.01)
+    assert (quantized.codes != expected).float().mean() < 0.01
+    unshrunk = optimal_brain(weight, hessian.matrix, quantized.scales, scheme, damping=0.01)
+    assert (quantized.codes != unshrunk).float().mean() > 0.05
+
+
 def test_wide_matrices_cross_the_lazy_block_boundary_unharmed() -> None:
     hessian, _ = made(300)
     scheme = Scheme(group_size=-1)
