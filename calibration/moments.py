@@ -26,7 +26,7 @@ class Moments:
     """
 
     def __init__(self, weights: Sequence[Tensor], shrinkage: float = 0.0) -> None:
-        """Take the float ``weights`` [n, k] of the layers, those of one with a drift d alone, and the Hessian's option."""
+        """Take the float ``weights`` [n, k] of the layers, of one with a drift d alone, and the Hessian's option."""
         self.weights = list(weights)
         k = self.weights[0].shape[1]
         self.hessian = Hessian(k, self.weights[0].device, shrinkage)
