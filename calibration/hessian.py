@@ -51,7 +51,7 @@ class Hessian:
         return self.matrix.diagonal() == 0
 
     def diagonal(self, damping: float) -> Tensor:
-        """Return the shrunk diagonal [k] and ``damping`` times its mean; an input that was always zero counts as one."""
+        """Return the shrunk diagonal [k] and ``damping`` times its mean; an input that was always zero has one."""
         found = self.matrix.diagonal() + self.dead
         return (found + damping * float(found.mean())) / (1 - self.shrinkage)
 
