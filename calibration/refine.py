@@ -19,7 +19,13 @@ RIDGE = 1e-6  # relative to a row's mean diagonal: groups that hold only zero co
 
 
 def refined(
-    weight: Tensor, matrix: Tensor, start: QuantizedWeight, scheme: Scheme, rounds: int, fold: bool = False
+    weight: Tensor,
+    matrix: Tensor,
+    start: QuantizedWeight,
+    scheme: Scheme,
+    rounds: int,
+    fold: bool = False,
+    refit: bool = True,
 ) -> QuantizedWeight:
     """Return codes and scales with at most the error of ``start`` in every row.
 
@@ -30,12 +36,24 @@ def refined(
         scheme: gives the code range.
         rounds: of new scales, then new codes.
         fold: scales are to be multiples of one base a row, see ``folded``.
+        refit: False leaves the scales: 0.3 % more of the error, in half the time.
     """
-    best, product = start, weight @ matrix
+    best = start
+    if not refit:
+        slope = gradient(weight, matrix, start)
+        for _ in range(rounds):
+            best = QuantizedWeight(descend(matrix, best, scheme, slope), best.scales)
+        return best
+    product = weight @ matrix
     for _ in range(rounds):
         scaled = QuantizedWeight(best.codes, refitted_scales(weight, matrix, best, scheme, fold, product))
-        best = QuantizedWeight(descend(weight, matrix, scaled, scheme), scaled.scales)
+        best = QuantizedWeight(descend(matrix, scaled, scheme, gradient(weight, matrix, scaled)), scaled.scales)
     return best
+
+
+def gradient(weight: Tensor, matrix: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """Return H (Q - W)^T, float32 [k, n]."""
+    return matrix @ quantized.dequantize().sub_(weight).T
 
 
 def refitted_scales(
@@ -80,24 +98,23 @@ def refitted_scales(
     return torch.where(better.unsqueeze(1), new, start.scales)
 
 
-def descend(weight: Tensor, matrix: Tensor, start: QuantizedWeight, scheme: Scheme) -> Tensor:
+def descend(matrix: Tensor, start: QuantizedWeight, scheme: Scheme, slope: Tensor) -> Tensor:
     """Visit every column once and give each row the code there that lowers its error most; int8 [n, k].
 
     With G = (Q - W) H the best change of one entry is -G / H_jj, and any code nearer to it than the present one lowers
-    the error, so the nearest in range does.
+    the error, so the nearest in range does. ``slope`` is G^T [k, n]; it follows the codes, in its place.
     """
-    k = weight.shape[1]
-    steps = start.scales.to(weight.dtype).T.contiguous()  # [groups, n]
+    k = len(matrix)
+    steps = start.scales.to(slope.dtype).T.contiguous()  # [groups, n]
     size = k // steps.shape[0]
-    codes = start.codes.T.to(weight.dtype).contiguous()  # [k, n]
-    slope = matrix @ start.dequantize().sub_(weight).T  # [k, n], the gradient
+    codes = start.codes.T.to(slope.dtype).contiguous()  # [k, n]
     for first in range(0, k, COLUMNS):
         last = min(first + COLUMNS, k)
         inside = matrix[first:last, first:last]
         step = steps[torch.arange(first, last, device=steps.device) // size]  # [columns, n]
         new, moved = torch.empty_like(step), torch.empty_like(step)
         bend = step * inside.diagonal().unsqueeze(1)
-        near = slope[first:last]
+        near = slope[first:last].clone()  # for the columns still to come only
         rows = zip(*(each.unbind() for each in (codes[first:last], near, bend, step, new, moved)), strict=True)
         pulls = zip(inside.unsqueeze(2).unbind(), moved.unsqueeze(1).unbind(), strict=True)  # [columns, 1] and [1, n]
         for i, ((code, pull, curve, width, wish, move), (others, by)) in enumerate(zip(rows, pulls, strict=True), 1):
@@ -105,7 +122,7 @@ def descend(weight: Tensor, matrix: Tensor, start: QuantizedWeight, scheme: Sche
             torch.sub(wish, code, out=move).mul_(width)
             near[i:].addcmul_(others[i:], by)
         codes[first:last] = new
-        slope[last:].addmm_(matrix[last:, first:last], moved)
+        slope.addmm_(matrix[:, first:last], moved)
     return codes.T.to(torch.int8).contiguous()
 
 

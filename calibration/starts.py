@@ -24,9 +24,14 @@ WORK = 1 << 33  # multiply-adds of all sweeps over a layer: a layer too large fo
 
 def count(n: int, k: int, orders: int) -> tuple[int, int]:
     """Return how many orders and how many scales a layer of n outputs and k inputs is rounded with."""
-    affordable = max(1, WORK // (n * k * k))
-    orders = min(orders, affordable)
-    return orders, 1 if orders == 1 else min(len(STRETCHES), affordable // orders)
+    sweeps = affordable(n, k)
+    orders = min(orders, sweeps)
+    return orders, 1 if orders == 1 else min(len(STRETCHES), sweeps // orders)
+
+
+def affordable(n: int, k: int) -> int:
+    """Return how many sweeps over a layer of n outputs and k inputs ``WORK`` allows, at least one."""
+    return max(1, WORK // (n * k * k))
 
 
 def orders(diagonal: Tensor, wanted: int) -> list[Tensor]:
@@ -49,6 +54,7 @@ def best(
     sweeps: Sequence[Callable[[Tensor, Tensor], Tensor]],
     stretches: int,
     fold: bool = False,
+    refit: bool = True,
 ) -> QuantizedWeight:
     """Return for every row the codes and scales of the start that leaves the least error under ``matrix``.
 
@@ -61,6 +67,7 @@ def best(
         sweeps: one for every order: takes weight and scales, returns int8 codes.
         stretches: how many of ``STRETCHES`` are tried.
         fold: scales are to be multiples of one base a row, see ``folded``.
+        refit: whether refinement changes scales, too.
     """
     n = len(weight)
     tried = STRETCHES[:stretches]
@@ -69,7 +76,7 @@ def best(
     found: list[QuantizedWeight] = []
     for sweep in sweeps:
         made = QuantizedWeight(sweep(copies, begun), begun)
-        made = refined(copies, matrix, made, scheme, rounds, fold) if rounds else made
+        made = refined(copies, matrix, made, scheme, rounds, fold, refit) if rounds else made
         found += [QuantizedWeight(c, s) for c, s in zip(made.codes.split(n), made.scales.split(n), strict=True)]
     if len(found) == 1:
         return found[0]

@@ -75,15 +75,15 @@ def choose(fit: Moments, check: HeldOut) -> list[Choice]:
     return best
 
 
-def combinations(n: int) -> Tensor:
-    """Return combinations R [m, n] of n outputs, R^T R the identity on the mean; where n is small, the identity.
+def combinations(n: int, wanted: int = OUTPUTS) -> Tensor:
+    """Return combinations R [wanted, n] of n outputs, R^T R the identity on the mean; where n is small, the identity.
 
     Source: random signs for the trace of a matrix (Hutchinson 1990).
     """
     if n <= OUTPUTS:
         return torch.eye(n, device="cpu")
     draw = torch.Generator("cpu").manual_seed(0)
-    return (torch.randint(0, 2, (OUTPUTS, n), generator=draw, device="cpu") * 2 - 1) / OUTPUTS**0.5
+    return (torch.randint(0, 2, (wanted, n), generator=draw, device="cpu") * 2 - 1) / wanted**0.5
 
 
 def solve(moments: Moments, index: int, damping: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qtoolkit.calibration import grid
-from qtoolkit.calibration.refine import descend, errors, refined, refitted_scales
+from qtoolkit.calibration.refine import descend, errors, gradient, refined, refitted_scales
 from qtoolkit.scheme import Scheme
 from qtoolkit.stages import QuantizedWeight
 
@@ -32,14 +32,19 @@ def test_no_row_gets_worse_and_together_they_get_better(group_size: int) -> None
     scheme = Scheme(group_size=group_size)
     before = start_of(weight, scheme)
     scaled = QuantizedWeight(before.codes, refitted_scales(weight, matrix, before, scheme))
-    moved = QuantizedWeight(descend(weight, matrix, before, scheme), before.scales)
+    slope = gradient(weight, matrix, before)
+    moved = QuantizedWeight(descend(matrix, before, scheme, slope), before.scales)
+    # fp32: a gradient that follows differs from a new one by the order of the sums
+    torch.testing.assert_close(slope, gradient(weight, matrix, moved), rtol=1e-3, atol=1e-4 * float(slope.abs().max()))
     after = refined(weight, matrix, before, scheme, rounds=3)
+    codes = refined(weight, matrix, before, scheme, rounds=3, refit=False)
     old = errors(weight, matrix, before)
-    for better in (scaled, moved, after):
+    for better in (scaled, moved, codes, after):
         # fp32: the gradient is carried along through 160 updates
         assert (errors(weight, matrix, better) <= old * (1 + 1e-4)).all()
     assert errors(weight, matrix, moved).sum() < 0.7 * old.sum()  # min-max rounding leaves much to gain
     assert errors(weight, matrix, after).sum() < errors(weight, matrix, moved).sum()
+    assert torch.equal(codes.scales, before.scales)
     assert after.scales.dtype == torch.bfloat16
     assert int(after.codes.min()) >= -8
     assert int(after.codes.max()) <= 7
@@ -56,7 +61,7 @@ def test_one_descent_is_that_of_a_slow_loop_in_float64() -> None:
         options[:, column] = torch.arange(-8, 8)
         lost = options * s[row] - w[row]
         codes[row, column] = float(((lost @ h) * lost).sum(dim=1).argmin()) - 8
-    found = descend(weight, matrix, before, scheme)
+    found = descend(matrix, before, scheme, gradient(weight, matrix, before))
     assert (found != codes.to(torch.int8)).float().mean() < 0.01  # a near tie in fp32 may fall either way
 
 
