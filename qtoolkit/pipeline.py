@@ -31,7 +31,7 @@ from qtoolkit.bridges import written
 from qtoolkit.calibration import budget, capture, choice, experts, products
 from qtoolkit.calibration.gradients import Gradients
 from qtoolkit.calibration.options import read as read_options
-from qtoolkit.errors import ModelError
+from qtoolkit.errors import ModelError, RequestError
 from qtoolkit.job import Job
 from qtoolkit.progress import Progress, Silent
 from qtoolkit.recipe import Recipe
@@ -129,6 +129,9 @@ class Run:
         self.choice: checkpoint.Choice | None = None
         self.budget: checkpoint.BudgetRecord | None = None
         self.packer: Packer = registry.packers.get(recipe.packer)
+        if recipe.packer not in written.LAYOUTS:
+            known = ", ".join(written.LAYOUTS)
+            raise RequestError(f"The packer {recipe.packer} stores no layers of llm models.", f"Known: {known}.")
         if recipe.packer not in written.COMPRESSED and recipe.budget.bits is not None:
             raise written.mixed(recipe.packer)
         self.skeleton = replace(architecture.skeleton(source), device=device)
@@ -359,10 +362,14 @@ def build_transforms(
         options: of a step, instead of the recipe's.
 
     Raises:
-        RequestError: an unknown step or option.
+        RequestError: an unknown step or option, or a step for the other kind of models.
     """
     built = {}
+    own, other = ("vision", "llm") if "kind" in type(recipe).model_fields else ("llm", "vision")
     for step, values in recipe.under(method).items():
+        if step in registry.STEPS[other]:
+            known = ", ".join(registry.STEPS[own])
+            raise RequestError(f"The step {step} is for {other} models, not for {own} models.", f"Known: {known}.")
         kind = registry.transforms.get(step)
         built[step] = kind(read_options(kind.Options, step, {**(values or {}), **options.get(step, {})}))
     return built

@@ -52,6 +52,11 @@ class Registry:
         return getattr(import_module(module), attr)
 
 
+# Which of the package's own steps compress what; one of others' making may do either.
+STEPS = {
+    "llm": ("rotate", "smooth", "gptq"),
+    "vision": ("sparsify", "filters", "shorten", "binarize", "fold", "debut", "recover", "batchnorm"),
+}
 transforms = Registry(
     "transform",
     {

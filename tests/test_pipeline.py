@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from tests_support import save_random
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qtoolkit
-from qtoolkit import checkpoint
+from qtoolkit import checkpoint, pipeline, recipe, registry
 from qtoolkit.errors import CheckpointError, DataError, ModelError, NumericError, RequestError
 from qtoolkit.runtime import W4A8Linear
 from qtoolkit.scheme import CHANNEL
+from qtoolkit.vision.record import VisionRecipe
 
 QUICK = {
     "calibration.samples": 4,
@@ -313,6 +315,32 @@ def test_calibration_on_text_and_on_chat_transcripts(random_llama: Path, tmp_pat
     for name in ("text.txt", "chat.jsonl"):
         changes = {**QUICK, "calibration.data": str(tmp_path / name)}
         assert qtoolkit.quantize(random_llama, "w4a8", tmp_path / f"{name}-out", changes=changes).ok
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"packer": "nm"}, "The packer nm stores no layers of llm models"),
+        ({"steps": {"sparsify": {}}}, "The step sparsify is for vision models"),
+    ],
+)
+def test_what_compresses_images_alone_is_refused_before_anything_is_written(
+    part: dict[str, Any], said: str, random_llama: Path, tmp_path: Path
+) -> None:
+    settings = recipe.validate({"name": "mixed", "steps": {"gptq": {}}, **part})
+    with pytest.raises(RequestError, match=said):
+        qtoolkit.quantize(random_llama, settings, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_language_models_step_is_refused_for_images() -> None:
+    settings = recipe.validate({"name": "mixed", "kind": "vision", "steps": {"gptq": {}}}, VisionRecipe)
+    with pytest.raises(RequestError, match="The step gptq is for llm models, not for vision models"):
+        pipeline.build_transforms(settings)
+
+
+def test_every_step_of_the_package_says_what_it_compresses() -> None:
+    assert {*registry.STEPS["llm"], *registry.STEPS["vision"]} == {*registry.transforms.names()}
 
 
 def test_a_damaged_checkpoint_is_one_clear_error(quantized: Path, tmp_path: Path) -> None:
