@@ -334,7 +334,9 @@ def test_what_compresses_images_alone_is_refused_before_anything_is_written(
 
 
 def test_a_language_models_step_is_refused_for_images() -> None:
-    settings = recipe.validate({"name": "mixed", "kind": "vision", "steps": {"gptq": {}}}, VisionRecipe)
+    settings = recipe.validate(
+        {"name": "mixed", "kind": "vision", "scheme": {"pattern": "2:4"}, "steps": {"gptq": {}}}, VisionRecipe
+    )
     with pytest.raises(RequestError, match="The step gptq is for llm models, not for vision models"):
         pipeline.build_transforms(settings)
 
