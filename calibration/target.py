@@ -18,7 +18,7 @@ from torch import Tensor
 from qtoolkit.calibration.hessian import factored
 from qtoolkit.calibration.moments import HeldOut, Moments, Seen
 
-DAMPINGS = (0.001, 0.01, 0.1, 1.0)  # parts of the Hessian's mean diagonal
+DAMPINGS = (0.01, 1.0)  # parts of the Hessian's mean diagonal, beside what shrinks it; strengths lie between
 STRENGTHS = (1.0, 0.75, 0.5, 0.25)
 OUTPUTS = 512  # combinations that a layer of more outputs is judged by
 
