@@ -1,9 +1,9 @@
 """Attention in vLLM on CPUs without AMX: our bfloat16 kernel, over the cache that vLLM's operators keep.
 
-vLLM has a table of attention backends whose rows may be overridden. Ours is vLLM's own but for one method: prompts
-(whole or in part, alone or among sequences that decode) and single tokens whose heads share keys run on the kernel of
-``kernels/cpu/attention``. Writing the cache and every kind of attention that the kernel does not know stay vLLM's, and
-models without W4A8 layers get vLLM's classes.
+vLLM has a table of attention backends whose rows may be overridden. In ours a layer writes its cache in the same
+operator that attends: one way through Python a layer less. In models with W4A8 layers prompts (whole or in part, alone
+or among sequences that decode) and single tokens whose heads share keys run on the kernel of ``kernels/cpu/attention``.
+Every kind of attention that the kernel does not know stays vLLM's, as do models without W4A8 layers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from qtoolkit.kernels.cpu.attention import library
+from qtoolkit.kernels.cpu.attention.step import Step
 from qtoolkit.serve.intent import ATTENTION, Attention, Declared, Mode, attention, mode
 from qtoolkit.serve.vllm_kernel import checkpoint_declares
 
@@ -51,14 +52,47 @@ def runs_w4a8(config: VllmConfig) -> bool:
 class Backend(CPUAttentionBackend):
     """vLLM's attention for CPUs, with our implementation for models that run W4A8."""
 
+    forward_includes_kv_cache_update = True
+
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         """Return the class of a layer's implementation for the model that is being built."""
         config = get_current_vllm_config_or_none()
-        return OwnAttention if config is not None and runs_w4a8(config) else CPUAttentionBackendImpl
+        return OwnAttention if config is not None and runs_w4a8(config) else StockAttention
 
 
-class OwnAttention(CPUAttentionBackendImpl):
+class StockAttention(CPUAttentionBackendImpl):
+    """One layer's attention as vLLM computes it, which writes the new keys and values into the cache before."""
+
+    def write(
+        self, layer: Any, key: Tensor | None, value: Tensor | None, kv_cache: Tensor, batch: CPUAttentionMetadata | None
+    ) -> None:
+        """Put new tokens into the cache, unless the layer reads another's."""
+        if batch is None or key is None or value is None or self.kv_sharing_target_layer_name is not None:
+            return
+        slots = batch.slot_mapping
+        self.do_kv_cache_update(layer, key[: len(slots)], value[: len(slots)], kv_cache, slots)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Write attention into ``output`` and return it, see vLLM's."""
+        self.write(layer, key, value, kv_cache, attn_metadata)
+        return super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+        )
+
+
+class OwnAttention(StockAttention):
     """One layer's attention; ``reason`` says why it stays with vLLM's code, and is empty if it does not."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -77,18 +111,31 @@ class OwnAttention(CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Write attention into ``output`` and return it, see vLLM's; keys and values are in the cache already."""
+        """Write attention into ``output`` and return it, see vLLM's."""
         batch = attn_metadata
         scaled = output_scale is not None or output_block_scale is not None
         if self.reason or scaled or batch is None or layer.isa != PAGES or not takes(batch, self):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
+        given = key is not None and value is not None and self.kv_sharing_target_layer_name is None
+        if given and batch.max_query_len == 1 and batch.num_actual_tokens == batch.seq_lens.shape[0]:
+            self.step(batch).attend(query, key, value, kv_cache, output)
+            return output
+        self.write(layer, key, value, kv_cache, batch)
         own = slice(batch.num_actual_tokens)
         library.attend(
             query[own], kv_cache, output[own], batch.block_table, batch.query_start_loc, batch.seq_lens, self.scale
         )
         return output
+
+    def step(self, batch: Any) -> Step:
+        """Return what all layers of a step share; the first one makes it and leaves it with vLLM's description."""
+        found: Step | None = getattr(batch, "qtoolkit_step", None)
+        if found is None or found.scale != self.scale or found.batch[0] is not batch.block_table:
+            lengths, slots = batch.seq_lens, batch.slot_mapping
+            found = batch.qtoolkit_step = Step(batch.block_table, batch.query_start_loc, lengths, slots, self.scale)
+        return found
 
 
 def takes(batch: CPUAttentionMetadata, layer: CPUAttentionBackendImpl) -> bool:
@@ -99,7 +146,9 @@ def takes(batch: CPUAttentionMetadata, layer: CPUAttentionBackendImpl) -> bool:
     if batch.causal is not True or batch.dynamic_causal is not None:
         return False
     shares = layer.num_queries_per_kv >= SHARED
-    return batch.max_query_len > 1 or (shares and len(batch.seq_lens) * layer.num_kv_heads >= torch.get_num_threads())
+    return batch.max_query_len > 1 or (
+        shares and batch.seq_lens.shape[0] * layer.num_kv_heads >= torch.get_num_threads()
+    )
 
 
 def refuse(layer: CPUAttentionBackendImpl, dtype: torch.dtype) -> str | None:
@@ -131,16 +180,22 @@ def refuse(layer: CPUAttentionBackendImpl, dtype: torch.dtype) -> str | None:
 
 @cache
 def reads_pages(heads: int, dim: int) -> bool:
-    """Say whether our kernel finds what vLLM's operator writes: a few tokens, compared with torch's attention."""
+    """Say whether our kernel finds what vLLM's operator writes, and writes the same itself.
+
+    A few tokens, compared with torch's attention.
+    """
     tokens, page = 40, library.GROUP
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, tokens, heads, dim, generator=generator).bfloat16()
-    pages = torch.zeros(3, heads, page, 2 * dim, dtype=torch.bfloat16)
-    keys, values = pages.view(3, heads, 2 * page, dim).chunk(2, dim=2)
-    ops.cpu_attn_reshape_and_cache(key, value, keys, values, torch.arange(page, page + tokens), PAGES)
     table, output = torch.tensor([[1, 2]], dtype=torch.int32), torch.empty_like(query)
     starts, lengths = torch.tensor([0, tokens], dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
+    slots = torch.arange(page, page + tokens)
+    pages, own = torch.zeros(2, 3, heads, page, 2 * dim, dtype=torch.bfloat16)
+    keys, values = pages.view(3, heads, 2 * page, dim).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, PAGES)
     library.attend(query, pages, output, table, starts, lengths, dim**-0.5)
+    Step(table, starts, lengths, slots, dim**-0.5).attend(query, key, value, own, torch.empty_like(query))
     q, k, v = (x.float().transpose(0, 1) for x in (query, key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return torch.allclose(output.float().transpose(0, 1), expected, atol=0.05)  # rounding to bfloat16 ends below 0.02
+    near = torch.allclose(output.float().transpose(0, 1), expected, atol=0.05)  # rounding to bfloat16 ends below 0.02
+    return near and torch.equal(own, pages)

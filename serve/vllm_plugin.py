@@ -20,6 +20,7 @@ def register() -> None:
     from qtoolkit.serve.vllm_attention import register_attention
     from qtoolkit.serve.vllm_experts import register_experts
     from qtoolkit.serve.vllm_gate import register_gate
+    from qtoolkit.serve.vllm_graphs import name_graphs
     from qtoolkit.serve.vllm_head import register_head
     from qtoolkit.serve.vllm_kernel import place_first
     from qtoolkit.serve.vllm_qqq import register_qqq
@@ -29,6 +30,7 @@ def register() -> None:
     place_first()
     register_qqq()
     if mode() is not Mode.OFF:  # then nothing but vLLM's own code runs
+        name_graphs()
         register_head()
         register_gate()
         register_experts()

@@ -15,6 +15,8 @@
 extern "C" {
 int qta_supported();
 int qta_attend(const Attention* call);
+int qta_step(const Attention* call, const Bfloat16* key, int64_t key_stride, const Bfloat16* value, int64_t value_stride,
+             const int64_t* slots);
 }
 
 namespace {
@@ -77,7 +79,22 @@ void run() {
   }
   const Attention call{query.data, output.data, cache.data, cache.data + page * dim, table.data, first.data, long_as.data,
                        heads * dim, heads * dim, key_heads * size, size, most, sequences, heads, key_heads, dim, page, 0.125};
-  if (qta_attend(&call)) std::exit(1);
+  // Half of the time new tokens come with their keys and values, which the call puts into the cache.
+  const int64_t wide = key_heads * dim;
+  Guarded<Bfloat16> key(tokens * wide, 0), value(tokens * wide, ONE);
+  Guarded<int64_t> slots(tokens, -1);
+  const bool given = upto(1);
+  for (int64_t s = 0; given && s < sequences; ++s)
+    for (int64_t i = first.data[s]; i < first.data[s + 1]; ++i) {
+      const int64_t t = long_as.data[s] - first.data[s + 1] + i, own = table.data[s * most + t / page];
+      slots.data[i] = own * page + t % page;
+      for (int64_t h = 0; h < key_heads; ++h) {
+        Bfloat16* to = cache.data + (own * key_heads + h) * size;
+        for (int64_t d = 0; d < dim; ++d)
+          key.data[i * wide + h * dim + d] = number(), to[d * page + t % page] = to[page * dim + t % page * dim + d] = NOT_A_NUMBER;
+      }
+    }
+  if (given ? qta_step(&call, key.data, wide, value.data, wide, slots.data) : qta_attend(&call)) std::exit(1);
   for (int64_t i = 0; i < tokens * heads * dim; ++i)
     if (!(std::abs(as_float(output.data[i]) - 1) < 0.01)) {
       std::printf("result %ld of %ld is %g\n", long(i), long(tokens * heads * dim), double(as_float(output.data[i])));

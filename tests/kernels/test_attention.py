@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qtoolkit.kernels import build
 from qtoolkit.kernels.cpu.attention import library
+from qtoolkit.kernels.cpu.attention.step import Step
 
 needs_library = pytest.mark.skipif(library.failure() is not None, reason=f"no attention here: {library.failure()}")
 
@@ -140,6 +141,63 @@ def test_tokens_may_lie_apart_and_pages_too() -> None:
     library.attend(apart.query, apart.cache, output[:, 2], apart.table, apart.starts, apart.lengths, 64**-0.5)
     assert torch.equal(output[:, 2], batch.attended())
     assert not output[:, :2].any()
+
+
+def taken_out(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a cache without a batch's queries' own tokens, those tokens' keys and values, and their slots."""
+    cache, page = batch.cache.clone(), batch.cache.shape[2]
+    keys, values, slots = [], [], []
+    counts = batch.starts.diff().tolist()
+    for row, (count, own_keys, own_values) in enumerate(zip(counts, batch.keys, batch.values, strict=True)):
+        length = len(own_keys)
+        for token in range(length - count, length):
+            slots.append(int(batch.table[row, token // page]) * page + token % page)
+            halves = cache[slots[-1] // page].view(cache.shape[1], 2, -1)
+            halves[:, 0].view(cache.shape[1], -1, page)[:, :, token % page] = torch.nan
+            halves[:, 1].view(cache.shape[1], page, -1)[:, token % page] = torch.nan
+        keys.append(own_keys[length - count :])
+        values.append(own_values[length - count :])
+    return cache, torch.cat(keys), torch.cat(values), torch.tensor(slots)
+
+
+@needs_library
+@pytest.mark.parametrize("page", [32, 128])
+@pytest.mark.parametrize("sequences", [[(1, 1)], [(1, 77)], [(1, 129), (1, 64), (1, 1)], [(3, 40), (1, 300)]])
+def test_a_step_writes_its_tokens_before_it_attends(sequences: list[tuple[int, int]], page: int) -> None:
+    batch = make(sequences, 8, 2, 64, page)
+    cache, keys, values, slots = taken_out(batch)
+    step = Step(batch.table, batch.starts, batch.lengths, slots, 64**-0.5)
+    beside = torch.stack([keys, values, keys], dim=1)  # as of one product for q, k and v
+    for own in (cache, cache.clone()):  # two layers
+        output = torch.full_like(batch.query, torch.nan)
+        step.attend(batch.query, beside[:, 0], beside[:, 1], own, output)
+        assert torch.equal(output, batch.attended())
+        assert torch.equal(own.view(torch.int16), batch.cache.view(torch.int16))
+
+
+@needs_library
+def test_tokens_that_belong_nowhere_are_not_written() -> None:
+    batch = make([(1, 5)], 4, 2, 64)
+    before = batch.cache.clone()
+    step = Step(batch.table, batch.starts, batch.lengths, torch.tensor([-1]), 64**-0.5)
+    step.attend(batch.query, *torch.ones(2, 1, 2, 64).bfloat16(), batch.cache, batch.query.clone())
+    assert torch.equal(batch.cache.view(torch.int16), before.view(torch.int16))
+
+
+@needs_library
+def test_a_step_refuses_what_does_not_belong_together() -> None:
+    batch = make([(1, 5), (1, 7)], 4, 2, 64)
+    rest = (batch.table, batch.starts, batch.lengths)
+    for slots in (torch.zeros(1, dtype=torch.int64), torch.zeros(2), torch.zeros(2, 1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="slots"):
+            Step(*rest, slots, 1.0)
+    step, new = Step(*rest, torch.zeros(2, dtype=torch.int64), 1.0), torch.zeros(2, 2, 64).bfloat16()
+    step.attend(batch.query, new, new, batch.cache, batch.query.clone())
+    for wrong in (new[:1], new.float(), new[:, :1], new.transpose(1, 2)):
+        with pytest.raises(ValueError, match="keys and values"):
+            step.attend(batch.query, wrong, new, batch.cache, batch.query.clone())
+    with pytest.raises(ValueError, match="do not belong together"):
+        step.attend(batch.query, new, new, batch.cache, batch.query[:, :2].clone())
 
 
 @needs_library

@@ -17,13 +17,14 @@ from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from qtoolkit import __version__
 from qtoolkit.bridges import compressed
 from qtoolkit.errors import RequestError
 from qtoolkit.kernels.cpu.attention import library
 from qtoolkit.scheme import Scheme
-from qtoolkit.serve import vllm_attention, vllm_plugin
+from qtoolkit.serve import vllm_attention, vllm_graphs, vllm_plugin
 from qtoolkit.serve.report import attention as line
-from qtoolkit.serve.vllm_attention import Backend, OwnAttention
+from qtoolkit.serve.vllm_attention import Backend, OwnAttention, StockAttention
 
 ours = pytest.mark.skipif(
     library.failure() is not None or torch.cpu._is_amx_tile_supported(),
@@ -69,13 +70,13 @@ def layer(kind: type[CPUAttentionBackendImpl] = OwnAttention, **changes: Any) ->
     [
         (W4A8, "", OwnAttention),
         (config({"quant_method": "qqq"}, "qqq"), "", OwnAttention),
-        (config(None, None), "always", CPUAttentionBackendImpl),
-        (config({"quant_method": "gptq", "bits": 4}, "gptq"), "", CPUAttentionBackendImpl),
+        (config(None, None), "always", StockAttention),
+        (config({"quant_method": "gptq", "bits": 4}, "gptq"), "", StockAttention),
         (config({"quant_method": "gptq", "bits": 4}, "gptq"), "always", OwnAttention),
-        (None, "", CPUAttentionBackendImpl),
+        (None, "", StockAttention),
     ],
 )
-def test_models_without_w4a8_layers_get_vllms_class(
+def test_models_without_w4a8_layers_keep_vllms_attention(
     monkeypatch: pytest.MonkeyPatch, own: Any, environment: str, kind: type
 ) -> None:
     use(monkeypatch, own)
@@ -141,6 +142,17 @@ def test_another_layout_of_the_cache_is_noticed(monkeypatch: pytest.MonkeyPatch)
     vllm_attention.reads_pages.cache_clear()
 
 
+def test_graphs_with_our_operators_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_graphs.caching, "aot_compile_hash_factors", lambda config: ["vLLM's"])
+    vllm_graphs.name_graphs()
+    vllm_graphs.name_graphs()
+    names = []
+    for word in ("declared", "always"):
+        monkeypatch.setenv("QTOOLKIT_W4A8", word)
+        names.append(vllm_graphs.caching.aot_compile_hash_factors(W4A8))
+    assert names == [["vLLM's", f"qtoolkit {__version__} {word}"] for word in ("declared", "always")]
+
+
 def test_the_log_says_which_layers_and_why_not() -> None:
     assert line(["", ""]) == "qtoolkit: attention of 2 of 2 layers runs on our kernel."
     assert line(["", "it has sinks"]) == (
@@ -173,6 +185,22 @@ class Engine:
             int(starts[-1]), queries, starts, int(lengths.max()), lengths, table, torch.empty(0), plan
         )
 
+    def decoded(self, kind: type[CPUAttentionBackendImpl]) -> tuple[Tensor, Tensor]:
+        """Return one implementation's answer to single tokens whose keys and values come with them, and the cache."""
+        lengths, table = self.batch.seq_lens, self.batch.block_table
+        last = lengths.long() - 1
+        self.batch.slot_mapping = table[torch.arange(len(last)), last // PAGE].long() * PAGE + last % PAGE
+        wide = torch.randn(len(last), 3, KEY_HEADS, DIM, generator=torch.Generator().manual_seed(1)).bfloat16()
+        key, value = wide[:, 0], wide[:, 2]  # as slices of one product lie
+        pages, output = self.pages.clone(), torch.zeros_like(self.query)
+        implementation = layer(kind)
+        if kind is CPUAttentionBackendImpl:
+            implementation.do_kv_cache_update(self.layer, key, value, pages, self.batch.slot_mapping)
+        for _ in range(2):  # layers of one step: the second one finds what the first has made
+            given = output[: len(last)], self.query[: len(last)]
+            implementation.forward(self.layer, given[1], key, value, pages, self.batch, given[0])
+        return output, pages
+
     def run(self, implementation: CPUAttentionBackendImpl) -> Tensor:
         """Return one implementation's answer."""
         output = torch.zeros_like(self.query)
@@ -204,6 +232,39 @@ def test_a_batch_equals_vllms_own_answer(name: str, monkeypatch: pytest.MonkeyPa
     # one step of bfloat16 between rounded results, and what rounding the weights does, which vLLM keeps in float32
     torch.testing.assert_close(answer, expected, rtol=2**-7, atol=2**-8)
     assert not answer[-1].any()  # padding
+
+
+@ours
+@pytest.mark.parametrize("kind", [OwnAttention, StockAttention])
+@pytest.mark.parametrize("lengths", [[33], [1, 64, 65, 600]])
+def test_a_layer_writes_its_cache_as_vllms_operator_does(
+    kind: type[StockAttention], lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    engine = Engine([(1, length) for length in lengths])
+    answer, pages = engine.decoded(kind)
+    expected, expected_pages = Engine([(1, length) for length in lengths]).decoded(CPUAttentionBackendImpl)
+    assert torch.equal(pages, expected_pages)
+    torch.testing.assert_close(answer, expected, rtol=2**-7, atol=2**-8)  # as above
+    assert hasattr(engine.batch, "qtoolkit_step") is (kind is OwnAttention)
+
+
+@ours
+def test_a_layer_that_reads_anothers_cache_writes_nothing() -> None:
+    engine = Engine([(1, 33)])
+    before = engine.pages.clone()
+    engine.batch.slot_mapping = torch.tensor([0])
+    given = torch.ones(1, KEY_HEADS, DIM).bfloat16()
+    for kind in (OwnAttention, StockAttention):
+        own = layer(kind, kv_sharing_target_layer_name="model.layers.0")
+        own.forward(engine.layer, engine.query[:1], given, given, engine.pages, engine.batch, engine.query[:1].clone())
+    assert torch.equal(engine.pages, before)
+
+
+def test_a_batch_that_only_warms_up_has_no_cache_to_write() -> None:
+    given, nothing = torch.zeros(1, HEADS, DIM).bfloat16(), torch.empty(0)
+    for kind in (OwnAttention, StockAttention):
+        assert layer(kind).forward(SimpleNamespace(isa="vec"), given, given, given, nothing, None, given) is given
 
 
 @ours

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <new>
 #include <vector>
 #include "../scratch.h"
@@ -79,6 +80,23 @@ int qta_attend(const Attention* call) {
   (void)call;
   return 1;
 #endif
+}
+
+// The same for a batch whose new tokens are not in the cache yet: their keys and values, [tokens, key heads, dim], are put
+// there first, token t at place slots[t] % page of page slots[t] / page; nowhere if that is negative.
+int qta_step(const Attention* call, const Bfloat16* key, int64_t key_stride, const Bfloat16* value, int64_t value_stride,
+             const int64_t* slots) {
+  for (int64_t token = 0; token < call->starts[call->sequences]; ++token) {
+    if (slots[token] < 0) continue;
+    const int64_t place = slots[token] % call->page, from = slots[token] / call->page * call->page_stride;
+    for (int64_t head = 0; head < call->key_heads; ++head) {
+      Bfloat16* keys = const_cast<Bfloat16*>(call->keys) + from + head * call->head_stride + place;
+      Bfloat16* values = const_cast<Bfloat16*>(call->values) + from + head * call->head_stride + place * call->dim;
+      for (int64_t d = 0; d < call->dim; ++d) keys[d * call->page] = key[token * key_stride + head * call->dim + d];
+      std::memcpy(values, value + token * value_stride + head * call->dim, size_t(call->dim) * sizeof(Bfloat16));
+    }
+  }
+  return qta_attend(call);
 }
 
 // Operations a second of the dot products alone, on all threads.

@@ -65,6 +65,8 @@ def load() -> ctypes.CDLL:
         raise build.BuildError(f"{linear.PATH_VARIABLE}={wanted} is asked for, and attention has avx512 only")
     functions = linear.opened(build.library("attention", units(), headers(), linear.FLAGS))
     functions.qta_attend.argtypes = [ctypes.POINTER(Call)]
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    functions.qta_step.argtypes = [ctypes.POINTER(Call), pointer, integer, pointer, integer, pointer]
     functions.qta_dot_peak.argtypes, functions.qta_dot_peak.restype = [ctypes.c_int64], ctypes.c_double
     if not functions.qta_supported():
         raise build.BuildError("this CPU, or the compiler, has no AVX512 with bfloat16")
@@ -111,6 +113,19 @@ def attend(
         ValueError: a shape, stride or dtype is not as said.
         MemoryError: there is none for intermediate values.
     """
+    call = described(query, cache, output, table, starts, lengths, scale)
+    if load().qta_attend(ctypes.byref(call)):
+        raise MemoryError(f"no memory for attention of {query.shape[0]} tokens of {query.shape[1]} heads")
+
+
+def described(
+    query: Tensor, cache: Tensor, output: Tensor, table: Tensor, starts: Tensor, lengths: Tensor, scale: float
+) -> Call:
+    """Return a call of ``attend`` as the library wants it.
+
+    Raises:
+        ValueError: a shape, stride or dtype is not as said there.
+    """
     _, heads, dim = query.shape
     _, key_heads, page, both = cache.shape
     sequences = lengths.shape[0]
@@ -128,10 +143,8 @@ def attend(
     if starts.shape[0] <= sequences or table.shape[0] < sequences:
         raise ValueError(f"{sequences} sequences have {starts.shape[0]} starts and {table.shape[0]} rows of pages")
     keys = cache.data_ptr()
-    call = Call(
+    return Call(
         query.data_ptr(), output.data_ptr(), keys, keys + 2 * page * dim, table.data_ptr(), starts.data_ptr(),
         lengths.data_ptr(), query.stride(0), output.stride(0), cache.stride(0), cache.stride(1), table.stride(0),
         sequences, heads, key_heads, dim, page, scale,
     )  # fmt: skip
-    if load().qta_attend(ctypes.byref(call)):
-        raise MemoryError(f"no memory for attention of {query.shape[0]} tokens of {heads} heads")
