@@ -21,7 +21,7 @@ from qtoolkit.stages import Block, Probe, Stream
 
 TOKENS = 8192  # that are probed, about
 AT_ONCE = 512  # tokens that go through a block at once: autograd keeps a lot
-LOGITS = 1 << 22  # that are held at once
+LOGITS = 1 << 23  # that are held at once
 
 
 class Store(Protocol):

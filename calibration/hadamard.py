@@ -34,8 +34,11 @@ def times(x: Tensor, *, transposed: bool = False) -> Tensor:
     for factor in factors(n):
         size = len(factor)
         after //= size
-        left = factor if transposed else factor.T
-        y = left.to(x) @ y.reshape(-1, size, after)  # [rows * sizes before, size, after]
+        left = (factor if transposed else factor.T).to(x)
+        if after == 1:  # one product instead of many with a vector
+            y = y.reshape(-1, size) @ left.T  # [rows * sizes before, size]
+        else:
+            y = left @ y.reshape(-1, size, after)  # [rows * sizes before, size, after]
     return y.reshape(x.shape) / n**0.5
 
 
