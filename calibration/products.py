@@ -14,13 +14,17 @@ import torch
 
 EXACT, RELAXED = "highest", "medium"  # PyTorch's names
 SHAPE = (256, 512, 256)  # of the product that is looked at: large enough for oneDNN
+WIDE = 1024  # channels of a hidden state from which it pays: oneDNN's code takes 60 MB, and narrow models gain a tenth
 ERROR = 4e-6  # relative, of float32 sums of so many products; bfloat16's would be 2e-3
 
 
 @contextmanager
-def fast(device: torch.device) -> Iterator[None]:
-    """Inside, float32 products on a CPU are oneDNN's, if these are exact here and nobody has asked for others."""
-    if device.type != "cpu" or _precision() != EXACT:
+def fast(device: torch.device, width: int) -> Iterator[None]:
+    """Inside, float32 products on a CPU are oneDNN's, if these are exact here and nobody has asked for others.
+
+    ``width`` is that of the model's hidden states; below ``WIDE`` nothing changes.
+    """
+    if device.type != "cpu" or width < WIDE or _precision() != EXACT:
         yield
         return
     torch.set_float32_matmul_precision(RELAXED)

@@ -109,7 +109,7 @@ def quantize(
     job = Job.open(Path(output), run.fingerprint(), fresh=fresh)
     try:
         if not job.published:
-            with products.fast(where):
+            with products.fast(where, int(run.skeleton.config.hidden_size)):
                 run.prepare(job)
                 run.work(job)
             run.assemble(job)

@@ -11,26 +11,26 @@ CPU = torch.device("cpu")
 
 
 def test_products_inside_have_the_precision_of_float32() -> None:
-    with products.fast(CPU):
+    with products.fast(CPU, products.WIDE):
         assert products.exact()
 
 
 def test_what_was_set_before_is_set_again() -> None:
-    with pytest.raises(KeyError), products.fast(CPU):
+    with pytest.raises(KeyError), products.fast(CPU, products.WIDE):
         raise KeyError
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_products_that_are_not_exact_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "exact", lambda: False)
-    with products.fast(CPU):
+    with products.fast(CPU, products.WIDE):
         assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_what_a_user_has_set_stays() -> None:
     torch.set_float32_matmul_precision("high")
     try:
-        with products.fast(CPU):
+        with products.fast(CPU, products.WIDE):
             assert torch.get_float32_matmul_precision() == "high"
         assert torch.get_float32_matmul_precision() == "high"
     finally:
@@ -45,3 +45,8 @@ def test_bfloat16_products_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     assert not products.exact()
+
+
+def test_narrow_models_keep_their_products() -> None:
+    with products.fast(CPU, products.WIDE - 1):
+        assert torch.get_float32_matmul_precision() == "highest"
