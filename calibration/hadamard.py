@@ -35,10 +35,8 @@ def times(x: Tensor, *, transposed: bool = False) -> Tensor:
         size = len(factor)
         after //= size
         left = (factor if transposed else factor.T).to(x)
-        if after == 1:  # one product instead of many with a vector
-            y = y.reshape(-1, size) @ left.T  # [rows * sizes before, size]
-        else:
-            y = left @ y.reshape(-1, size, after)  # [rows * sizes before, size, after]
+        rows = y.reshape(-1, size, after)  # [rows * sizes before, size, after]
+        y = rows.squeeze(2) @ left.T if after == 1 else left @ rows  # one product instead of many with a vector
     return y.reshape(x.shape) / n**0.5
 
 
