@@ -13,6 +13,7 @@ from qtoolkit.scheme import CHANNEL, Scheme
 from qtoolkit.stages import QuantizedWeight
 
 OFFSET = 8  # codes -8..7 are stored as 0..15
+AT_ONCE = 1 << 20  # codes that are held as int32 at once
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -23,10 +24,12 @@ def pack_int4(codes: Tensor) -> Tensor:
     """
     if codes.numel() and (int(codes.min()) < -8 or int(codes.max()) > 7):
         raise ValueError(f"int4 codes must lie in -8..7, got {int(codes.min())}..{int(codes.max())}")
-    padded = F.pad(codes.to(torch.int32), (0, -codes.shape[1] % 8)) + OFFSET
-    nibbles = padded.view(codes.shape[0], -1, 8)  # [n, words, 8]
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
-    return (nibbles << shifts).sum(dim=-1, dtype=torch.int32)
+    found = []
+    for some in codes.split(max(1, AT_ONCE // max(1, codes.shape[1]))):
+        nibbles = (F.pad(some.to(torch.int32), (0, -codes.shape[1] % 8)) + OFFSET).unflatten(1, (-1, 8))
+        found.append((nibbles << shifts).sum(dim=-1, dtype=torch.int32))  # of [rows, words, 8]
+    return torch.cat(found)
 
 
 def unpack_int4(packed: Tensor, k: int) -> Tensor:
