@@ -8,10 +8,8 @@ outliers tell apart; where that leaves it open, the ways that are near are tried
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -130,14 +128,12 @@ def _measured(
         held_behind = capture.advance(block, held)
         del block  # before those that are tried
         if index in places:
-            for weights, group in groupby(candidates.items(), key=lambda item: item[1].weights):
-                block, alike = load(weights, index), list(group)
-                for number, (name, candidate) in enumerate(alike, 1):
-                    own = block if number == len(alike) else copy.deepcopy(block)
-                    carried[name, index] = _tried(candidate, own, fit, held, context, treat)
-                    del own
-                    memory.trim()
-                del block
+            for (
+                name,
+                candidate,
+            ) in candidates.items():  # each reads the block anew: a copy would be one more
+                carried[name, index] = _tried(candidate, load(candidate.weights, index), fit, held, context, treat)
+                memory.trim()
         fit, held = behind, held_behind
     found = trial.divergence(skeleton, source, held, carried)
     return {name: sum(found[name, index] for index in places) for name in candidates}
