@@ -128,10 +128,7 @@ def _measured(
         held_behind = capture.advance(block, held)
         del block  # before those that are tried
         if index in places:
-            for (
-                name,
-                candidate,
-            ) in candidates.items():  # each reads the block anew: a copy would be one more
+            for name, candidate in candidates.items():  # each reads the block anew: memory holds one
                 carried[name, index] = _tried(candidate, load(candidate.weights, index), fit, held, context, treat)
                 memory.trim()
         fit, held = behind, held_behind

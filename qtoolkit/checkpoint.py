@@ -68,10 +68,17 @@ class Choice(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     chosen: str
-    divergence: dict[str, float] = Field(description="KL in nats a token, summed over the blocks tried")
-    compensated: dict[str, float] = Field({}, description="the same of ways that rounding to nearest left open")
+    divergence: dict[str, float] = Field(
+        description="KL in nats a token, weights rounded to nearest, summed over the blocks tried"
+    )
+    compensated: dict[str, float] = Field({}, description="the same of ways that this left open, by the recipe's steps")
     blocks: tuple[str, ...]
     held_out_tokens: int
+
+    @property
+    def decisive(self) -> dict[str, float]:
+        """Return the figures that decided: never a mixture, because compensated ways diverge less than rounded ones."""
+        return self.compensated or self.divergence
 
 
 class BudgetRow(BaseModel):

@@ -234,7 +234,7 @@ class Run:
         candidates = {name: choice.Candidate(*self._candidate(name, choice.LIGHT)) for name in recipes.METHODS}
         count, context = self.recipe.outliers.blocks, self.context
         found = choice.choose(self.skeleton, self.source, candidates, self._block, tokens, count, context)
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in {**found.divergence, **found.compensated}.items())
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in found.decisive.items())
         self.progress.say(f"outliers: {found.chosen}, by divergence on held-out text ({figures} nats)")
         return found
 

@@ -21,7 +21,7 @@ def section(result: EvalResult) -> Section | None:
     tables: list[Table] = []
     if choice := manifest.choice:
         text.append(_choice_text(choice))
-        rows = [(WORDS.get(name, name), value, f"{value:.4f}") for name, value in choice.divergence.items()]
+        rows = [(WORDS.get(name, name), value, f"{value:.4f}") for name, value in choice.decisive.items()]
         figures.append(Figure(partial(plots.ranking, rows), "Divergence of each way, nats a token"))
         tables.append(Table(("outliers by", "divergence, nats"), tuple((name, text) for name, _, text in rows)))
     if budget := manifest.budget:

@@ -47,7 +47,7 @@ def _lines(path: str, manifest: Manifest, every_layer: bool) -> list[str]:
         means = (sum(row[f"{part}_error"] for row in split) / len(split) for part in ("weight", "activation", "both"))
         lines.append("  from       weights {:.3%}, activations {:.3%}, both {:.3%} (mean over layers)".format(*means))
     if choice := manifest.choice:
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in choice.divergence.items())
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in choice.decisive.items())
         lines.append(f"  outliers   {choice.chosen} (divergence: {figures} nats)")
     if budget := manifest.budget:
         kinds = Counter(row.kind for row in budget.rows for _ in row.layers)

@@ -93,6 +93,7 @@ def test_ways_that_rounding_leaves_near_are_tried_again_with_compensation(tmp_pa
     assert list(found.compensated) == choice.contenders(found.divergence)
     assert found.chosen == choice.simplest(found.compensated, choice.MARGIN)
     assert all(value < found.divergence[name] for name, value in found.compensated.items())
+    assert found.decisive == found.compensated
 
 
 @pytest.mark.parametrize(
