@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtoolkit.calibration import chained, folded, grid, losses, outputs, rows, starts, twin
-from qtoolkit.calibration.hessian import Hessian, inverse_factor, shared_inputs
+from qtoolkit.calibration import chained, columns, folded, grid, losses, outputs, rows, starts, triangles, twin
+from qtoolkit.calibration.hessian import Hessian, shared_inputs
 from qtoolkit.calibration.moments import Seen
 from qtoolkit.calibration.options import Options
 from qtoolkit.calibration.refine import refitted_scales
@@ -157,7 +157,7 @@ class Solved:
         for _ in range(RETRIES):
             with self.hessian.under(self.damping) as damped:
                 turned = damped[last_first.unsqueeze(1), last_first]
-            found = inverse_factor(turned)
+            found = triangles.inverse_factor(turned)
             if found is not None:
                 return found
             self.damping *= 10
@@ -270,22 +270,12 @@ def round_in_order(order: Tensor, factor: Tensor, scheme: Scheme, weight: Tensor
     steps = scales.float().T  # [groups, n]
     groups = order // size
     codes = torch.empty(k, n, dtype=torch.int8, device=weight.device)
-    low, high = scheme.code_range
     for start in range(0, k, COLUMNS):  # as in ``sweep``, with nothing but what rounding needs: it is done so often
         stop = min(start + COLUMNS, k)
-        part, step = work[start:stop], steps[groups[start:stop]]
-        inside = factor[start:stop, start:stop]
-        spread = inside / inside.diagonal().unsqueeze(1)
-        found, lost = torch.empty_like(part), torch.empty_like(part)
-        rows = zip(*(each.unbind() for each in (part, step, found, lost)), strict=True)
-        spreads = zip(spread.unsqueeze(2).unbind(), lost.unsqueeze(1).unbind(), strict=True)  # [columns, 1] and [1, n]
-        for i, ((row, width, code, error), (others, by)) in enumerate(zip(rows, spreads, strict=True), 1):
-            torch.div(row, width, out=code).round_().clamp_(low, high)
-            torch.addcmul(row, code, width, value=-1.0, out=error)
-            part[i:].addcmul_(others[i:], by, value=-1.0)
+        spread = factor[start:stop, start:] / factor.diagonal()[start:stop].unsqueeze(1)
+        found, lost = columns.rounded(work[start:stop], steps, groups[start:stop], spread, scheme.code_range)
         codes[start:stop] = found
-        later = factor[start:stop, stop:] / inside.diagonal().unsqueeze(1)
-        work[stop:].addmm_(later.T, lost, alpha=-1.0)
+        work[stop:].addmm_(spread[:, stop - start :].T, lost, alpha=-1.0)
     result = torch.empty(n, k, dtype=torch.int8, device=weight.device)
     result[:, order] = codes.T
     return result

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from qtoolkit.calibration import triangles
 from qtoolkit.stages import Block, Stream
 from qtoolkit.vision.matrix import Geometry
 
-SOLVED = 128  # rows of a triangular matrix that are inverted by a solver
 TOKENS = 131072  # inputs a convolution's Hessian is made of: over 200 for each of 576 rows
 
 
@@ -55,12 +55,6 @@ class Hessian:
         found = self.matrix.diagonal() + self.dead
         return (found + damping * float(found.mean())) / (1 - self.shrinkage)
 
-    def damped(self, damping: float) -> Tensor:
-        """Return the matrix with the diagonal of ``damping``."""
-        matrix = self.matrix.clone()
-        matrix.diagonal().copy_(self.diagonal(damping))
-        return matrix
-
     @contextmanager
     def under(self, damping: float) -> Iterator[Tensor]:
         """Inside, the matrix itself has the diagonal of ``damping``: no other of its size is made."""
@@ -71,45 +65,15 @@ class Hessian:
         finally:
             self.matrix.diagonal().copy_(before)
 
+    @contextmanager
+    def factored(self, damping: float) -> Iterator[Tensor | None]:
+        """Inside, the matrix's lower triangle is the Cholesky factor of it as ``under`` has it; None: it is singular."""
+        with self.under(damping) as matrix:
+            try:
+                yield matrix if triangles.factor(matrix) else None
+            finally:
+                triangles.mirrored(matrix)
 
-def factored(matrix: Tensor) -> Tensor | None:
-    """Return the lower Cholesky factor of ``matrix`` [k, k], symmetric, in its place; None where it is singular."""
-    place = matrix.T  # column by column, as the solver wants it: then it needs no copy
-    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(place, out=(place, failed))
-    return None if failed else place
-
-
-def inverse_factor(matrix: Tensor) -> Tensor | None:
-    """Return the upper U [k, k] with U^T U the inverse of ``matrix``, or None where it is singular.
-
-    ``matrix`` comes with rows and columns reversed, and is overwritten: its factor's inverse, reversed, is U, and no
-    inverse of the matrix is formed.
-    """
-    lower = factored(matrix)
-    return None if lower is None else _reversed(_inverse(lower))
-
-
-def _reversed(matrix: Tensor) -> Tensor:
-    """Reverse rows and columns of a square matrix in its place."""
-    k = len(matrix)
-    for first in range(0, (k + 1) // 2, SOLVED):
-        last = min(first + SOLVED, (k + 1) // 2)
-        upper, lower = (part.flip(0, 1) for part in (matrix[first:last], matrix[k - last : k - first]))
-        matrix[first:last] = lower
-        matrix[k - last : k - first] = upper
-    return matrix
-
-
-def _inverse(lower: Tensor) -> Tensor:
-    """Invert a lower triangular matrix in its place, half by half, in products that are as fast as any."""
-    k = len(lower)
-    if k <= SOLVED:
-        return lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(k, device=lower.device), upper=False))
-    half = k // 2
-    first, last = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
-    lower[half:, :half] = (last @ lower[half:, :half] @ first).neg_()
-    return lower
 
 
 def shared_inputs(block: Block) -> dict[str, list[str]]:

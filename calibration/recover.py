@@ -38,7 +38,7 @@ from qtoolkit.calibration.schedules import still_dense
 from qtoolkit.calibration.teaching import Teaching, teachers
 from qtoolkit.errors import NumericError, RequestError
 from qtoolkit.stages import Block, ChannelGroup, Stream
-from qtoolkit.vision import data
+from qtoolkit.vision import variation
 from qtoolkit.vision.context import VisionContext
 from qtoolkit.vision.matrix import weight_of
 
@@ -59,16 +59,20 @@ class RecoverOptions(Options):
     where: filters.Where = Field("inner", description="which filters go, as in the step filters")
     schedule: str = Field("one-shot", description="one-shot, linear, cosine, cubic or exponential")
     ramp: float = Field(0.5, ge=0, le=1, description="part of the training after which the pattern is complete")
-    settle: float = Field(1.0, ge=0, le=1, description="part of the training after which removed filters stay away")
+    settle: float = Field(1.0, ge=0, le=1, description="part of the training after which masks stay as they are")
     regularizer: Literal["none", "sr-ste", "cr-kl", "ags-sad", "recu", "admm"] = "none"
     strength: float = Field(2e-4, ge=0, description="the regularizer's factor")
     distill: float = Field(0.0, ge=0, le=1, description="part of the loss that is learnt from the float network")
     temperature: float = Field(4.0, gt=0, description="of its answers")
     teacher: str = Field("", description="a second network that teaches with it: a name, folder or hub name")
     teacher_weights: str = Field("", description="the weight file of one of our own networks")
+    mirror: bool = Field(False, description="teachers answer for the mirrored image, too; their mean is learnt")
+    vary: float = Field(0.0, ge=0, le=1, description="part of the images that are turned, scaled and recoloured")
     mix: float = Field(0.0, ge=0, le=1, description="part of the images that are blended with another one")
     augment: bool = Field(True, description="random shifts and mirroring as the architecture says")
-    views: int = Field(0, ge=0, description="epochs after which images, with teachers' answers, come again; 0: never")
+    views: int = Field(
+        0, ge=0, description="epochs after which images and answers come again, with mirror in turns mirrored; 0: never"
+    )
     bfloat16: bool = Field(False, description="multiply in bfloat16: twice as fast where the processor can")
 
 
@@ -115,6 +119,7 @@ class Training:
             for weight in self.weights.values():  # a training from sparse weights starts from what they compute
                 weight.data = projections.latent(weight.data, *context.pattern.nm)
         self.masks: dict[str, Tensor] = {}
+        self.settled = False  # masks of the forward pass stay as they are
         self.progress = 0.0  # the part of the training that is done
         decayed = [p for p in self.network.parameters() if p.dim() > 1 or _is_flat_weight(p, self.network)]
         ids = {id(p) for p in decayed}
@@ -128,7 +133,9 @@ class Training:
         if options.teacher and not options.distill:
             raise RequestError("A teacher is named that nothing is learnt from.", "Add --set recover.distill=0.9.")
         taught_by = teachers(options.teacher, options.teacher_weights, self.network, context) if options.distill else []
-        self.teaching = Teaching(options.distill, options.temperature, taught_by, remember=options.views > 0)
+        self.teaching = Teaching(
+            options.distill, options.temperature, taught_by, remember=options.views > 0, mirror=options.mirror
+        )
         self.regularizer: Plain = REGULARIZERS[options.regularizer](options.strength)
         self.regularizer.start(self)
 
@@ -144,7 +151,9 @@ class Training:
         return projections.mask(weight.detach(), pattern, dense, self.options.criterion)
 
     def refresh(self, progress: float) -> None:
-        """The first hook, before a forward pass or an epoch: compute the masks anew."""
+        """The first hook, before a forward pass or an epoch: compute the masks anew, unless they have settled."""
+        if self.settled:
+            return
         dense = still_dense(self.options.schedule, progress, self.options.ramp)
         if not self.groups:
             self.masks = {name: self.mask_of(weight, dense) for name, weight in self.weights.items()}
@@ -154,6 +163,14 @@ class Training:
             keep = projections.filter_mask(criteria.joined(parts, group), self.context.pattern.rate * (1 - dense), 1)
             keep = keep.repeat_interleave(group.unit)
             self.masks |= {name: keep.view(-1, *[1] * (self.weights[name].dim() - 1)) for name in names}
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Fold the masks into the weights, and keep from now on which are zero: soft masks become hard ones."""
+        self.refresh(1.0)
+        self._project()
+        self.masks = {name: (mask != 0).to(mask.dtype) for name, mask in self.masks.items()}
+        self.settled = True
 
     def projected(self) -> dict[str, Tensor]:
         """Return the weights a forward pass uses instead of the latent ones; their gradient passes unchanged."""
@@ -183,10 +200,13 @@ class Training:
         for epoch in range(len(report), options.epochs):
             began, total, seen = time.monotonic(), 0.0, 0
             self.network.train()
+            if options.masks == "forward" and epoch / options.epochs >= options.settle and not self.settled:
+                self.settle()
             self.refresh(epoch / options.epochs)  # with zeros where filters are removed the mask stays what it was
             if options.masks == "epoch" and epoch == 0:
                 self._project()  # the first epoch already trains against the pruning
             drawn = epoch % options.views if options.views else epoch
+            turned = options.mirror and drawn != epoch and epoch // options.views % 2 == 1
             generator = torch.Generator().manual_seed(context.seed * 1000 + drawn)  # resuming needs no generator state
             batches = context.training.epoch(options.batch, architecture, generator, self.regularizer.views)
             for step, (views, y) in enumerate(batches):
@@ -194,8 +214,12 @@ class Training:
                 self._set_rate(self.progress)
                 if options.masks == "forward":
                     self.refresh(self.progress)
+                if options.vary:
+                    views = variation.varied(views, options.vary, generator)
                 if options.mix:
-                    views = data.mixed(views, options.mix, generator)
+                    views = variation.mixed(views, options.mix, generator)
+                if turned:
+                    views = [x.flip(-1) for x in views]
                 loss = self.regularizer.loss(self, views, y)
                 self.optimizer.zero_grad()
                 loss.backward()
@@ -262,6 +286,7 @@ class Training:
             return
         state = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
         state |= {f"regularizer/{name}": tensor for name, tensor in self.regularizer.state().items()}
+        state |= {f"mask/{name}": mask for name, mask in self.masks.items() if self.settled}
         for index, parameter in enumerate(self._parameters()):
             if parameter in self.optimizer.state:  # one that no loss reaches has none
                 state[f"momentum/{index}"] = self.optimizer.state[parameter]["momentum_buffer"]
@@ -274,6 +299,8 @@ class Training:
         state = job.tensors(STATE)
         self.network.load_state_dict(_part(state, "network"))
         self.regularizer.restore(_part(state, "regularizer"))
+        self.masks = _part(state, "mask")
+        self.settled = bool(self.masks)
         for index, parameter in enumerate(self._parameters()):
             if f"momentum/{index}" in state:
                 self.optimizer.state[parameter]["momentum_buffer"] = state[f"momentum/{index}"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qtoolkit.calibration import columns
 from qtoolkit.calibration.folded import stored
 from qtoolkit.calibration.grid import SMALLEST, groups
 from qtoolkit.scheme import Scheme
@@ -41,13 +42,14 @@ def refined(
     best = start
     if not refit:
         slope = gradient(weight, matrix, start)
-        for _ in range(rounds):
-            best = QuantizedWeight(descend(matrix, best, scheme, slope), best.scales)
+        for left in reversed(range(rounds)):
+            best = QuantizedWeight(descend(matrix, best, scheme, slope, follow=left > 0), best.scales)
         return best
     product = weight @ matrix
     for _ in range(rounds):
         scaled = QuantizedWeight(best.codes, refitted_scales(weight, matrix, best, scheme, fold, product))
-        best = QuantizedWeight(descend(matrix, scaled, scheme, gradient(weight, matrix, scaled)), scaled.scales)
+        slope = gradient(weight, matrix, scaled)
+        best = QuantizedWeight(descend(matrix, scaled, scheme, slope, follow=False), scaled.scales)
     return best
 
 
@@ -98,12 +100,14 @@ def refitted_scales(
     return torch.where(better.unsqueeze(1), new, start.scales)
 
 
-def descend(matrix: Tensor, start: QuantizedWeight, scheme: Scheme, slope: Tensor) -> Tensor:
+def descend(
+    matrix: Tensor, start: QuantizedWeight, scheme: Scheme, slope: Tensor, follow: bool = True
+) -> Tensor:
     """Visit every column once and give each row the code there that lowers its error most; int8 [n, k].
 
     With G = (Q - W) H the best change of one entry is -G / H_jj, and any code nearer to it than the present one lowers
-    the error, so the nearest in range does. ``slope`` is G^T [k, n]; it follows the codes, in its place. Columns of one
-    scale go together, so that wishes are followed in steps of it: fewer calls a column.
+    the error, so the nearest in range does. ``slope`` is G^T [k, n]; it follows the codes, in its place, or without
+    ``follow`` only as far as the columns to come need it. Columns of one scale go together.
     """
     k = len(matrix)
     steps = start.scales.to(slope.dtype).T.contiguous()  # [groups, n]
@@ -115,19 +119,10 @@ def descend(matrix: Tensor, start: QuantizedWeight, scheme: Scheme, slope: Tenso
         for first in range(stop - size, stop, COLUMNS)
     )
     for first, last, step in spans:
-        inside = matrix[first:last, first:last]
-        bend = inside.diagonal().unsqueeze(1)
-        old = codes[first:last]
-        wishes = torch.addcdiv(old, slope[first:last], bend * step, value=-1.0)  # [columns, n], each without the others
-        new, moved = torch.empty_like(wishes), torch.empty_like(wishes)
-        rows = zip(*(each.unbind() for each in (wishes, old, new, moved)), strict=True)
-        pulls = zip((inside / bend).T.unsqueeze(2).unbind(), moved.unsqueeze(1).unbind(), strict=True)
-        for i, ((wish, code, to, move), (others, by)) in enumerate(zip(rows, pulls, strict=True), 1):
-            torch.round(wish, out=to).clamp_(*scheme.code_range)
-            torch.sub(to, code, out=move)
-            wishes[i:].addcmul_(others[i:], by, value=-1.0)  # [columns to come, 1] and [1, n]
-        codes[first:last] = new
-        slope.addmm_(matrix[:, first:last], moved.mul_(step))
+        here = slice(first, last)
+        moved = columns.descended(slope[here], step, matrix[here, here], codes[here], scheme.code_range)
+        rest = slice(0 if follow else last, k)
+        slope[rest].addmm_(matrix[rest, here], moved)
     return codes.T.to(torch.int8).contiguous()
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qtoolkit.calibration.hessian import inverse_factor
 from qtoolkit.calibration.refine import descend
+from qtoolkit.calibration.triangles import inverse_factor
 from qtoolkit.errors import NumericError
 from qtoolkit.scheme import Scheme
 from qtoolkit.stages import QuantizedWeight

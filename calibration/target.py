@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtoolkit.calibration.hessian import factored
+from qtoolkit.calibration import triangles
 from qtoolkit.calibration.moments import HeldOut, Moments, Seen
 
 DAMPINGS = (0.01, 1.0)  # parts of the Hessian's mean diagonal, beside what shrinks it; strengths lie between
@@ -61,17 +61,17 @@ def choose(fit: Moments, check: HeldOut) -> list[Choice]:
     mixes = [combinations(len(weight)).to(weight) for weight in fit.weights]
     pulls, fitted = ([each.pull(index, mix) for index, mix in enumerate(mixes)] for each in (check, fit))
     for damping in DAMPINGS:
-        factor = _factor(fit, damping)
-        if factor is None:
-            continue
-        for index, (learnt, held) in enumerate(zip(fitted, pulls, strict=True)):
-            step = _solved(factor, learnt)
-            bend = check.hessian.bend(step)  # type: ignore[attr-defined]
-            slope = float((step * held).sum())
-            for strength in STRENGTHS:
-                change = strength * strength * bend - 2 * strength * slope
-                if change < lost[index]:
-                    best[index], lost[index] = Choice(damping, strength), change
+        with fit.hessian.factored(damping) as factor:
+            if factor is None:
+                continue
+            for index, (learnt, held) in enumerate(zip(fitted, pulls, strict=True)):
+                step = triangles.solved(factor, learnt.clone())
+                bend = check.hessian.bend(step)  # type: ignore[attr-defined]
+                slope = float((step * held).sum())
+                for strength in STRENGTHS:
+                    change = strength * strength * bend - 2 * strength * slope
+                    if change < lost[index]:
+                        best[index], lost[index] = Choice(damping, strength), change
     return best
 
 
@@ -88,18 +88,7 @@ def combinations(n: int, wanted: int = OUTPUTS) -> Tensor:
 
 def solve(moments: Moments, index: int, damping: float) -> Tensor:
     """Return the full step W* - W of layer ``index``, float32 [n, k]; zero where the Hessian stays singular."""
-    factor = _factor(moments, damping)
-    if factor is None:
-        return torch.zeros_like(moments.weights[index])
-    return _solved(factor, moments.pull(index))
-
-
-def _solved(factor: Tensor, right: Tensor) -> Tensor:
-    """Return ``right (L L^T)^-1`` [m, k] for the lower factor L; torch.cholesky_solve would copy the factor."""
-    half = torch.linalg.solve_triangular(factor, right.T, upper=False)
-    return torch.linalg.solve_triangular(factor.T, half, upper=True).T
-
-
-def _factor(moments: Moments, damping: float) -> Tensor | None:
-    """Return the lower Cholesky factor of the damped Hessian, or None where it is singular."""
-    return factored(moments.hessian.damped(damping))
+    with moments.hessian.factored(damping) as factor:
+        if factor is None:
+            return torch.zeros_like(moments.weights[index])
+        return triangles.solved(factor, moments.pull(index))

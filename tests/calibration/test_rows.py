@@ -62,7 +62,9 @@ def test_layers_with_many_inputs_have_fewer_parts() -> None:
 
 def test_refining_never_raises_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian, metric = made(1)
-    scheme, matrix, several = Scheme(group_size=8), hessian.damped(0.01), rows.parts(N, K, HEAD)
+    scheme, several = Scheme(group_size=8), rows.parts(N, K, HEAD)
+    with hessian.under(0.01) as damped:
+        matrix = damped.clone()
     scales = grid.minmax_scales(weight, scheme, torch.bfloat16)
     before = QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
     after = rows.refined(weight, matrix, metric, several, before, scheme)

@@ -1,0 +1,1 @@
+"""Native loops of quantization: codes of one block of columns after another."""

@@ -1,0 +1,197 @@
+"""Builds and loads the library of rounding loops, and calls it on a block of columns."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qtoolkit.kernels import build
+from qtoolkit.kernels.cpu import library as linear
+from qtoolkit.kernels.cpu.vision import library as vision
+
+FOLDER = Path(__file__).parent
+MOST_COLUMNS = 256  # as in job.h
+FUSED = ("-ffp-contract=fast",)  # a sum may fuse with its product: rounding has no reference bit for bit
+
+
+class Spread(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("rows", ctypes.c_void_p), ("columns", ctypes.c_int64), ("low", ctypes.c_float), ("high", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class Rounding(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("spread", Spread), *((name, ctypes.c_void_p) for name in ("weight", "steps", "groups")),
+        ("n", ctypes.c_int64), ("weight_stride", ctypes.c_int64), ("codes", ctypes.c_void_p), ("lost", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class Descent(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("spread", Spread), *((name, ctypes.c_void_p) for name in ("slope", "step", "bend")),
+        ("n", ctypes.c_int64), ("codes", ctypes.c_void_p), ("moved", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+def units() -> tuple[build.Unit, ...]:
+    """Return what the library is made of on this architecture; each instruction set is an object file of its own."""
+
+    def path(name: str, *flags: str, optional: bool = True) -> build.Unit:
+        table = f"-DROUNDING_PATH={name.upper()}_ROUNDING"
+        return build.Unit(f"columns_{name}", FOLDER / "columns.cpp", (*flags, *FUSED, table), optional)
+
+    own = (path("portable", optional=False), build.Unit("driver", FOLDER / "driver.cpp"))
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return own
+    return (path("avx512", *vision.AVX512), path("avx2", *linear.AVX2), *own)
+
+
+def headers() -> tuple[Path, ...]:
+    """Return every header that the sources include."""
+    return (*sorted(FOLDER.glob("*.h")), linear.FOLDER / "threads.h")
+
+
+@lru_cache(maxsize=1)
+def load() -> linear.Library:
+    """Build the library if need be, load it, and choose a code path as the vision kernels do.
+
+    Raises:
+        build.BuildError: it cannot be built or loaded, or QTOOLKIT_CPU_PATH names no path of this CPU.
+    """
+    file = build.library("rounding", units(), headers(), linear.FLAGS)
+    functions = linear.opened(file)
+    small = ctypes.c_int
+    functions.qtr_path_name.argtypes, functions.qtr_path_name.restype = [small], ctypes.c_char_p
+    functions.qtr_path_supported.argtypes = [small]
+    functions.qtr_round.argtypes, functions.qtr_round.restype = [small, ctypes.POINTER(Rounding)], None
+    functions.qtr_descend.argtypes, functions.qtr_descend.restype = [small, ctypes.POINTER(Descent)], None
+    paths = linear.supported_paths(functions.qtr_path_name, functions.qtr_path_supported)
+    return linear.Library(functions, file, paths, vision.choose(os.environ.get(linear.PATH_VARIABLE), tuple(paths)))
+
+
+@lru_cache(maxsize=1)
+def failure() -> str | None:
+    """Return why the library cannot be used here, or None; asked once a process."""
+    try:
+        load()
+    except build.BuildError as error:
+        return str(error)
+    return None
+
+
+def runs(device: torch.device, columns: int) -> bool:
+    """Say whether blocks of ``columns`` columns on ``device`` are its business; the first call may compile it."""
+    return device.type == "cpu" and columns <= MOST_COLUMNS and failure() is None
+
+
+def round_columns(
+    weight: Tensor, steps: Tensor, groups: Tensor, spread: Tensor, code_range: tuple[int, int], path: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return codes and what rounding left of a block of columns, each of which makes up for those before.
+
+    Args:
+        weight: float32 [columns, n], its rows dense.
+        steps: float32 [groups, n].
+        groups: int64 [columns], the group of each column.
+        spread: float32 [columns, columns]: entry (j, i) times what column i left is taken from column j > i.
+        code_range: least and largest code.
+        path: forces a code path (tests).
+
+    Returns:
+        int8 and float32 [columns, n].
+
+    Raises:
+        ValueError: a shape or dtype is another.
+    """
+    columns, n = weight.shape
+    check([weight, steps, spread], torch.float32)
+    check([groups], torch.int64)
+    if spread.shape != (columns, columns) or groups.shape != (columns,) or steps.shape[1:] != (n,):
+        raise ValueError(
+            f"a block {list(weight.shape)} with steps {list(steps.shape)}, groups {list(groups.shape)} and spread "
+            f"{list(spread.shape)}"
+        )
+    if int(groups.min()) < 0 or int(groups.max()) >= len(steps):
+        raise ValueError(f"groups of columns are beyond the {len(steps)} that have steps")
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    steps, groups, spread = steps.contiguous(), groups.contiguous(), spread.contiguous()
+    codes = torch.empty(columns, n, dtype=torch.int8)
+    lost = torch.empty(columns, n)
+    job = Rounding(
+        Spread(spread.data_ptr(), columns, *code_range), weight.data_ptr(), steps.data_ptr(), groups.data_ptr(),
+        n, weight.stride(0), codes.data_ptr(), lost.data_ptr(),
+    )  # fmt: skip
+    own = load()
+    own.functions.qtr_round(own.paths[path] if path else own.path_id, job)
+    return codes, lost
+
+
+def descend_columns(
+    slope: Tensor,
+    step: Tensor,
+    bend: Tensor,
+    spread: Tensor,
+    codes: Tensor,
+    code_range: tuple[int, int],
+    path: str | None = None,
+) -> Tensor:
+    """Give every column of a block the code that lowers its error most, one after another; return what that moved.
+
+    Args:
+        slope: float32 [columns, n], dense: the gradient before the first column moves.
+        step: float32 [n], the scale of all these columns.
+        bend: float32 [columns], the second derivative of each column.
+        spread: float32 [columns, columns]: entry (j, i) is by what the wish of column j > i falls a code of column i.
+        codes: float32 [columns, n], dense, whole numbers; they become the new ones.
+        code_range: least and largest code.
+        path: forces a code path (tests).
+
+    Returns:
+        float32 [columns, n]: how far the weights moved.
+
+    Raises:
+        ValueError: a shape, stride or dtype is another.
+    """
+    columns, n = codes.shape
+    check([slope, step, bend, spread, codes], torch.float32)
+    if spread.shape != (columns, columns) or slope.shape != codes.shape or step.shape != (n,) or bend.shape != (columns,):
+        raise ValueError(
+            f"a block {list(codes.shape)} with slope {list(slope.shape)}, step {list(step.shape)}, bend "
+            f"{list(bend.shape)} and spread {list(spread.shape)}"
+        )
+    if not (slope.is_contiguous() and codes.is_contiguous()):
+        raise ValueError("slope and codes must be dense")
+    step, bend, spread = step.contiguous(), bend.contiguous(), spread.contiguous()
+    moved = torch.empty(columns, n)
+    job = Descent(
+        Spread(spread.data_ptr(), columns, *code_range), slope.data_ptr(), step.data_ptr(), bend.data_ptr(),
+        n, codes.data_ptr(), moved.data_ptr(),
+    )  # fmt: skip
+    own = load()
+    own.functions.qtr_descend(own.paths[path] if path else own.path_id, job)
+    return moved
+
+
+def check(tensors: list[Tensor], dtype: torch.dtype) -> None:
+    """Refuse what the library cannot read.
+
+    Raises:
+        ValueError: a tensor has another dtype, or is not on the CPU, or has more columns than a block may have.
+    """
+    if any(each.dtype != dtype or each.device.type != "cpu" for each in tensors):
+        raise ValueError(f"blocks of columns are {dtype} on the CPU")
+    if tensors[0].dim() == 2 and tensors[0].shape[0] > MOST_COLUMNS:
+        raise ValueError(f"a block has {tensors[0].shape[0]} columns, more than {MOST_COLUMNS}")

@@ -1,0 +1,93 @@
+"""Blocks of columns rounded by every native path and by torch, against the same in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtoolkit.calibration import columns
+from qtoolkit.kernels.cpu.rounding import library as native
+
+RANGE = (-8, 7)
+SHAPES = [(1, 1), (5, 63), (128, 64), (37, 200), (256, 65)]
+
+
+@pytest.fixture(params=["torch", "avx512", "avx2", "portable"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make one way the only one that is taken."""
+    name = request.param
+    if name == "torch":
+        monkeypatch.setattr(native, "failure", lambda: "not here")
+        return name
+    if native.failure():
+        pytest.skip(native.failure() or "")
+    own = native.load()
+    if name not in own.paths:
+        pytest.skip(f"this CPU has no {name}")
+    other = type(own)(own.functions, own.file, own.paths, name)
+    monkeypatch.setattr(native, "load", lambda: other)
+    return name
+
+
+def block(count: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(count * n)
+    rows = torch.randn(3 * count, count)
+    matrix = rows.T @ rows / (3 * count)
+    return torch.randn(count, n), torch.rand(3, n) * 0.2 + 0.05, torch.randint(0, 3, (count,)), matrix
+
+
+@pytest.mark.parametrize(("count", "n"), SHAPES)
+def test_rounding_makes_up_for_the_columns_before(path: str, count: int, n: int) -> None:
+    weight, steps, groups, matrix = block(count, n)
+    factor = torch.linalg.cholesky(matrix, upper=True)
+    spread = factor / factor.diagonal().unsqueeze(1)
+    kept = weight.clone()
+    codes, lost = columns.rounded(weight, steps, groups, spread, RANGE)
+    assert weight.equal(kept)
+    work, close = weight.double(), 0
+    for j in range(count):
+        width = steps[groups[j]].double()
+        code = (work[j] / width).round().clamp(*RANGE)
+        same = codes[j].double() == code
+        close += int(same.sum())
+        left = work[j] - codes[j].double() * width  # go on from the codes that were chosen: a tie may fall either way
+        assert ((work[j] / width).clamp(*RANGE) - codes[j].double()).abs().max() < 0.5 + 1e-3
+        assert torch.allclose(lost[j].double(), left, atol=1e-4)
+        work[j + 1 :] -= spread[j, j + 1 :].double().unsqueeze(1) * left
+    assert close >= 0.999 * count * n
+
+
+@pytest.mark.parametrize(("count", "n"), SHAPES)
+def test_descent_takes_the_nearest_code_of_every_column_in_turn(path: str, count: int, n: int) -> None:
+    _, steps, _, matrix = block(count, n)
+    step, before = steps[0], torch.randint(*RANGE, (count, n)).float()
+    slope = torch.randn(count, n) * 0.3
+    codes = before.clone()
+    moved = columns.descended(slope, step, matrix, codes, RANGE)
+    assert torch.allclose(moved, (codes - before) * step, atol=1e-6)
+    pull = slope.double()
+    for j in range(count):
+        wish = before[j] - pull[j] / (matrix[j, j].double() * step)
+        assert (wish.clamp(*RANGE) - codes[j]).abs().max() < 0.5 + 1e-3
+        pull += matrix[:, j : j + 1].double() * moved[j].double()
+    assert (codes != before).any() or count == 1
+
+
+def test_what_the_library_cannot_read_is_refused() -> None:
+    if native.failure():
+        pytest.skip(native.failure() or "")
+    weight, steps, groups, matrix = block(4, 8)
+    with pytest.raises(ValueError, match="groups of columns are beyond"):
+        native.round_columns(weight, steps, groups + 3, matrix, RANGE)
+    with pytest.raises(ValueError, match="torch.float32 on the CPU"):
+        native.round_columns(weight.double(), steps, groups, matrix, RANGE)
+    with pytest.raises(ValueError, match="spread"):
+        native.round_columns(weight, steps, groups, matrix[:3], RANGE)
+    with pytest.raises(ValueError, match="dense"):
+        native.descend_columns(weight, steps[0], matrix.diagonal(), matrix, weight.T.contiguous().T, RANGE)
+    with pytest.raises(ValueError, match="spread"):
+        native.descend_columns(weight, steps[0], matrix.diagonal(), matrix[:3], weight, RANGE)
+    many = torch.zeros(native.MOST_COLUMNS + 1, 8)
+    with pytest.raises(ValueError, match="columns, more than 256"):
+        native.round_columns(many, steps, torch.zeros(len(many), dtype=torch.int64), torch.eye(len(many)), RANGE)
