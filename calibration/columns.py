@@ -7,6 +7,13 @@ from torch import Tensor
 
 from qtoolkit.kernels.cpu.rounding import library as native
 
+TOGETHER = 1024  # columns decided before those behind them are told, in products of one size
+
+
+def spans(k: int, first: int = 0) -> list[tuple[int, int]]:
+    """Return the stretches of ``TOGETHER`` columns of 0..k from ``first`` on, which begins one."""
+    return [(start, min(start + TOGETHER, k)) for start in range(first, k, TOGETHER)]
+
 
 def rounded(
     weight: Tensor, steps: Tensor, groups: Tensor, spread: Tensor, code_range: tuple[int, int]

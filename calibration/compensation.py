@@ -270,12 +270,17 @@ def round_in_order(order: Tensor, factor: Tensor, scheme: Scheme, weight: Tensor
     steps = scales.float().T  # [groups, n]
     groups = order // size
     codes = torch.empty(k, n, dtype=torch.int8, device=weight.device)
-    for start in range(0, k, COLUMNS):  # as in ``sweep``, with nothing but what rounding needs: it is done so often
-        stop = min(start + COLUMNS, k)
-        spread = factor[start:stop, start:] / factor.diagonal()[start:stop].unsqueeze(1)
-        found, lost = columns.rounded(work[start:stop], steps, groups[start:stop], spread, scheme.code_range)
-        codes[start:stop] = found
-        work[stop:].addmm_(spread[:, stop - start :].T, lost, alpha=-1.0)
+    diagonal = factor.diagonal().unsqueeze(1)
+    for first, last in columns.spans(k):
+        errors = work.new_empty(last - first, n)
+        for start in range(first, last, COLUMNS):  # as in ``sweep``, with nothing but what rounding needs
+            here = slice(start, min(start + COLUMNS, last))
+            spread = factor[here, start:last] / diagonal[here]
+            codes[here], lost = columns.rounded(work[here], steps, groups[here], spread, scheme.code_range)
+            work[here.stop : last].addmm_(spread[:, here.stop - start :].T, lost, alpha=-1.0)
+            torch.div(lost, diagonal[here], out=errors[start - first : here.stop - first])
+        for begin, end in columns.spans(k, last):
+            work[begin:end].addmm_(factor[first:last, begin:end].T, errors, alpha=-1.0)
     result = torch.empty(n, k, dtype=torch.int8, device=weight.device)
     result[:, order] = codes.T
     return result

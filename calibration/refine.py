@@ -113,16 +113,19 @@ def descend(
     steps = start.scales.to(slope.dtype).T.contiguous()  # [groups, n]
     size = k // steps.shape[0]
     codes = start.codes.T.to(slope.dtype).contiguous()  # [k, n]
-    spans = (
-        (first, min(first + COLUMNS, stop), step)
-        for stop, step in zip(range(size, k + 1, size), steps, strict=True)
-        for first in range(stop - size, stop, COLUMNS)
-    )
-    for first, last, step in spans:
-        here = slice(first, last)
-        moved = columns.descended(slope[here], step, matrix[here, here], codes[here], scheme.code_range)
-        rest = slice(0 if follow else last, k)
-        slope[rest].addmm_(matrix[rest, here], moved)
+    code_range = scheme.code_range
+    for first, last in columns.spans(k):
+        moved = slope.new_empty(last - first, codes.shape[1])
+        start = first
+        while start < last:
+            stop = min(start + COLUMNS, (start // size + 1) * size, last)  # columns of one scale
+            here, rest = slice(start, stop), slice(first if follow else stop, last)
+            part = columns.descended(slope[here], steps[start // size], matrix[here, here], codes[here], code_range)
+            slope[rest].addmm_(matrix[rest, here], part)
+            moved[start - first : stop - first] = part
+            start = stop
+        for begin, end in [*(columns.spans(first) if follow else []), *columns.spans(k, last)]:
+            slope[begin:end].addmm_(matrix[begin:end, first:last], moved)
     return codes.T.to(torch.int8).contiguous()
 
 

@@ -23,6 +23,8 @@ ROWS = 64  # of a part away from attention heads; 8 rows would gain 3 % more of 
 PARTS = 32  # at most, there: each is a whole sweep over the columns
 STEPS = 1 << 15  # columns of all parts together: they go one after another, so layers with many inputs have fewer parts
 
+TOGETHER = 256  # rows to come are told in so few sizes of products: oneDNN makes code for each
+
 Rounder = Callable[[Tensor, Tensor], QuantizedWeight]
 
 
@@ -54,8 +56,9 @@ def rounded(weight: Tensor, metric: Tensor, several: Sequence[Tensor], rounder: 
         stop = start + len(rows)
         made = rounder(work[start:stop], rows)
         lost = work[start:stop] - made.dequantize()
-        inside, later = factor[start:stop, start:stop], factor[start:stop, stop:]
-        work[stop:].addmm_(later.T, torch.linalg.solve_triangular(inside.T, lost, upper=False), alpha=-1.0)
+        inside, behind = factor[start:stop, start:stop], stop // TOGETHER * TOGETHER  # what is done gets zeros
+        moved = torch.linalg.solve_triangular(inside.T, lost, upper=False)
+        work[behind:].addmm_(factor[start:stop, behind:].T, moved, alpha=-1.0)
         found.append(made)
         start = stop
     made, back = QuantizedWeight.joined(found), torch.argsort(order)

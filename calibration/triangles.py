@@ -19,20 +19,24 @@ def factor(matrix: Tensor) -> bool:
     The strict upper triangle stays; the lower one is spoilt where there is no factor.
     """
     k = len(matrix)
-    for first in range(0, k, BLOCK):
-        last = min(first + BLOCK, k)
+    for first, last in spans(k):
         here, below = matrix[first:last, first:last], matrix[last:, first:last]
         found, failed = torch.linalg.cholesky_ex(here.tril() + here.tril(-1).T)
         if failed or not found.isfinite().all():
             return False
         here.copy_(found + here.triu(1))
         below.copy_(torch.linalg.solve_triangular(found.T, below, upper=True, left=False))
-        for start in range(last, k, BLOCK):
-            stop = min(start + BLOCK, k)
+        for start, stop in spans(k, last):
             right = matrix[start:stop, first:last].T
             matrix[start:stop, start:stop].sub_((matrix[start:stop, first:last] @ right).tril_())
-            matrix[stop:, start:stop].addmm_(matrix[stop:, first:last], right, alpha=-1.0)
+            for top, end in spans(k, stop):
+                matrix[top:end, start:stop].addmm_(matrix[top:end, first:last], right, alpha=-1.0)
     return True
+
+
+def spans(k: int, first: int = 0) -> list[tuple[int, int]]:
+    """Return the blocks of 0..k from ``first`` on, which begins one: products of one size share what oneDNN makes."""
+    return [(start, min(start + BLOCK, k)) for start in range(first, k, BLOCK)]
 
 
 def mirrored(matrix: Tensor) -> Tensor:
@@ -47,15 +51,16 @@ def mirrored(matrix: Tensor) -> Tensor:
 
 def solved(lower: Tensor, right: Tensor) -> Tensor:
     """Return ``right (L L^T)^-1`` [m, k] in the place of ``right``, for L in the lower triangle of ``lower`` [k, k]."""
-    k = len(lower)
-    spans = [(first, min(first + BLOCK, k)) for first in range(0, k, BLOCK)]
-    for first, last in spans:
+    blocks = spans(len(lower))
+    for place, (first, last) in enumerate(blocks):
         part, corner = right[:, first:last], lower[first:last, first:last]
-        part.addmm_(right[:, :first], lower[first:last, :first].T, alpha=-1.0)
+        for start, stop in blocks[:place]:
+            part.addmm_(right[:, start:stop], lower[first:last, start:stop].T, alpha=-1.0)
         part.copy_(torch.linalg.solve_triangular(corner.tril().T, part, upper=True, left=False))
-    for first, last in reversed(spans):
+    for place, (first, last) in reversed(list(enumerate(blocks))):
         part, corner = right[:, first:last], lower[first:last, first:last]
-        part.addmm_(right[:, last:], lower[last:, first:last], alpha=-1.0)
+        for start, stop in blocks[place + 1 :]:
+            part.addmm_(right[:, start:stop], lower[start:stop, first:last], alpha=-1.0)
         part.copy_(torch.linalg.solve_triangular(corner.tril(), part, upper=False, left=False))
     return right
 
