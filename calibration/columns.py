@@ -8,11 +8,20 @@ from torch import Tensor
 from qtoolkit.kernels.cpu.rounding import library as native
 
 TOGETHER = 1024  # columns decided before those behind them are told, in products of one size
+HALF = TOGETHER // 2
 
 
 def spans(k: int, first: int = 0) -> list[tuple[int, int]]:
     """Return the stretches of ``TOGETHER`` columns of 0..k from ``first`` on, which begins one."""
     return [(start, min(start + TOGETHER, k)) for start in range(first, k, TOGETHER)]
+
+
+def behind(column: int, first: int) -> int:
+    """Return from where on columns are told what those of a stretch from ``first`` on, up to ``column``, have left.
+
+    It is at most ``column``: decided columns may be told, too, so that products have one of few sizes.
+    """
+    return first + (column - first) // HALF * HALF
 
 
 def rounded(

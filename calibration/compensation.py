@@ -96,10 +96,16 @@ class Compensate:
             aimed = self._aims(seen)
             hessian, sample = seen.fit.hessian, seen.sample
             del seen
+            if sample is not None:
+                report |= {name: losses.inherited(sample, originals[name], aimed[i][0]) for i, name in enumerate(names)}
+            if not waiting:
+                originals.clear()
             solved = Solved(hessian, self.options)
             for name in names:
                 aim, choice = aimed.pop(0)
+                solved.last = not aimed
                 scheme = block.schemes.get(name, context.scheme)
+                twin.let_go(block.linear(name))
                 if self.options.chained and scheme.weight_bits == 4:
                     quantized = solved.quantize_chained(aim, scheme, context.scale_dtype)
                     block.schemes[name] = INT8
@@ -109,7 +115,7 @@ class Compensate:
                 served = quantized.dequantize()
                 if not served.isfinite().all():
                     raise NumericError(f"The scales of {block.name}.{name} overflow {context.scale_dtype}.")
-                report[name] = {
+                report[name] = report.get(name, {}) | {
                     "error": solved.relative_error(aim, served),
                     "damping": solved.damping,
                     "dead_inputs": float(solved.dead.sum()),
@@ -117,7 +123,7 @@ class Compensate:
                     "aim_strength": choice.strength,
                 }
                 if sample is not None:
-                    report[name] |= losses.parts(sample, originals[name], aim, served)
+                    report[name] |= losses.parts(sample, aim, served)
                 block.quantized[name] = quantized
                 del aim, served
                 stack.enter_context(twin.packed(block.linear(name), quantized))
@@ -144,6 +150,7 @@ class Solved:
             self.order = chained.in_words(self.order)
         self.damping = options.damping
         self.factor = self._factor(self.order) if options.compensate else None
+        self.last = False  # whether the layer that comes is the last: the factors then go as soon as it is rounded
         self._more: list[tuple[Tensor, Tensor]] = []  # further orders with their factors, made when a layer wants them
 
     def _factor(self, order: Tensor | None) -> Tensor:
@@ -202,6 +209,9 @@ class Solved:
             found = rows.rounded(weight, metric, several, lambda part, which: begin(part, scales[which], rounds=first))
             if not rounds:
                 return found
+            del sweeps, begin
+            if self.last:
+                self.factor, self._more = None, []
             return rows.refined(weight, matrix, metric, several, found, scheme)
 
     def _orders(self, wanted: int) -> list[tuple[Tensor, Tensor]]:
@@ -275,10 +285,11 @@ def round_in_order(order: Tensor, factor: Tensor, scheme: Scheme, weight: Tensor
         errors = work.new_empty(last - first, n)
         for start in range(first, last, COLUMNS):  # as in ``sweep``, with nothing but what rounding needs
             here = slice(start, min(start + COLUMNS, last))
-            spread = factor[here, start:last] / diagonal[here]
+            spread = factor[here, here] / diagonal[here]
             codes[here], lost = columns.rounded(work[here], steps, groups[here], spread, scheme.code_range)
-            work[here.stop : last].addmm_(spread[:, here.stop - start :].T, lost, alpha=-1.0)
-            torch.div(lost, diagonal[here], out=errors[start - first : here.stop - first])
+            error = torch.div(lost, diagonal[here], out=errors[start - first : here.stop - first])
+            rest = slice(columns.behind(here.stop, first), last)
+            work[rest].addmm_(factor[here, rest].T, error, alpha=-1.0)
         for begin, end in columns.spans(k, last):
             work[begin:end].addmm_(factor[first:last, begin:end].T, errors, alpha=-1.0)
     result = torch.empty(n, k, dtype=torch.int8, device=weight.device)

@@ -86,8 +86,10 @@ def _searched(
 
 def stiffness(weight: Tensor, importance: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
     """Return what a squared error of each scale costs about: the weighted squares of its codes, [n, groups]."""
-    grouped = groups(weight, scheme)
-    return (grouped.square() * importance.view(grouped.shape[1], -1)).sum(dim=-1) / scales.float().square()
+    matter = importance.view(scheme.groups(weight.shape[1]), -1)
+    some = weight.split(max(1, TOGETHER // weight.shape[1]))
+    costs = torch.cat([groups(part, scheme).square().mul_(matter).sum(dim=-1) for part in some])
+    return costs / scales.float().square()
 
 
 def to_codes(weight: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:

@@ -119,7 +119,7 @@ def descend(
         start = first
         while start < last:
             stop = min(start + COLUMNS, (start // size + 1) * size, last)  # columns of one scale
-            here, rest = slice(start, stop), slice(first if follow else stop, last)
+            here, rest = slice(start, stop), slice(first if follow else columns.behind(stop, first), last)
             part = columns.descended(slope[here], steps[start // size], matrix[here, here], codes[here], code_range)
             slope[rest].addmm_(matrix[rest, here], part)
             moved[start - first : stop - first] = part

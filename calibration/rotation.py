@@ -24,7 +24,7 @@ from qtoolkit.calibration.options import Options
 from qtoolkit.source import Source
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-ROWS = 4096  # rows of a weight that are held in float64 at once
+ROWS = 1024  # rows, or columns, of a weight that are held in float64 at once
 
 
 class RotateOptions(Options):
@@ -207,7 +207,11 @@ class Rotated(Source):
         rows = (_columns(part, some.double(), gain) for some in stored.split(ROWS))
         if part.outputs is None:
             return torch.cat([some.to(dtype) for some in rows])
-        return part.outputs.turn(torch.cat(tuple(rows)).T).T.to(dtype).contiguous()
+        whole = torch.cat(tuple(rows)) if part.inputs or part.gain else stored
+        made = torch.empty_like(whole, dtype=dtype)
+        for some, to in zip(whole.split(ROWS, dim=1), made.split(ROWS, dim=1), strict=True):
+            to.copy_(part.outputs.turn(some.double().T).T)
+        return made
 
 
 def _columns(part: Part, rows: Tensor, gain: Tensor | None) -> Tensor:

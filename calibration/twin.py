@@ -126,13 +126,17 @@ def weights(block: Block, given: Mapping[str, Tensor]) -> Iterator[None]:
             block.linear(name).weight.data = weight
 
 
+def let_go(layer: nn.Linear) -> None:
+    """Take the layer's weight away: it gets another before it computes again."""
+    layer.weight.data = torch.empty(0, device=layer.weight.device)
+
+
 @contextmanager
 def packed(layer: nn.Linear, weight: QuantizedWeight) -> Iterator[None]:
     """Inside, ``layer`` has its weight only while it computes, made of ``weight``'s codes; afterwards for good.
 
     Float weights that it is given meanwhile count before that.
     """
-    empty = torch.empty(0, device=layer.weight.device)
     made: list[bool] = []
 
     def unpack(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -140,13 +144,13 @@ def packed(layer: nn.Linear, weight: QuantizedWeight) -> Iterator[None]:
             layer.weight.data = weight.dequantize()
             made.append(True)
 
-    def let_go(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def pack(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if made:
             made.clear()
-            layer.weight.data = empty
+            let_go(layer)
 
-    layer.weight.data = empty
-    handles = [layer.register_forward_pre_hook(unpack), layer.register_forward_hook(let_go)]
+    let_go(layer)
+    handles = [layer.register_forward_pre_hook(unpack), layer.register_forward_hook(pack)]
     try:
         yield
     finally:

@@ -123,7 +123,7 @@ def test_a_singular_hessian_and_dead_inputs_give_a_finite_aim() -> None:
 def test_the_error_s_parts_are_those_of_the_outputs() -> None:
     inputs, weight = made(50, 0.5)
     aim, served = weight * 1.1, (weight * 4).round() / 4
-    parts = losses.parts(inputs, weight, aim, served)
+    parts = losses.parts(inputs, aim, served) | losses.inherited(inputs, weight, aim)
     x, rounded, a, q = (t.double() for t in (inputs.seen, inputs.served, aim, served))
     energy = (x @ a.T).square().sum()
     assert parts["weight_error"] == pytest.approx(float((x @ (q - a).T).square().sum() / energy), rel=1e-4)

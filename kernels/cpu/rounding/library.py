@@ -128,8 +128,8 @@ def round_columns(
         raise ValueError(f"groups of columns are beyond the {len(steps)} that have steps")
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     steps, groups, spread = steps.contiguous(), groups.contiguous(), spread.contiguous()
-    codes = torch.empty(columns, n, dtype=torch.int8)
-    lost = torch.empty(columns, n)
+    codes = torch.empty(columns, n, dtype=torch.int8, device="cpu")
+    lost = torch.empty(columns, n, device="cpu")
     job = Rounding(
         Spread(spread.data_ptr(), columns, *code_range), weight.data_ptr(), steps.data_ptr(), groups.data_ptr(),
         n, weight.stride(0), codes.data_ptr(), lost.data_ptr(),
@@ -175,7 +175,7 @@ def descend_columns(
     if not (slope.is_contiguous() and codes.is_contiguous()):
         raise ValueError("slope and codes must be dense")
     step, bend, spread = step.contiguous(), bend.contiguous(), spread.contiguous()
-    moved = torch.empty(columns, n)
+    moved = torch.empty(columns, n, device="cpu")
     job = Descent(
         Spread(spread.data_ptr(), columns, *code_range), slope.data_ptr(), step.data_ptr(), bend.data_ptr(),
         n, codes.data_ptr(), moved.data_ptr(),
