@@ -112,20 +112,20 @@ class Compensate:
                 else:
                     several = rows.parts(len(aim), aim.shape[1], outputs.heads(block, name), aim.device)
                     quantized = solved.quantize(aim, scheme, context.scale_dtype, metrics.pop(name, None), several)
-                served = quantized.dequantize()
-                if not served.isfinite().all():
+                gap = quantized.dequantize().sub_(aim)
+                if not all(end.isfinite() for end in gap.aminmax()):
                     raise NumericError(f"The scales of {block.name}.{name} overflow {context.scale_dtype}.")
                 report[name] = report.get(name, {}) | {
-                    "error": solved.relative_error(aim, served),
+                    "error": solved.relative_error(aim, gap),
                     "damping": solved.damping,
                     "dead_inputs": float(solved.dead.sum()),
                     "aim_damping": choice.damping,
                     "aim_strength": choice.strength,
                 }
                 if sample is not None:
-                    report[name] |= losses.parts(sample, aim, served)
+                    report[name] |= losses.parts(sample, aim, gap)
                 block.quantized[name] = quantized
-                del aim, served
+                del aim, gap
                 stack.enter_context(twin.packed(block.linear(name), quantized))
             del solved, hessian
         return report
@@ -251,13 +251,13 @@ class Solved:
         with self.hessian.under(self.damping) as matrix:
             return QuantizedWeight(found, refitted_scales(weight, matrix, quantized, INT8))
 
-    def relative_error(self, weight: Tensor, served: Tensor) -> float:
-        """Return |(W - Q) x|^2 / |W x|^2 over the calibration inputs x, from the Hessian.
+    def relative_error(self, weight: Tensor, gap: Tensor) -> float:
+        """Return |D x|^2 / |W x|^2 over the calibration inputs x, from the Hessian; D is the ``gap`` Q - W.
 
         Of many outputs it is taken on random combinations, as for the aim: within a few percent of itself.
         """
         mix = combinations(len(weight), REPORTED).to(weight)
-        lost, total = (((each @ self.matrix) * each).sum() for each in (mix @ (weight - served), mix @ weight))
+        lost, total = (((each @ self.matrix) * each).sum() for each in (mix @ gap, mix @ weight))
         return float(lost / total) if total > 0 else 0.0
 
 

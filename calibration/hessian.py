@@ -75,7 +75,6 @@ class Hessian:
                 triangles.mirrored(matrix)
 
 
-
 def shared_inputs(block: Block) -> dict[str, list[str]]:
     """Return which targets read the same input: first target of each set to all of the set."""
     wanted = [name for name, _ in block.linears()]

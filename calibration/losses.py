@@ -17,20 +17,22 @@ def inherited(sample: Inputs, weight: Tensor, aim: Tensor) -> dict[str, float]:
     return _shares(sample.seen @ aim.T, {"inherited_error": (sample.seen - sample.wanted) @ weight.T})
 
 
-def parts(sample: Inputs, aim: Tensor, served: Tensor) -> dict[str, float]:
+def parts(sample: Inputs, aim: Tensor, gap: Tensor) -> dict[str, float]:
     """Return three parts of the squared output error over the output's energy, on a sample of held-out tokens.
 
-    With A the ``aim`` [n, k] the weight was to have, Q what is ``served``, x the layer's input and x' the same rounded:
+    With A the ``aim`` [n, k] the weight was to have, ``gap`` what is served less A, x the layer's input and x' the same
+    rounded:
 
-    - ``weight_error``: |Q x - A x|^2, from the weights alone;
+    - ``weight_error``: |gap x|^2, from the weights alone;
     - ``activation_error``: |A x' - A x|^2, from the rounded inputs alone;
-    - ``both_error``: |Q x' - A x|^2, what the layer loses when it is served; about the sum of the two.
+    - ``both_error``: |(A + gap) x' - A x|^2, what the layer loses when it is served; about the sum of the two.
     """
     exact = sample.seen @ aim.T  # [tokens, n]
+    rounded = sample.served @ aim.T - exact
     found = {
-        "weight_error": sample.seen @ served.T - exact,
-        "activation_error": sample.served @ aim.T - exact,
-        "both_error": sample.served @ served.T - exact,
+        "weight_error": sample.seen @ gap.T,
+        "activation_error": rounded,
+        "both_error": sample.served @ gap.T + rounded,
     }
     return _shares(exact, found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,13 +41,21 @@ class Moments:
 
     def update(self, x: Tensor, wanted: Tensor, drift: Tensor | None) -> None:
         """Add tokens: what the layers get as served and in the float network [tokens, k], and their drift."""
-        before = self.tokens
-        self.hessian.update(x)
-        keep, share = before / self.tokens, 2.0 / self.tokens
+        self.add(x, *self.lack(x, wanted, drift))
+
+    def lack(self, x: Tensor, wanted: Tensor, drift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return what is summed of tokens beside their inputs: lack of the outputs, or of the inputs, and the drift."""
         lack = wanted - x
         if self.whole:
             lack = torch.cat([lack @ weight.T for weight in self.weights], dim=1)
-            lack, drift = lack if drift is None else lack.add_(drift), None
+            return (lack if drift is None else lack.add_(drift)), None
+        return lack, drift
+
+    def add(self, x: Tensor, lack: Tensor, drift: Tensor | None) -> None:
+        """Add tokens' inputs x [tokens, k] and what they lack."""
+        before = self.tokens
+        self.hessian.update(x)
+        keep, share = before / self.tokens, 2.0 / self.tokens
         self._shift = _added(self._shift, keep, lack, x, share)
         if drift is not None:
             self._drift = _added(self._drift, keep, drift, x, share)
@@ -69,51 +77,48 @@ class Moments:
         return found
 
 
-class HeldOut(Moments):
-    """The same of tokens held out, which are kept as int8 with a scale each instead of a Hessian: a quarter of it."""
+class HeldOut:
+    """Tokens held out, as they are: inputs as int8 with a scale each, what they lack in float32."""
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        """Take the layers' weights."""
-        super().__init__(weights)
-        self.hessian = Kept()  # type: ignore[assignment]
-
-    def hand_over(self, to: Moments) -> None:
-        """Add these tokens to ``to``; they are gone here afterwards."""
-        mine = self.tokens
-        if not mine:
-            return
-        kept, self.hessian = self.hessian, Kept()  # type: ignore[assignment]
-        for x in kept.batches():  # type: ignore[attr-defined]
-            to.hessian.update(x)
-        for name in ("_shift", "_drift"):
-            theirs, own = getattr(to, name), getattr(self, name)
-            if own is not None:
-                share = mine / to.tokens
-                setattr(to, name, own if theirs is None else theirs.mul_(1 - share).add_(own, alpha=share))
-            setattr(self, name, None)
-
-
-class Kept:
-    """Inputs as they are served, int8 with a scale a token: in place of their Hessian."""
-
-    def __init__(self) -> None:
+    def __init__(self, moments: Moments) -> None:
+        """Take the moments that these tokens check and then join."""
+        self.moments = moments
         self.tokens = 0
-        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
 
-    def update(self, x: Tensor) -> None:
-        """Add inputs x [tokens, k], rounded per token to at most 8 bits."""
+    def update(self, x: Tensor, wanted: Tensor, drift: Tensor | None) -> None:
+        """Add tokens as ``Moments.update`` has them; x is rounded per token to at most 8 bits."""
         scale = (x.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(x.dtype).tiny)
-        self._parts.append(((x / scale).round_().to(torch.int8), scale))
+        lack, drift = self.moments.lack(x, wanted, drift)
+        codes = (x / scale).round_().to(torch.int8)
+        self._parts.append((codes, scale, lack, None if drift is None else drift.clone()))
         self.tokens += len(x)
 
-    def batches(self) -> Iterable[Tensor]:
-        """Yield the inputs in float32."""
-        for codes, scale in self._parts:
-            yield codes * scale
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield inputs, what they lack, and the drift, in float32."""
+        for codes, scale, lack, drift in self._parts:
+            yield codes * scale, lack, drift
+
+    def pull(self, index: int, rows: Tensor) -> Tensor:
+        """Return what ``Moments.pull`` does, for combinations ``rows`` [m, n] of a layer's outputs: [m, k]."""
+        weights = self.moments.weights
+        weight, first = weights[index], sum(len(each) for each in weights[:index])
+        found = rows.new_zeros(len(rows), weight.shape[1])
+        for x, lack, drift in self.batches():
+            outputs = lack[:, first : first + len(weight)] if self.moments.whole else lack @ weight.T
+            outputs = outputs if drift is None else outputs + drift
+            found.addmm_((outputs @ rows.T).T, x, alpha=2.0 / self.tokens)
+        return found
 
     def bend(self, step: Tensor) -> float:
         """Return tr(S H S^T) for a step S [m, k] and the Hessian H of these inputs."""
-        return 2.0 / self.tokens * sum(float((x @ step.T).square_().sum()) for x in self.batches())
+        return 2.0 / self.tokens * sum(float((x @ step.T).square_().sum()) for x, _, _ in self.batches())
+
+    def hand_over(self) -> None:
+        """Add these tokens to the moments; they are gone here afterwards."""
+        for part in self.batches():
+            self.moments.add(*part)
+        self.tokens, self._parts = 0, []
 
 
 class Seen:
@@ -123,7 +128,8 @@ class Seen:
         self, weights: Sequence[Tensor], batches: Iterable[Inputs], tokens: int, shrinkage: float = 0.0
     ) -> None:
         """Sum over ``batches`` of about ``tokens`` tokens, as the layers with ``weights`` [n, k] receive them."""
-        self.fit, self.check = Moments(weights, shrinkage), HeldOut(weights)
+        self.fit = Moments(weights, shrinkage)
+        self.check = HeldOut(self.fit)
         self.sample: Inputs | None = None
         most = max(CHECKED, weights[0].shape[1])
         for part in batches:
@@ -139,7 +145,7 @@ class Seen:
 
     def all(self) -> Moments:
         """Return the moments of all tokens; those for fitting and checking are gone then."""
-        self.check.hand_over(self.fit)
+        self.check.hand_over()
         return self.fit
 
 

@@ -100,9 +100,7 @@ def refitted_scales(
     return torch.where(better.unsqueeze(1), new, start.scales)
 
 
-def descend(
-    matrix: Tensor, start: QuantizedWeight, scheme: Scheme, slope: Tensor, follow: bool = True
-) -> Tensor:
+def descend(matrix: Tensor, start: QuantizedWeight, scheme: Scheme, slope: Tensor, follow: bool = True) -> Tensor:
     """Visit every column once and give each row the code there that lowers its error most; int8 [n, k].
 
     With G = (Q - W) H the best change of one entry is -G / H_jj, and any code nearer to it than the present one lowers

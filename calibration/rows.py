@@ -75,11 +75,11 @@ def refined(
     """
     codes = start.codes.clone()
     lost = start.dequantize().sub_(weight)
-    slope = lost @ matrix  # [n, k], of every row alone
     for rows in several:
         inside = metric[rows][:, rows]
         rest = torch.linalg.solve(inside, metric[rows].index_fill(1, rows, 0.0))  # [rows, n]
-        gap, pull = torch.addmm(lost[rows], rest, lost), torch.addmm(slope[rows], rest, slope)  # from what is best
+        gap = torch.addmm(lost[rows], rest, lost)  # from what is best
+        pull = gap @ matrix
         scales = start.scales[rows]
         moving = pull.T.contiguous()
         after = descend(matrix, QuantizedWeight(codes[rows], scales), scheme, moving)
@@ -87,7 +87,6 @@ def refined(
         if ((inside @ moving.T) * (gap + step)).sum() < ((inside @ pull) * gap).sum():
             codes[rows] = after
             lost[rows] += step
-            slope[rows] += moving.T - pull
     return QuantizedWeight(codes, start.scales)
 
 

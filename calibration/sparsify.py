@@ -61,7 +61,7 @@ class Sparsify:
                 sparse = to_matrix(parameter.data * mask)
             else:
                 sparse = prune_in_order(dense.masked_fill(solved.dead, 0.0), solved.factor, *context.pattern.nm)
-            report[name] = {"error": solved.relative_error(dense, sparse), "damping": solved.damping}
+            report[name] = {"error": solved.relative_error(dense, sparse - dense), "damping": solved.damping}
             parameter.data = from_matrix(sparse, geometry.shape)
         return report
 

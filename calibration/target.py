@@ -66,7 +66,7 @@ def choose(fit: Moments, check: HeldOut) -> list[Choice]:
                 continue
             for index, (learnt, held) in enumerate(zip(fitted, pulls, strict=True)):
                 step = triangles.solved(factor, learnt.clone())
-                bend = check.hessian.bend(step)  # type: ignore[attr-defined]
+                bend = check.bend(step)
                 slope = float((step * held).sum())
                 for strength in STRENGTHS:
                     change = strength * strength * bend - 2 * strength * slope

@@ -92,5 +92,6 @@ def _inverse(lower: Tensor) -> Tensor:
         return lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(k, device=lower.device), upper=False))
     half = k // 2
     first, last = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
-    lower[half:, :half] = (last @ lower[half:, :half] @ first).neg_()
+    corner = lower[half:, :half]
+    corner.addmm_(last, corner @ first, beta=0, alpha=-1.0)
     return lower

@@ -28,8 +28,15 @@ def made(tokens: int, noise: float, seed: int = 0, drift: bool = True) -> tuple[
     return Inputs(seen, (seen * 8).round() / 8, wanted, lacking), weight
 
 
-def moments(inputs: Inputs, weights: list[Tensor], kind: type[Moments] = Moments, parts: int = 3) -> Any:
-    found = kind(weights)
+def moments(inputs: Inputs, weights: list[Tensor], parts: int = 3) -> Moments:
+    return _filled(Moments(weights), inputs, parts)
+
+
+def held_out(inputs: Inputs, weights: list[Tensor], parts: int = 3) -> HeldOut:
+    return _filled(HeldOut(Moments(weights)), inputs, parts)
+
+
+def _filled(found: Any, inputs: Inputs, parts: int) -> Any:
     for rows in torch.arange(len(inputs.served)).chunk(parts):
         drift = None if inputs.drift is None else inputs.drift[rows]
         found.update(inputs.served[rows], inputs.wanted[rows], drift)
@@ -54,7 +61,7 @@ def test_the_choice_is_the_least_error_on_tokens_that_were_not_fitted() -> None:
     """Few noisy tokens: the full, undamped step overfits, and the choice says so."""
     inputs, weight = made(40, 3.0)
     fresh, _ = made(4000, 3.0, seed=1)
-    fit, check = moments(inputs, [weight]), moments(fresh, [weight], HeldOut)
+    fit, check = moments(inputs, [weight]), held_out(fresh, [weight])
     (choice,) = target.choose(fit, check)
 
     def error(damping: float, strength: float) -> float:
@@ -72,9 +79,9 @@ def test_no_step_is_taken_where_none_helps() -> None:
     inputs, weight = made(30, 3.0)
     draw = torch.Generator().manual_seed(5)
     other = Inputs(inputs.seen, inputs.served, inputs.served.clone(), torch.randn(30, N, generator=draw))
-    (choice,) = target.choose(moments(inputs, [weight]), moments(other, [weight], HeldOut))
+    (choice,) = target.choose(moments(inputs, [weight]), held_out(other, [weight]))
     reverse = Inputs(inputs.seen, inputs.served, 2 * inputs.served - inputs.wanted, -inputs.drift)  # type: ignore[operator]
-    (never,) = target.choose(moments(inputs, [weight]), moments(reverse, [weight], HeldOut))
+    (never,) = target.choose(moments(inputs, [weight]), held_out(reverse, [weight]))
     assert choice.strength <= 0.5
     assert never.strength == 0.0
 
@@ -88,15 +95,20 @@ def test_tokens_held_out_join_the_others_as_if_they_had_been_there(outputs: int)
     drift = inputs.drift
     assert drift is not None
     inputs = Inputs(inputs.seen, inputs.served, inputs.wanted, drift.repeat(1, outputs // N))
-    whole, fit, check = moments(inputs, [weight]), Moments([weight]), HeldOut([weight])
+    whole, fit = moments(inputs, [weight]), Moments([weight])
+    check = HeldOut(fit)
     for kind, rows in ((fit, slice(0, 60)), (check, slice(60, None))):
         assert inputs.drift is not None
         kind.update(inputs.served[rows], inputs.wanted[rows], inputs.drift[rows])
-    check.hand_over(fit)
+    mix = torch.randn(4, outputs, generator=torch.Generator().manual_seed(3))
+    alone = check.pull(0, mix)
+    check.hand_over()
+    assert check.tokens == 0
     assert fit.tokens == whole.tokens == 101
     x, y, d = (t.double() for t in (inputs.served, inputs.wanted, drift.repeat(1, outputs // N)))
     expected = 2 / 101 * ((y - x) @ weight.double().T + d).T @ x
-    mix = torch.randn(4, outputs, generator=torch.Generator().manual_seed(3))
+    held = 2 / 41 * mix.double() @ ((y - x)[60:] @ weight.double().T + d[60:]).T @ x[60:]
+    torch.testing.assert_close(alone.double(), held, rtol=1e-4, atol=2e-3)
     for found in (fit, whole):
         torch.testing.assert_close(found.hessian.matrix.double(), 2 / 101 * x.T @ x, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.pull(0).double(), expected, rtol=1e-4, atol=1e-3)
@@ -123,7 +135,7 @@ def test_a_singular_hessian_and_dead_inputs_give_a_finite_aim() -> None:
 def test_the_error_s_parts_are_those_of_the_outputs() -> None:
     inputs, weight = made(50, 0.5)
     aim, served = weight * 1.1, (weight * 4).round() / 4
-    parts = losses.parts(inputs, aim, served) | losses.inherited(inputs, weight, aim)
+    parts = losses.parts(inputs, aim, served - aim) | losses.inherited(inputs, weight, aim)
     x, rounded, a, q = (t.double() for t in (inputs.seen, inputs.served, aim, served))
     energy = (x @ a.T).square().sum()
     assert parts["weight_error"] == pytest.approx(float((x @ (q - a).T).square().sum() / energy), rel=1e-4)
