@@ -81,7 +81,7 @@ class Compensate:
         metrics: dict[str, Tensor],
         stack: ExitStack,
     ) -> dict[str, dict[str, float]]:
-        report = {}
+        report: dict[str, dict[str, float]] = {}
         bits, tokens = context.scheme.activation_bits, sum(batch.shape[:2].numel() for batch in stream.batches)
         waiting = shared_inputs(block)
         for first, names in list(waiting.items()):
@@ -205,11 +205,11 @@ class Solved:
             if metric is None:
                 both = zip(weight.split(ROWS), scales.split(ROWS), strict=True)
                 return QuantizedWeight.joined([begin(*part, rounds=rounds) for part in both])
-            first = min(rounds, 1)  # every part is refined once more below
-            found = rows.rounded(weight, metric, several, lambda part, which: begin(part, scales[which], rounds=first))
+            once = partial(begin, rounds=min(rounds, 1))  # every part is refined once more below
+            found = rows.rounded(weight, metric, several, scales, once)
             if not rounds:
                 return found
-            del sweeps, begin
+            del sweeps, begin, once
             if self.last:
                 self.factor, self._more = None, []
             return rows.refined(weight, matrix, metric, several, found, scheme)

@@ -67,7 +67,7 @@ class Hessian:
 
     @contextmanager
     def factored(self, damping: float) -> Iterator[Tensor | None]:
-        """Inside, the matrix's lower triangle is the Cholesky factor of it as ``under`` has it; None: it is singular."""
+        """Inside, the matrix's lower triangle is its Cholesky factor, under ``damping``; None: it is singular."""
         with self.under(damping) as matrix:
             try:
                 yield matrix if triangles.factor(matrix) else None

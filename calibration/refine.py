@@ -114,14 +114,14 @@ def descend(matrix: Tensor, start: QuantizedWeight, scheme: Scheme, slope: Tenso
     code_range = scheme.code_range
     for first, last in columns.spans(k):
         moved = slope.new_empty(last - first, codes.shape[1])
-        start = first
-        while start < last:
-            stop = min(start + COLUMNS, (start // size + 1) * size, last)  # columns of one scale
-            here, rest = slice(start, stop), slice(first if follow else columns.behind(stop, first), last)
-            part = columns.descended(slope[here], steps[start // size], matrix[here, here], codes[here], code_range)
+        column = first
+        while column < last:
+            stop = min(column + COLUMNS, (column // size + 1) * size, last)  # columns of one scale
+            here, rest = slice(column, stop), slice(first if follow else columns.behind(stop, first), last)
+            part = columns.descended(slope[here], steps[column // size], matrix[here, here], codes[here], code_range)
             slope[rest].addmm_(matrix[rest, here], part)
-            moved[start - first : stop - first] = part
-            start = stop
+            moved[column - first : stop - first] = part
+            column = stop
         for begin, end in [*(columns.spans(first) if follow else []), *columns.spans(k, last)]:
             slope[begin:end].addmm_(matrix[begin:end, first:last], moved)
     return codes.T.to(torch.int8).contiguous()

@@ -38,10 +38,12 @@ def parts(n: int, k: int, head_dim: int = 0, device: torch.device | None = None)
     return [torch.arange(first, n, count, device=device) for first in range(count)]
 
 
-def rounded(weight: Tensor, metric: Tensor, several: Sequence[Tensor], rounder: Rounder) -> QuantizedWeight:
+def rounded(
+    weight: Tensor, metric: Tensor, several: Sequence[Tensor], scales: Tensor, rounder: Rounder
+) -> QuantizedWeight:
     """Return codes and scales of weight float32 [n, k], its rows rounded part by part under ``metric`` [n, n].
 
-    ``rounder`` gets the weight that a part is to have, and which rows these are.
+    ``rounder`` gets the weight that a part is to have, and of ``scales`` [n, groups], to begin with, its own.
 
     Raises:
         NumericError: the metric is singular.
@@ -54,7 +56,7 @@ def rounded(weight: Tensor, metric: Tensor, several: Sequence[Tensor], rounder: 
     work, found, start = weight[order], [], 0
     for rows in several:
         stop = start + len(rows)
-        made = rounder(work[start:stop], rows)
+        made = rounder(work[start:stop], scales[rows])
         lost = work[start:stop] - made.dequantize()
         inside, behind = factor[start:stop, start:stop], stop // TOGETHER * TOGETHER  # what is done gets zeros
         moved = torch.linalg.solve_triangular(inside.T, lost, upper=False)

@@ -80,7 +80,7 @@ def test_what_the_library_cannot_read_is_refused() -> None:
     weight, steps, groups, matrix = block(4, 8)
     with pytest.raises(ValueError, match="groups of columns are beyond"):
         native.round_columns(weight, steps, groups + 3, matrix, RANGE)
-    with pytest.raises(ValueError, match="torch.float32 on the CPU"):
+    with pytest.raises(ValueError, match=r"torch\.float32 on the CPU"):
         native.round_columns(weight.double(), steps, groups, matrix, RANGE)
     with pytest.raises(ValueError, match="spread"):
         native.round_columns(weight, steps, groups, matrix[:3], RANGE)

@@ -35,7 +35,8 @@ def test_later_rows_make_up_for_earlier_ones_as_least_squares_would() -> None:
         weight,
         metric,
         several,
-        lambda part, which: QuantizedWeight(grid.to_codes(part, scales[which], scheme), scales[which]),
+        scales,
+        lambda part, own: QuantizedWeight(grid.to_codes(part, own, scheme), own),
     )
     g, w, done = metric.double(), weight.double(), torch.tensor([], dtype=torch.int64)
     lost, codes = torch.zeros(N, K, dtype=torch.float64), torch.zeros(N, K)

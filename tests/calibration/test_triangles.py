@@ -38,7 +38,8 @@ def test_a_factor_and_what_it_solves_are_those_of_float64(k: int) -> None:
 def test_the_inverse_factor_gives_the_inverse(k: int) -> None:
     matrix = symmetric(k)
     upper = triangles.inverse_factor(matrix.flip(0, 1).contiguous())
-    assert upper is not None and upper.equal(upper.triu())
+    assert upper is not None
+    assert upper.equal(upper.triu())
     product = upper.double().T @ upper.double() @ matrix.double()
     assert (product - torch.eye(k)).norm() < 1e-3 * k**0.5
 

@@ -167,7 +167,12 @@ def descend_columns(
     """
     columns, n = codes.shape
     check([slope, step, bend, spread, codes], torch.float32)
-    if spread.shape != (columns, columns) or slope.shape != codes.shape or step.shape != (n,) or bend.shape != (columns,):
+    if (
+        spread.shape != (columns, columns)
+        or slope.shape != codes.shape
+        or step.shape != (n,)
+        or bend.shape != (columns,)
+    ):
         raise ValueError(
             f"a block {list(codes.shape)} with slope {list(slope.shape)}, step {list(step.shape)}, bend "
             f"{list(bend.shape)} and spread {list(spread.shape)}"
