@@ -14,6 +14,7 @@ from qtoolkit.scheme import Head
 MODE = "QTOOLKIT_W4A8"  # environment variable: it must reach every worker process of an engine
 HEAD = "QTOOLKIT_LM_HEAD"  # likewise
 ATTENTION = "QTOOLKIT_ATTENTION"  # likewise
+STEPS = "QTOOLKIT_STEPS"  # likewise
 
 
 Word = TypeVar("Word", bound=Enum)
@@ -32,6 +33,13 @@ class Attention(str, Enum):
 
     OWN = "own"  # the default
     VLLM = "vllm"
+
+
+class Steps(str, Enum):
+    """How steps of single tokens run on CPUs."""
+
+    REPEATED = "repeated"  # recorded calls, where they can be recorded; the default
+    VLLM = "vllm"  # torch's generated Python, each time
 
 
 class Output(str, Enum):
@@ -77,6 +85,15 @@ def attention() -> Attention:
         RequestError: the variable holds an unknown word.
     """
     return _choice(ATTENTION, Attention, Attention.OWN)
+
+
+def steps() -> Steps:
+    """Return from the environment how steps of single tokens run.
+
+    Raises:
+        RequestError: the variable holds an unknown word.
+    """
+    return _choice(STEPS, Steps, Steps.REPEATED)
 
 
 def _choice(variable: str, words: type[Word], otherwise: Word) -> Word:

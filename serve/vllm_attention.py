@@ -114,12 +114,11 @@ class OwnAttention(StockAttention):
         """Write attention into ``output`` and return it, see vLLM's."""
         batch = attn_metadata
         scaled = output_scale is not None or output_block_scale is not None
-        if self.reason or scaled or batch is None or layer.isa != PAGES or not takes(batch, self):
+        if scaled or batch is None or not self.own(layer, batch):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        given = key is not None and value is not None and self.kv_sharing_target_layer_name is None
-        if given and batch.max_query_len == 1 and batch.num_actual_tokens == batch.seq_lens.shape[0]:
+        if key is not None and value is not None and self.single(layer, batch):
             self.step(batch).attend(query, key, value, kv_cache, output)
             return output
         self.write(layer, key, value, kv_cache, batch)
@@ -128,6 +127,15 @@ class OwnAttention(StockAttention):
             query[own], kv_cache, output[own], batch.block_table, batch.query_start_loc, batch.seq_lens, self.scale
         )
         return output
+
+    def own(self, layer: Any, batch: CPUAttentionMetadata) -> bool:
+        """Say whether our kernel attends for a batch."""
+        return not self.reason and layer.isa == PAGES and takes(batch, self)
+
+    def single(self, layer: Any, batch: CPUAttentionMetadata) -> bool:
+        """Say whether our kernel attends for a batch of single tokens and writes them into the layer's own cache."""
+        alone = batch.max_query_len == 1 and batch.num_actual_tokens == batch.seq_lens.shape[0]
+        return alone and self.kv_sharing_target_layer_name is None and self.own(layer, batch)
 
     def step(self, batch: Any) -> Step:
         """Return what all layers of a step share; the first one makes it and leaves it with vLLM's description."""

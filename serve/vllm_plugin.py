@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qtoolkit.serve.intent import Mode, attention, head, mode
+from qtoolkit.serve.intent import Mode, Steps, attention, head, mode, steps
 
 
 def register() -> None:
@@ -16,6 +16,7 @@ def register() -> None:
     """
     head()
     attention()
+    steps()
     from qtoolkit.serve.process import die_with_engine
     from qtoolkit.serve.vllm_attention import register_attention
     from qtoolkit.serve.vllm_experts import register_experts
@@ -24,6 +25,7 @@ def register() -> None:
     from qtoolkit.serve.vllm_head import register_head
     from qtoolkit.serve.vllm_kernel import place_first
     from qtoolkit.serve.vllm_qqq import register_qqq
+    from qtoolkit.serve.vllm_repeat import repeat_steps
     from qtoolkit.serve.vllm_report import report_after_loading
 
     die_with_engine()
@@ -35,4 +37,6 @@ def register() -> None:
         register_gate()
         register_experts()
         register_attention()
+        if steps() is Steps.REPEATED:
+            repeat_steps()
     report_after_loading()

@@ -117,11 +117,11 @@ namespace {
       "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",      \
       "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm30", "xmm31"
 
-// A tile that is alone on its panel streams the weights from memory: two lines a step, into L1. The tiles of a block share
-// the work of bringing the next block into L1. Where there are no blocks, tiles share the next panel, into L2, and each
+// A tile that is alone on its panel streams the weights from memory: two lines a step, into L1 alone, since they are used
+// once and L2 holds what others need. The tiles of a block share the work of bringing the next block there. Where there are no blocks, tiles share the next panel, into L2, and each
 // brings its own weights from there into L1.
-#define STREAM "prefetcht0 (%[ahead])\nprefetcht0 64(%[ahead])\n"
-#define BLOCK "prefetcht0 (%[ahead])\n"
+#define STREAM "prefetchnta (%[ahead])\nprefetchnta 64(%[ahead])\n"
+#define BLOCK "prefetchnta (%[ahead])\n"
 #define SHARE "prefetcht1 (%[ahead])\nprefetcht0 1024(%[w])\nprefetcht0 1088(%[w])\n"
 
 // One group of a tile; steps >= 1.
@@ -196,7 +196,7 @@ void run_tile(const Tile& tile) {
     if (ORDER == ALONE) {
       const bool past = SCALES == UINT8 && g + SCALES_AHEAD >= tile.groups;  // the next panel's bases come first
       const char* ahead = tile.scales + (g + SCALES_AHEAD + (past ? BASE_ROWS : 0)) * BYTES;
-      for (int64_t line = 0; line < BYTES; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+      for (int64_t line = 0; line < BYTES; line += 64) _mm_prefetch(ahead + line, _MM_HINT_NTA);
     }
     sum_group<ROWS, ORDER, SCALES>(
         {tile.weight + step * STEP_BYTES, tile.codes + step * 4, tile.prefetch + step * tile.prefetch_stride,

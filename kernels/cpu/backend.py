@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -124,14 +126,61 @@ def run(
     ``gated``: x is [gate, up], [..., 2 k], and ``reference.silu_and_mul`` of it the activation.
     """
     own = library.load()
-    shape = x.shape
-    k = shape[-1] // 2 if gated else shape[-1]
-    if gated and shape[-1] % 2:
-        raise ValueError(f"gate and up must have the same size; together they have {shape[-1]}")
-    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    dtype, scale_dtype = library.DTYPES.get(x.dtype), library.SCALES.get(scales.dtype)
+    if bias is not None:
+        bias = bias.contiguous()
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    path_id = own.path_id if path is None else own.paths[path]
+    if own.functions.qtk_linear(*_arguments(path_id, rows, weight, scales, bias, n, group_size, gated, y)):
+        raise MemoryError(f"no memory for the codes of {rows.shape[0]} tokens of {rows.shape[1]} inputs")
+    return y
+
+
+class Linear(ctypes.Structure):
+    """The struct ``Linear`` of driver.cpp: what ``qtk_linear_again`` is called with."""
+
+    _fields_ = [
+        ("path", ctypes.c_int), ("x", ctypes.c_void_p), ("x_stride", ctypes.c_int64), ("dtype", ctypes.c_int),
+        ("gated", ctypes.c_int), *((name, ctypes.c_int64) for name in ("m", "k", "n", "group_size")),
+        ("weight", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("scale_dtype", ctypes.c_int),
+        ("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int), ("y", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+def described(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int, gated: bool, y: Tensor
+) -> Linear:
+    """Return a call of the operator that can be repeated; x [tokens, k] and bias are dense, y [tokens, n] its result.
+
+    Raises:
+        ValueError: a shape or dtype is not as said.
+    """
+    if x.dim() != 2 or not x.is_contiguous() or (bias is not None and not bias.is_contiguous()):
+        raise ValueError(f"activations {list(x.shape)} with strides {x.stride()} or the bias are not dense")
+    if y.shape != (x.shape[0], n) or y.dtype != x.dtype or not y.is_contiguous():
+        raise ValueError(f"the result is {y.dtype} {list(y.shape)}, not {x.dtype} {[x.shape[0], n]}")
+    return Linear(*_arguments(library.load().path_id, x, weight, scales, bias, n, group_size, gated, y))
+
+
+def _arguments(
+    path: int,
+    rows: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+    gated: bool,
+    y: Tensor,
+) -> tuple[int | None, ...]:
+    """Return what ``qtk_linear`` takes."""
+    width = rows.shape[1]
+    k = width // 2 if gated else width
+    if gated and width % 2:
+        raise ValueError(f"gate and up must have the same size; together they have {width}")
+    dtype, scale_dtype = library.DTYPES.get(rows.dtype), library.SCALES.get(scales.dtype)
     panels, groups = -(-n // PANEL), 1 if group_size == -1 else -(-k // max(group_size, STEP))
     whole = group_size == -1 or (group_size >= STEP and group_size % STEP == 0)
     scale_rows = groups + (BASE_ROWS if scale_dtype == library.UINT8 else 0)
@@ -140,21 +189,15 @@ def run(
             f"weight {list(weight.shape)} and scales {list(scales.shape)} are not those of {k} inputs, {n} outputs "
             f"and groups of {group_size}"
         )
-    if dtype is None or scale_dtype is None or x.device.type != "cpu":
-        raise ValueError(f"activations {x.dtype} on {x.device.type} or scales {scales.dtype} are not supported")
-    y = torch.empty((*shape[:-1], n), dtype=x.dtype)
-    if bias is not None:
-        if bias.shape != (n,) or bias.dtype not in library.DTYPES:
-            raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}, not [{n}] floating point")
-        bias = bias.contiguous()
-    if own.functions.qtk_linear(
-        own.path_id if path is None else own.paths[path],
-        rows.data_ptr(), rows.stride(0), dtype, int(gated), rows.shape[0], k, n, group_size,
+    if dtype is None or scale_dtype is None or rows.device.type != "cpu":
+        raise ValueError(f"activations {rows.dtype} on {rows.device.type} or scales {scales.dtype} are not supported")
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in library.DTYPES):
+        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}, not [{n}] floating point")
+    return (
+        path, rows.data_ptr(), rows.stride(0), dtype, int(gated), rows.shape[0], k, n, group_size,
         weight.data_ptr(), scales.data_ptr(), scale_dtype,
         None if bias is None else bias.data_ptr(), 0 if bias is None else library.DTYPES[bias.dtype], y.data_ptr(),
-    ):  # fmt: skip
-        raise MemoryError(f"no memory for the codes of {rows.shape[0]} tokens of {k} inputs")
-    return y
+    )  # fmt: skip
 
 
 def _fake(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, n: int, group_size: int) -> Tensor:

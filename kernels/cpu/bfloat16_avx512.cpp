@@ -39,9 +39,9 @@ namespace {
 #define DOT_5 DOT_4 DOT("(%[x3],%[stride])", 16, 17, 18, 19)
 #define DOT_6 DOT_5 DOT("(%[x3],%[stride],2)", 20, 21, 22, 23)
 
-#define LINES_2 "prefetcht0 (%[ahead])\nprefetcht0 64(%[ahead])\n"
-#define LINES_3 LINES_2 "prefetcht0 128(%[ahead])\n"
-#define LINES_4 LINES_3 "prefetcht0 192(%[ahead])\n"
+#define LINES_2 "prefetchnta (%[ahead])\nprefetchnta 64(%[ahead])\n"
+#define LINES_3 LINES_2 "prefetchnta 128(%[ahead])\n"
+#define LINES_4 LINES_3 "prefetchnta 192(%[ahead])\n"
 
 #define PLAIN(w)                         \
   "vmovups (%[" #w "]), %%zmm24\n"       \

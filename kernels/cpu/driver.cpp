@@ -173,6 +173,25 @@ int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int gated, 
   return 0;
 }
 
+// The arguments of a call of qtk_linear that is repeated, see repeat.py.
+struct Linear {
+  int path;
+  const void* x;
+  int64_t x_stride;
+  int dtype, gated;
+  int64_t m, k, n, group_size;
+  const void *weight, *scales;
+  int scale_dtype;
+  const void* bias;
+  int bias_dtype;
+  void* y;
+};
+
+int qtk_linear_again(const Linear* call) {
+  return qtk_linear(call->path, call->x, call->x_stride, call->dtype, call->gated, call->m, call->k, call->n,
+                    call->group_size, call->weight, call->scales, call->scale_dtype, call->bias, call->bias_dtype, call->y);
+}
+
 // Read `bytes` once with all threads, each its own stretch, as the product does at one token; returns seconds.
 double qtk_read(const void* data, int64_t bytes) {
   const char* from = static_cast<const char*>(data);

@@ -31,7 +31,8 @@ SCALES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.uint8: UINT8}
 
 def units() -> tuple[build.Unit, ...]:
     """Return what the library is made of on this architecture; each instruction set is an object file of its own."""
-    own = tuple(build.Unit(name, FOLDER / f"{name}.cpp") for name in ("portable", "driver", "operator", "bfloat16"))
+    names = ("portable", "driver", "operator", "repeat", "bfloat16")
+    own = tuple(build.Unit(name, FOLDER / f"{name}.cpp") for name in names)
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return own
     return (
@@ -116,6 +117,7 @@ def declare(functions: ctypes.CDLL) -> None:
         small, pointer, integer, small, small, integer, integer, integer, integer,
         pointer, pointer, small, pointer, small, pointer,
     ]  # fmt: skip
+    functions.qtk_repeat.argtypes, functions.qtk_repeat.restype = [pointer, integer, pointer, integer], integer
     functions.qtk_register.argtypes = [*[ctypes.c_char_p] * 4, small]
     functions.qtk_bfloat16_path_name.argtypes, functions.qtk_bfloat16_path_name.restype = [small], ctypes.c_char_p
     functions.qtk_bfloat16_path_supported.argtypes = [small]

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Read {"model", "prompts", "length", "options"} and print {"logprobs", "texts"}, all as token ids and floats."""
+    """Read {"model", "prompts", "length", "options"} and print {"logprobs", "texts", "recorded"}, see below."""
     order: dict[str, Any] = json.load(sys.stdin)
     from vllm import LLM, SamplingParams
 
@@ -22,7 +22,16 @@ def main() -> None:
         [seen[token].logprob for seen, token in zip(answer.prompt_logprobs[1:], ids[1:], strict=True)]
         for answer, ids in zip(answers, order["prompts"], strict=True)
     ]
-    print(json.dumps({"logprobs": logprobs, "texts": [list(answer.outputs[0].token_ids) for answer in answers]}))
+    texts = [list(answer.outputs[0].token_ids) for answer in answers]
+    print(json.dumps({"logprobs": logprobs, "texts": texts, "recorded": recorded()}))
+
+
+def recorded() -> int:
+    """Return how many numbers of tokens have calls that the plugin repeats."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    graphs = getattr(CompiledFxGraph.__call__, "repeats_steps", None)
+    return sum(len(graph.steps) for graph in graphs.graphs.values()) if graphs else 0
 
 
 if __name__ == "__main__":

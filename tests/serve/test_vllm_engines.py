@@ -44,11 +44,12 @@ IN_PROCESS = {
 
 @dataclass(frozen=True)
 class Ran:
-    """What an engine answered: log-probabilities [prompt tokens - 1] and continuation per prompt, and its layers."""
+    """What an engine answered: log-probabilities [prompt tokens - 1] and continuation per prompt; and how."""
 
     logprobs: list[Tensor]
     texts: list[list[int]]
     layers: list[report.Layer]
+    recorded: int  # numbers of tokens whose calls are repeated
 
     @property
     def ours(self) -> int:
@@ -83,7 +84,8 @@ def run(
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     answer = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"logprobs"'))
-    return Ran([torch.tensor(row) for row in answer["logprobs"]], answer["texts"], report.read(reports))
+    logprobs = [torch.tensor(row) for row in answer["logprobs"]]
+    return Ran(logprobs, answer["texts"], report.read(reports), answer["recorded"])
 
 
 def assert_close(served: Tensor, expected: Tensor, other: Tensor) -> None:
@@ -258,6 +260,21 @@ def test_our_attention_of_prompts_answers_as_vllms_does(packed: Path, tokens: li
     assert (own - floating).abs().mean() < 1.2 * (other - floating).abs().mean()
     same = [a == b for one, two in zip(ours.texts, vllms.texts, strict=True) for a, b in zip(one, two, strict=True)]
     assert sum(same) > 0.8 * len(same)
+
+
+def test_repeated_steps_answer_as_torchs_python_does(tokens: list[int], tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    folder = save_random(tmp_path / "float", **sizes, hidden_size=256, initializer_range=0.1)
+    changes = {"calibration.samples": 1, "calibration.length": 16}
+    qtoolkit.quantize(folder, "rtn", tmp_path / "packed", changes=changes)
+    prompts = [tokens[:n] for n in (5, 9, 40)]
+    repeated, plain = (
+        run(tmp_path / "packed", prompts, tmp_path / way, 24, eager=False, dtype="bfloat16", QTOOLKIT_STEPS=way)
+        for way in ("repeated", "vllm")
+    )
+    assert plain.recorded == 0
+    assert repeated.recorded == 1  # three tokens a step
+    assert repeated.texts == plain.texts
 
 
 @pytest.mark.parametrize("tied", [False, True])

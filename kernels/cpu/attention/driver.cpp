@@ -99,6 +99,24 @@ int qta_step(const Attention* call, const Bfloat16* key, int64_t key_stride, con
   return qta_attend(call);
 }
 
+// A call of qta_step that is repeated: what belongs to the layer, and where the step finds what belongs to the batch.
+struct Again {
+  Attention call;
+  const Bfloat16* key;
+  int64_t key_stride;
+  const Bfloat16* value;
+  int64_t value_stride;
+  const Batch* batch;
+};
+
+int qta_step_again(const Again* again) {
+  const Batch& batch = *again->batch;
+  Attention call = again->call;
+  call.table = batch.table, call.table_stride = batch.table_stride;
+  call.starts = batch.starts, call.lengths = batch.lengths;
+  return qta_step(&call, again->key, again->key_stride, again->value, again->value_stride, batch.slots);
+}
+
 // Operations a second of the dot products alone, on all threads.
 double qta_dot_peak(int64_t rounds) {
 #if !defined(WITHOUT_AVX512)

@@ -25,6 +25,13 @@ struct Attention {
   double scale;
 };
 
+// What changes from step to step of a batch whose calls are repeated.
+struct Batch {
+  const int32_t *table, *starts, *lengths;
+  int64_t table_stride;
+  const int64_t* slots;  // [new tokens], see qta_step
+};
+
 // Queries [first, first + count) of a sequence, for the heads that share one key/value head.
 struct Task {
   int64_t sequence, key_head, first, count;

@@ -35,6 +35,29 @@ class Call(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Batch(ctypes.Structure):
+    """The struct ``Batch`` of job.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("table", "starts", "lengths")),
+        ("table_stride", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+    ]
+
+
+class Again(ctypes.Structure):
+    """The struct ``Again`` of driver.cpp: what ``qta_step_again`` is called with."""
+
+    _fields_ = [
+        ("call", Call),
+        ("key", ctypes.c_void_p),
+        ("key_stride", ctypes.c_int64),
+        ("value", ctypes.c_void_p),
+        ("value_stride", ctypes.c_int64),
+        ("batch", ctypes.POINTER(Batch)),
+    ]
+
+
 def units() -> tuple[build.Unit, ...]:
     """Return what the library is made of on this architecture."""
     driver = build.Unit("driver", FOLDER / "driver.cpp", () if x86() else ("-DWITHOUT_AVX512",))

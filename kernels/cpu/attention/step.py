@@ -52,6 +52,34 @@ class Step:
             ValueError: a shape, stride or dtype is not as said.
             MemoryError: there is none for intermediate values.
         """
+        self._described(query, key, value, cache, output)
+        if library.load().qta_step(
+            self.reference, key.data_ptr(), self.key_stride, value.data_ptr(), self.value_stride, self.slots.data_ptr()
+        ):
+            raise MemoryError(f"no memory for attention of {query.shape[0]} tokens of {query.shape[1]} heads")
+
+    def again(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, output: Tensor, batch: library.Batch
+    ) -> library.Again:
+        """Return a call of ``attend`` that can be repeated, with whatever ``batch`` then says; see ``tell``.
+
+        Raises:
+            ValueError: as ``attend``.
+        """
+        call = self._described(query, key, value, cache, output)
+        return library.Again(
+            library.Call.from_buffer_copy(call), key.data_ptr(), self.key_stride, value.data_ptr(), self.value_stride,
+            ctypes.pointer(batch),
+        )  # fmt: skip
+
+    def tell(self, batch: library.Batch) -> None:
+        """Write into ``batch`` where this step's description lies."""
+        table, starts, lengths = self.batch
+        batch.table, batch.table_stride = table.data_ptr(), table.stride(0)
+        batch.starts, batch.lengths, batch.slots = starts.data_ptr(), lengths.data_ptr(), self.slots.data_ptr()
+
+    def _described(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, output: Tensor) -> library.Call:
+        """Return the call of one layer, see ``attend``."""
         sizes = (
             query.shape, key.shape, value.shape, output.shape, cache.shape,
             query.stride(), key.stride(), value.stride(), output.stride(), cache.stride(),
@@ -63,10 +91,7 @@ class Step:
         call, keys = self.call, cache.data_ptr()
         call.query, call.output = query.data_ptr(), output.data_ptr()
         call.keys, call.values = keys, keys + self.values_at
-        if library.load().qta_step(
-            self.reference, key.data_ptr(), self.key_stride, value.data_ptr(), self.value_stride, self.slots.data_ptr()
-        ):
-            raise MemoryError(f"no memory for attention of {query.shape[0]} tokens of {query.shape[1]} heads")
+        return call
 
     def _look(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, output: Tensor) -> None:
         """Check tensors of a layer and describe the call."""
