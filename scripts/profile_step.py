@@ -5,8 +5,8 @@
 The engine runs in this process, with the kernels that QTOOLKIT_W4A8, QTOOLKIT_LM_HEAD and QTOOLKIT_ATTENTION ask for.
 With --prompt 512 --steps 1 the prefill is what is seen. `graph` is compiled code between the operators: norms,
 activations, rotations and the Python that calls them; `framework` is the time in which no operator ran: scheduling,
-inputs, detokenizing. Our attention of prompts is called from Python, so its time counts there, too. Steps run as torch's
-Python makes them, since repeated ones show no operators (QTOOLKIT_STEPS).
+inputs, detokenizing. Our attention of prompts is called from Python, so its time counts there, too. Steps run as
+torch's Python makes them, since repeated ones show no operators (QTOOLKIT_STEPS).
 """
 
 from __future__ import annotations

@@ -118,8 +118,8 @@ namespace {
       "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm30", "xmm31"
 
 // A tile that is alone on its panel streams the weights from memory: two lines a step, into L1 alone, since they are used
-// once and L2 holds what others need. The tiles of a block share the work of bringing the next block there. Where there are no blocks, tiles share the next panel, into L2, and each
-// brings its own weights from there into L1.
+// once and L2 holds what others need. The tiles of a block share the work of bringing the next block there. Where there
+// are no blocks, tiles share the next panel, into L2, and each brings its own weights from there into L1.
 #define STREAM "prefetchnta (%[ahead])\nprefetchnta 64(%[ahead])\n"
 #define BLOCK "prefetchnta (%[ahead])\n"
 #define SHARE "prefetcht1 (%[ahead])\nprefetcht0 1024(%[w])\nprefetcht0 1088(%[w])\n"
