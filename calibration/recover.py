@@ -16,7 +16,10 @@ images taught it, and start from weights that already have the pattern: MaxQ's s
 
 A filter that grows again after an epoch is small, but its batch norm brings it to full size at once, so that the next
 removal hurts anew; published trainings take 200 epochs to settle. With ``settle`` a short one ends with removed
-filters, batch-norm shifts included, staying away.
+filters, batch-norm shifts included, staying away. Masks of the forward pass settle there, too: they are folded into the
+weights, soft ones with what they multiply by, and the rest trains what is left.
+
+Batch norms are to be measured again after a training whose weights were averaged (``average``): none has seen them.
 """
 
 from __future__ import annotations
@@ -32,13 +35,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qtoolkit.calibration import criteria, filters, logs, projections
+from qtoolkit.calibration.averaging import Average
 from qtoolkit.calibration.options import Options
 from qtoolkit.calibration.regularizers import REGULARIZERS, Plain
 from qtoolkit.calibration.schedules import still_dense
 from qtoolkit.calibration.teaching import Teaching, teachers
 from qtoolkit.errors import NumericError, RequestError
 from qtoolkit.stages import Block, ChannelGroup, Stream
-from qtoolkit.vision import variation
+from qtoolkit.vision import data
 from qtoolkit.vision.context import VisionContext
 from qtoolkit.vision.matrix import weight_of
 
@@ -50,7 +54,11 @@ class RecoverOptions(Options):
 
     epochs: int = Field(5, ge=1)
     batch: int = Field(128, ge=1)
-    lr: float = Field(0.01, gt=0, description="after one warm-up pass of 5 % it falls to 0 along a cosine")
+    lr: float = Field(0.01, gt=0, description="after one warm-up pass of 5 % it falls along a cosine")
+    rest: float = Field(0.0, ge=0, le=1, description="part of lr that is left at the end; more than 0 wants an average")
+    average: float = Field(
+        0.0, ge=0, le=1, description="part of the training over which weights are averaged; 0: the last ones stay"
+    )
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0, description="not on batch norms and biases")
     masks: Literal["none", "forward", "epoch"] = Field("none", description="when the pattern is enforced")
@@ -66,13 +74,9 @@ class RecoverOptions(Options):
     temperature: float = Field(4.0, gt=0, description="of its answers")
     teacher: str = Field("", description="a second network that teaches with it: a name, folder or hub name")
     teacher_weights: str = Field("", description="the weight file of one of our own networks")
-    mirror: bool = Field(False, description="teachers answer for the mirrored image, too; their mean is learnt")
-    vary: float = Field(0.0, ge=0, le=1, description="part of the images that are turned, scaled and recoloured")
     mix: float = Field(0.0, ge=0, le=1, description="part of the images that are blended with another one")
     augment: bool = Field(True, description="random shifts and mirroring as the architecture says")
-    views: int = Field(
-        0, ge=0, description="epochs after which images and answers come again, with mirror in turns mirrored; 0: never"
-    )
+    views: int = Field(0, ge=0, description="epochs after which images, with teachers' answers, come again; 0: never")
     bfloat16: bool = Field(False, description="multiply in bfloat16: twice as fast where the processor can")
 
 
@@ -115,7 +119,8 @@ class Training:
                 self.groups = filters.chosen(block, options.where, context)
                 names = [name for group in self.groups for name in criteria.made_by(block, group)]
             self.weights = {f"{name}.weight": weight_of(block, name) for name in names}
-        if options.soft and context.pattern.kind == "nm":
+        self.soft = options.soft and context.pattern.kind == "nm"  # masks of latent weights; averaged ones are final
+        if self.soft:
             for weight in self.weights.values():  # a training from sparse weights starts from what they compute
                 weight.data = projections.latent(weight.data, *context.pattern.nm)
         self.masks: dict[str, Tensor] = {}
@@ -133,11 +138,11 @@ class Training:
         if options.teacher and not options.distill:
             raise RequestError("A teacher is named that nothing is learnt from.", "Add --set recover.distill=0.9.")
         taught_by = teachers(options.teacher, options.teacher_weights, self.network, context) if options.distill else []
-        self.teaching = Teaching(
-            options.distill, options.temperature, taught_by, remember=options.views > 0, mirror=options.mirror
-        )
+        self.teaching = Teaching(options.distill, options.temperature, taught_by, remember=options.views > 0)
         self.regularizer: Plain = REGULARIZERS[options.regularizer](options.strength)
         self.regularizer.start(self)
+        self.steps = max(len(context.training) // options.batch, 1)  # an epoch
+        self.average = Average(options.average * options.epochs * self.steps) if options.average else None
 
     def add_parameters(self, parameters: list[nn.Parameter]) -> None:
         """Train parameters that are not the network's own."""
@@ -146,7 +151,7 @@ class Training:
     def mask_of(self, weight: Tensor, dense: float) -> Tensor:
         """Return the mask that the pattern gives ``weight`` while the part ``dense`` of it is not enforced."""
         pattern = self.context.pattern
-        if self.options.soft and pattern.kind == "nm":
+        if self.soft:
             return projections.soft_mask(weight.detach(), *pattern.nm, dense=dense)
         return projections.mask(weight.detach(), pattern, dense, self.options.criterion)
 
@@ -178,6 +183,13 @@ class Training:
             return {}
         return {name: w + (w * self.masks[name] - w).detach() for name, w in self.weights.items()}
 
+    @torch.no_grad()
+    def used(self) -> list[Tensor]:
+        """Return every parameter as the forward pass uses it, in the optimiser's order."""
+        masks = self.masks if self.options.masks == "forward" else {}
+        masked = {id(weight): masks[name] for name, weight in self.weights.items() if name in masks}
+        return [p * masked[id(p)] if id(p) in masked else p for p in self._parameters()]
+
     def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of x with some weights replaced."""
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster on a CPU
@@ -193,7 +205,7 @@ class Training:
         """Train all epochs that are not done yet."""
         options, context = self.options, self.context
         report = self._restore()
-        steps = max(len(context.training) // options.batch, 1)
+        steps = self.steps
         architecture = context.architecture
         if not options.augment:
             architecture = architecture.model_copy(update={"augment": type(architecture.augment)()})
@@ -206,7 +218,6 @@ class Training:
             if options.masks == "epoch" and epoch == 0:
                 self._project()  # the first epoch already trains against the pruning
             drawn = epoch % options.views if options.views else epoch
-            turned = options.mirror and drawn != epoch and epoch // options.views % 2 == 1
             generator = torch.Generator().manual_seed(context.seed * 1000 + drawn)  # resuming needs no generator state
             batches = context.training.epoch(options.batch, architecture, generator, self.regularizer.views)
             for step, (views, y) in enumerate(batches):
@@ -214,17 +225,15 @@ class Training:
                 self._set_rate(self.progress)
                 if options.masks == "forward":
                     self.refresh(self.progress)
-                if options.vary:
-                    views = variation.varied(views, options.vary, generator)
                 if options.mix:
-                    views = variation.mixed(views, options.mix, generator)
-                if turned:
-                    views = [x.flip(-1) for x in views]
+                    views = data.mixed(views, options.mix, generator)
                 loss = self.regularizer.loss(self, views, y)
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.regularizer.after_backward(self)
                 self.optimizer.step()
+                if self.average is not None:
+                    self.average.add(self.used())
                 if options.masks == "epoch" and epoch / options.epochs >= options.settle:
                     self._remove()
                 context.step(epoch * steps + step + 1, options.epochs * steps)
@@ -253,6 +262,10 @@ class Training:
     @torch.no_grad()
     def finish(self) -> None:
         """Leave weights that have the pattern: masks are folded in, removed filters leave no constant behind."""
+        if self.average is not None:
+            for parameter, mean in zip(self._parameters(), self.average.means, strict=True):
+                parameter.copy_(mean)
+            self.soft = False
         self.regularizer.finish(self)
         self.refresh(1.0)
         self._remove()
@@ -277,15 +290,17 @@ class Training:
         return zero / total if total else 0.0
 
     def _set_rate(self, progress: float) -> None:
+        rest, falling = self.options.rest, (1 + math.cos(math.pi * progress)) / 2
         warm = min(progress / 0.05, 1.0) if progress < 0.05 else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr * max(warm, 0.05) * (1 + math.cos(math.pi * progress)) / 2
+            group["lr"] = self.options.lr * max(warm, 0.05) * (rest + (1 - rest) * falling)
 
     def _save(self, report: Mapping[str, Mapping[str, float]]) -> None:
         if self.context.job is None:
             return
         state = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
         state |= {f"regularizer/{name}": tensor for name, tensor in self.regularizer.state().items()}
+        state |= {f"average/{i}": mean for i, mean in enumerate(self.average.means if self.average else [])}
         state |= {f"mask/{name}": mask for name, mask in self.masks.items() if self.settled}
         for index, parameter in enumerate(self._parameters()):
             if parameter in self.optimizer.state:  # one that no loss reaches has none
@@ -299,6 +314,8 @@ class Training:
         state = job.tensors(STATE)
         self.network.load_state_dict(_part(state, "network"))
         self.regularizer.restore(_part(state, "regularizer"))
+        if self.average is not None:
+            self.average.means = [state[f"average/{index}"] for index in range(len(self._parameters()))]
         self.masks = _part(state, "mask")
         self.settled = bool(self.masks)
         for index, parameter in enumerate(self._parameters()):

@@ -28,32 +28,26 @@ class Teaching:
         teachers: networks that take what the pupil takes; none where ``share`` is 0.
         remember: keep the answers, in 40 bytes and some an image of ten classes, for when the same batch comes again:
             two teachers take as long as two thirds of a pupil's step.
-        mirror: ask about each image's mirror image, too, and teach the mean, which holds for both.
     """
 
     def __init__(
-        self,
-        share: float,
-        temperature: float,
-        teachers: Sequence[nn.Module],
-        *,
-        remember: bool = False,
-        mirror: bool = False,
+        self, share: float, temperature: float, teachers: Sequence[nn.Module], *, remember: bool = False
     ) -> None:
-        self.share, self.temperature, self.remember, self.mirror = share, temperature, remember, mirror
-        self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
+        self.share, self.temperature, self.remember = share, temperature, remember
+        self.teachers = [_still(teacher) for teacher in teachers]
         self.answered: dict[bytes, Tensor] = {}
 
     @torch.no_grad()
     def answers(self, x: Tensor) -> Tensor:
         """Return the mean of the teachers' logits, float32 [images, classes], for images ``x``."""
-        batch = _digest(x) if self.remember else b""
+        batch = hashlib.blake2b(x.cpu().numpy().tobytes(), digest_size=16).digest() if self.remember else b""
         if batch in self.answered:
             return self.answered[batch]
-        seen = [x, x.flip(-1)] if self.mirror else [x]
-        said = torch.stack([teacher(view).float() for teacher in self.teachers for view in seen]).mean(dim=0)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster on a CPU
+        said = torch.stack([teacher(x).float() for teacher in self.teachers]).mean(dim=0)
         if self.remember:
-            self.answered |= {_digest(view): said for view in seen}
+            self.answered[batch] = said
         return said
 
     def error(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -66,8 +60,9 @@ class Teaching:
         return (1 - self.share) * F.cross_entropy(logits, y) + self.share * divergence
 
 
-def _digest(x: Tensor) -> bytes:
-    return hashlib.blake2b(x.cpu().contiguous().numpy().tobytes(), digest_size=16).digest()
+def _still(teacher: nn.Module) -> nn.Module:
+    """Return the teacher as it answers: it does not learn, and its convolutions read channels last."""
+    return teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 class Renormalised(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from qtoolkit.calibration.averaging import Average
 from qtoolkit.calibration.recover import Recover, RecoverOptions, Training
 from qtoolkit.calibration.teaching import Teaching, teachers
 from qtoolkit.errors import NumericError, RequestError
@@ -105,6 +106,46 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert said[0] == "going on after epoch 2 of 3"
     for name, tensor in block.module.state_dict().items():
         assert torch.equal(tensor, fresh.module.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", ["sr-ste", "maxq"])
+def test_settled_masks_change_nothing_when_they_settle_and_stay(method: str) -> None:
+    pattern, options = METHODS[method]
+    block, _, context = prepared(pattern)
+    training = Training(block, RecoverOptions(epochs=4, batch=32, lr=0.05, settle=0.5, **options), context)
+    x = data.normalise(context.training.first(16).x, context.architecture)
+    block.module.eval()
+    training.refresh(1.0)
+    before = training.forward(x, training.projected())
+    training.settle()
+    torch.testing.assert_close(training.forward(x, training.projected()), before)
+    masks = {name: mask.clone() for name, mask in training.masks.items()}
+    assert all(set(mask.unique().tolist()) == {0.0, 1.0} for mask in masks.values())
+    training.run()
+    training.finish()
+    for name, mask in masks.items():
+        assert torch.equal(training.masks[name], mask)
+        assert torch.equal(training.weights[name] != 0, mask != 0), name
+
+
+def test_a_training_resumed_after_its_masks_have_settled_ends_with_the_same_weights(tmp_path: Path) -> None:
+    pattern, options = METHODS["maxq"]
+    settings = RecoverOptions(epochs=4, batch=64, lr=0.05, settle=0.25, ramp=0.25, **options)
+    whole, images, context = prepared(pattern)
+    Recover(settings).apply(whole, images, context)
+
+    def stop(text: str) -> None:
+        if text.startswith("epoch 3"):
+            raise Stopped  # two epochs are saved, the second with settled masks
+
+    cut, images, _ = prepared(pattern)
+    job = Job.open(tmp_path / "cut", {})
+    with pytest.raises(Stopped):
+        Recover(settings).apply(cut, images, replace(context, say=stop, job=job))
+    resumed, images, _ = prepared(pattern)
+    Recover(settings).apply(resumed, images, replace(context, job=job))
+    for name, tensor in whole.module.state_dict().items():
+        assert torch.equal(tensor, resumed.module.state_dict()[name]), name
 
 
 def test_the_tails_of_binary_weights_are_clamped_to_a_rising_quantile() -> None:
@@ -292,3 +333,43 @@ def test_the_gradient_of_signs_is_the_polynomials_at_the_standardised_input() ->
     scaled = x / (x.flatten(1).var(dim=1) + layers.VARIANCE_FLOOR).sqrt().view(3, 1, 1, 1)
     smooth = torch.where(scaled.abs() < 1, 2 * scaled - scaled * scaled.abs(), scaled.sign())  # derivative 2 - 2 |x|
     torch.testing.assert_close(found, torch.autograd.grad((smooth * aim).sum(), x)[0])
+
+
+@pytest.mark.parametrize("method", ["sr-ste", "maxq", "cr-sfp"])
+def test_averaged_weights_have_the_pattern_and_resuming_changes_nothing(method: str, tmp_path: Path) -> None:
+    pattern, options = METHODS[method]
+    settings = RecoverOptions(epochs=4, batch=64, lr=0.05, rest=0.5, average=0.25, **{**options, "settle": 0.5})
+    whole, images, context = prepared(pattern)
+    training = Training(whole, settings, context)
+    training.run()
+    mean = [tensor.clone() for tensor in training.average.means]  # type: ignore[union-attr]
+    training.finish()
+    for weight in training.weights.values():
+        position = [id(p) for p in training._parameters()].index(id(weight))
+        kept = weight != 0
+        torch.testing.assert_close(weight[kept], mean[position][kept])
+        if pattern.kind == "nm":
+            assert (to_matrix(weight.detach()).view(-1, 4) != 0).sum(dim=1).max() <= 2
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(0.025, rel=0.15)
+
+    def stop(text: str) -> None:
+        if text.startswith("epoch 4"):
+            raise Stopped
+
+    cut, images, _ = prepared(pattern)
+    job = Job.open(tmp_path / "cut", {})
+    with pytest.raises(Stopped):
+        Recover(settings).apply(cut, images, replace(context, say=stop, job=job))
+    resumed, images, _ = prepared(pattern)
+    Recover(settings).apply(resumed, images, replace(context, job=job))
+    for name, tensor in whole.module.state_dict().items():
+        assert torch.equal(tensor, resumed.module.state_dict()[name]), name
+
+
+def test_a_moving_average_weighs_every_step_less_the_older_it_is() -> None:
+    steps = [torch.randn(3, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    average = Average(4.0)
+    for weight in steps:
+        average.add([weight])
+    parts = [0.75**6] + [0.25 * 0.75 ** (5 - i) for i in range(6)]  # of the beginning, and of every step
+    torch.testing.assert_close(average.means[0], sum(p * w for p, w in zip(parts, [steps[0], *steps], strict=True)))
