@@ -4,8 +4,8 @@
 |---|---|---|---|
 | SFP | after each epoch, then settled | one-shot | none |
 | CR-SFP | after each epoch | one-shot | cr-kl |
-| SR-STE | in the forward pass | one-shot | sr-ste |
-| MaxQ | in the forward pass, soft | linear | sr-ste |
+| SR-STE | in the forward pass, settled if wanted | one-shot | sr-ste |
+| MaxQ | in the forward pass, soft, settled if wanted | linear | sr-ste |
 | OvSW | none (binary layers) | | ags-sad |
 | ReCU | none (binary layers) | | recu |
 | ADMM | none until the end | | admm |
