@@ -88,7 +88,9 @@ class Compensate:
             with twin.weights(block, {} if self.options.sequential else originals):
                 unfinished = [name for names in waiting.values() for name in names] if self.options.sequential else None
                 batches = twin.inputs(block, first, stream, originals, bits, both=self.reads_floats, waiting=unfinished)
-                seen = Seen([originals[name] for name in names], batches, tokens, self.options.shrinkage)
+                weights = [originals[name] for name in names]
+                seen = Seen(weights, batches, tokens, self.options.shrinkage, lacking=self.reads_floats)
+                del weights
             del waiting[first]
             if not waiting:  # the float network is not run again
                 for name in {*originals} - {*names}:

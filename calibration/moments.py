@@ -125,18 +125,28 @@ class Seen:
     """Everything kept of one layer's calibration inputs: moments to fit and to check with, and a sample of tokens."""
 
     def __init__(
-        self, weights: Sequence[Tensor], batches: Iterable[Inputs], tokens: int, shrinkage: float = 0.0
+        self,
+        weights: Sequence[Tensor],
+        batches: Iterable[Inputs],
+        tokens: int,
+        shrinkage: float = 0.0,
+        lacking: bool = True,
     ) -> None:
-        """Sum over ``batches`` of about ``tokens`` tokens, as the layers with ``weights`` [n, k] receive them."""
+        """Sum over ``batches`` of about ``tokens`` tokens, as the layers with ``weights`` [n, k] receive them.
+
+        Where nothing is ``lacking``, only the Hessian is summed.
+        """
         self.fit = Moments(weights, shrinkage)
         self.check = HeldOut(self.fit)
         self.sample: Inputs | None = None
         most = max(CHECKED, weights[0].shape[1])
         for part in batches:
             count = len(part.served)
+            if not lacking:
+                self.fit.hessian.update(part.served)
             cut = count - min(count // HELD_OUT, count * most // max(tokens, count))
             for moments, rows in ((self.fit, slice(0, cut)), (self.check, slice(cut, None))):
-                if len(part.served[rows]):
+                if lacking and len(part.served[rows]):
                     drift = None if part.drift is None else part.drift[rows]
                     moments.update(part.served[rows], part.wanted[rows], drift)
             if self.sample is None:
