@@ -62,7 +62,7 @@ class Teaching:
 
 def _still(teacher: nn.Module) -> nn.Module:
     """Return the teacher as it answers: it does not learn, and its convolutions read channels last."""
-    return teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Renormalised(nn.Module):
