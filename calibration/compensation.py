@@ -194,7 +194,7 @@ class Solved:
         if fold:
             costs = grid.stiffness(weight, self.matrix.diagonal(), scales, scheme)
             scales = folded.stored(scales, dtype, fold, costs)
-        if self.factor is None:
+        if not self.options.compensate:
             return QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
         rounds = self.options.refine
         orders, stretches = starts.count(weight.shape[0], weight.shape[1], self.options.starts)

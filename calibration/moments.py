@@ -142,7 +142,7 @@ class Seen:
         most = max(CHECKED, weights[0].shape[1])
         for part in batches:
             count = len(part.served)
-            if not lacking:
+            if not lacking and count:
                 self.fit.hessian.update(part.served)
             cut = count - min(count // HELD_OUT, count * most // max(tokens, count))
             for moments, rows in ((self.fit, slice(0, cut)), (self.check, slice(cut, None))):

@@ -17,6 +17,8 @@ def register() -> None:
     head()
     attention()
     steps()
+    from vllm.platforms import current_platform
+
     from qtoolkit.serve.process import die_with_engine
     from qtoolkit.serve.vllm_attention import register_attention
     from qtoolkit.serve.vllm_experts import register_experts
@@ -25,7 +27,6 @@ def register() -> None:
     from qtoolkit.serve.vllm_head import register_head
     from qtoolkit.serve.vllm_kernel import place_first
     from qtoolkit.serve.vllm_qqq import register_qqq
-    from qtoolkit.serve.vllm_repeat import repeat_steps
     from qtoolkit.serve.vllm_report import report_after_loading
 
     die_with_engine()
@@ -37,6 +38,8 @@ def register() -> None:
         register_gate()
         register_experts()
         register_attention()
-        if steps() is Steps.REPEATED:
+        if steps() is Steps.REPEATED and current_platform.is_cpu():
+            from qtoolkit.serve.vllm_repeat import repeat_steps  # names much of torch and vLLM: only where it is wanted
+
             repeat_steps()
     report_after_loading()

@@ -86,8 +86,14 @@ class Graphs:
         return None if torch.autograd.profiler._is_profiler_enabled else single_tokens()
 
     def forget(self) -> None:
-        """Look at everything again at the next step."""
+        """Look at everything again at the next step.
+
+        A model that runs without a description of a batch warms up, perhaps for another engine: what was recorded holds
+        the caches of the one before.
+        """
         self.short.clear()
+        if is_forward_context_available() and get_forward_context().attn_metadata is None:
+            self.graphs.clear()
 
     def run(self, function: FunctionType, inputs: list[Any], plain: Callable[[list[Any]], Any]) -> Any:
         """Return what one graph computes; see ``Graph.run``."""
@@ -218,7 +224,7 @@ class Step:
     def takes(self, batch: Any) -> bool:
         """Say whether another batch is of the kind that was recorded."""
         layer = self.layers[0][0]
-        return bool(layer.impl.single(layer, batch))
+        return batch.num_actual_tokens == self.first.num_actual_tokens and bool(layer.impl.single(layer, batch))
 
     def repeat(self, batch: Any) -> list[Any]:
         """Make all calls for another batch of that many tokens and return the graph's results."""
@@ -235,7 +241,7 @@ class Step:
             **{name: given[name] for name in HARMLESS if name in given},
             "torch": Torch(self),
         }
-        for name, value in given.items():
+        for name, value in ((name, given[name]) for name in function.__code__.co_names if name in given):
             if isinstance(value, BuiltinFunctionType) and name not in names and known(value):
                 names[name] = self._kernel(value)
             elif isinstance(value, Tensor):
@@ -246,7 +252,11 @@ class Step:
     def _kernel(self, kernel: BuiltinFunctionType) -> Callable[..., None]:
         """Return the meaning of a function that torch compiled: make its call without its Python face."""
         module: Any = kernel.__self__
-        address = ctypes.cast(ctypes.CDLL(module.__file__)[kernel.__name__], ctypes.c_void_p).value
+        try:
+            address = ctypes.cast(ctypes.CDLL(module.__file__)[kernel.__name__], ctypes.c_void_p).value
+        except (OSError, AttributeError) as error:
+            self.reason = f"a kernel's file has another form: {error}"
+            return kernel
 
         def call(*given: Any) -> None:
             if address is None or len(given) > MOST or not all(isinstance(value, (Tensor, int)) for value in given):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtoolkit.calibration import grid
+from qtoolkit.calibration import columns, compensation, grid
 from qtoolkit.calibration.compensation import CompensateOptions, Solved
 from qtoolkit.calibration.hessian import Hessian
 from qtoolkit.calibration.options import read
@@ -47,8 +47,15 @@ def optimal_brain(weight: Tensor, matrix: Tensor, scales: Tensor, scheme: Scheme
     return codes
 
 
+@pytest.mark.parametrize("stretches", [False, True])
 @pytest.mark.parametrize("group_size", [16, -1])
-def test_codes_equal_those_of_the_exact_formulation(group_size: int) -> None:
+def test_codes_equal_those_of_the_exact_formulation(
+    group_size: int, stretches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if stretches:  # as with thousands of inputs: several stretches, of several blocks each
+        monkeypatch.setattr(columns, "TOGETHER", 20)
+        monkeypatch.setattr(columns, "HALF", 10)
+        monkeypatch.setattr(compensation, "COLUMNS", 6)
     hessian, _ = made(48)
     scheme = Scheme(group_size=group_size)
     weight = torch.randn(20, 48, generator=torch.Generator().manual_seed(3))

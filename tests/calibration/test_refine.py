@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtoolkit.calibration import grid
+from qtoolkit.calibration import columns, grid, refine
 from qtoolkit.calibration.refine import descend, errors, gradient, refined, refitted_scales
 from qtoolkit.scheme import Scheme
 from qtoolkit.stages import QuantizedWeight
@@ -26,8 +26,15 @@ def start_of(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.bfloat16
     return QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
 
 
+@pytest.mark.parametrize("stretches", [False, True])
 @pytest.mark.parametrize("group_size", [32, -1])
-def test_no_row_gets_worse_and_together_they_get_better(group_size: int) -> None:
+def test_no_row_gets_worse_and_together_they_get_better(
+    group_size: int, stretches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if stretches:  # as with thousands of inputs: they end within groups of 32, and have several blocks each
+        monkeypatch.setattr(columns, "TOGETHER", 48)
+        monkeypatch.setattr(columns, "HALF", 24)
+        monkeypatch.setattr(refine, "COLUMNS", 10)
     weight, matrix = made(40, 160)  # 160: more than one part of the descent
     scheme = Scheme(group_size=group_size)
     before = start_of(weight, scheme)

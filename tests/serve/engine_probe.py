@@ -11,12 +11,16 @@ from typing import Any
 
 
 def main() -> None:
-    """Read {"model", "prompts", "length", "options"} and print {"logprobs", "texts", "recorded"}, see below."""
+    """Read {"model", "prompts", "length", "options"} and print {"logprobs", "texts", "recorded"}, see below.
+
+    "length" is how many tokens each answer has, or a list of it.
+    """
     order: dict[str, Any] = json.load(sys.stdin)
     from vllm import LLM, SamplingParams
 
     engine = LLM(order["model"], max_model_len=512, **order["options"])
-    asked = SamplingParams(temperature=0, max_tokens=order["length"], prompt_logprobs=0, ignore_eos=True)
+    lengths = order["length"] if isinstance(order["length"], list) else [order["length"]] * len(order["prompts"])
+    asked = [SamplingParams(temperature=0, max_tokens=n, prompt_logprobs=0, ignore_eos=True) for n in lengths]
     answers = engine.generate([{"prompt_token_ids": ids} for ids in order["prompts"]], asked, use_tqdm=False)
     logprobs = [
         [seen[token].logprob for seen, token in zip(answer.prompt_logprobs[1:], ids[1:], strict=True)]
