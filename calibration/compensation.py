@@ -15,7 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtoolkit.calibration import chained, columns, folded, grid, losses, outputs, rows, starts, triangles, twin
+from qtoolkit import columns
+from qtoolkit.calibration import chained, folded, grid, losses, outputs, rows, starts, triangles, twin
 from qtoolkit.calibration.hessian import Hessian, shared_inputs
 from qtoolkit.calibration.moments import Seen
 from qtoolkit.calibration.options import Options

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtoolkit.calibration import columns
+from qtoolkit import columns
 from qtoolkit.calibration.folded import stored
 from qtoolkit.calibration.grid import SMALLEST, groups
 from qtoolkit.scheme import Scheme

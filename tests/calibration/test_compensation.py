@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtoolkit.calibration import columns, compensation, grid
+from qtoolkit import columns
+from qtoolkit.calibration import compensation, grid
 from qtoolkit.calibration.compensation import CompensateOptions, Solved
 from qtoolkit.calibration.hessian import Hessian
 from qtoolkit.calibration.options import read

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtoolkit.calibration import columns, grid, refine
+from qtoolkit import columns
+from qtoolkit.calibration import grid, refine
 from qtoolkit.calibration.refine import descend, errors, gradient, refined, refitted_scales
 from qtoolkit.scheme import Scheme
 from qtoolkit.stages import QuantizedWeight

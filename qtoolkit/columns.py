@@ -1,4 +1,7 @@
-"""A block of columns whose codes are decided one after another: by the native loops where they run, else by torch."""
+"""A block of columns whose codes are decided one after another: by the native loops where they run, else by torch.
+
+Here, and not among the calibration stage's files, which do without kernels: as for layers, the core chooses.
+"""
 
 from __future__ import annotations
 

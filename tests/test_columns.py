@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtoolkit.calibration import columns
+from qtoolkit import columns
 from qtoolkit.kernels.cpu.rounding import library as native
 
 RANGE = (-8, 7)
