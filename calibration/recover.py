@@ -55,7 +55,7 @@ class RecoverOptions(Options):
     epochs: int = Field(5, ge=1)
     batch: int = Field(128, ge=1)
     lr: float = Field(0.01, gt=0, description="after one warm-up pass of 5 % it falls along a cosine")
-    rest: float = Field(0.0, ge=0, le=1, description="part of lr that is left at the end; more than 0 wants an average")
+    rest: float = Field(0.0, ge=0, le=1, description="part of lr that is left at the end of the cosine")
     average: float = Field(
         0.0, ge=0, le=1, description="part of the training over which weights are averaged; 0: the last ones stay"
     )
