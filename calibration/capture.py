@@ -14,7 +14,7 @@ from qtoolkit.architecture import Skeleton
 from qtoolkit.calibration.sections import without
 from qtoolkit.errors import NumericError
 from qtoolkit.source import Source
-from qtoolkit.stages import Block, Stream
+from qtoolkit.stages import Block, Stream, put
 from qtoolkit.vision.matrix import Geometry
 
 TOKENS = 1024  # tokens that go through a block at once: bounds the memory of activations inside a block
@@ -44,10 +44,11 @@ def embed(skeleton: Skeleton, source: Source, tokens: Tensor, at_once: int = TOK
     with device:
         decoder.rotary_emb = type(decoder.rotary_emb)(skeleton.config)  # its tables are not stored
     waits = None if fits(tokens.numel() * embedding.weight.shape[1], device) else torch.device("cpu")
-    stream = Stream([], [], device=device if waits else None)
+    batches: list[Tensor] = []
+    stream = Stream(batches, [], device=device if waits else None)
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        stream.batches.append(args[0].to(waits) if waits else args[0])
+        batches.append(args[0].to(waits) if waits else args[0])
         stream.kwargs.append({**kwargs, "use_cache": False, "past_key_values": None})
         raise _Reached
 
@@ -92,10 +93,10 @@ def advance(block: Block, stream: Stream, *, spent: bool = False) -> Stream:
                 "The weights or the calibration data are damaged.",
             )
         if spent:
-            batches.append(stream.batches[number].copy_(out))
+            put(stream.batches, number, out)
         else:
             batches.append(out if stream.device is None else out.to("cpu"))
-    return Stream(batches, stream.kwargs, stream.floats, stream.device)
+    return Stream(stream.batches if spent else batches, stream.kwargs, stream.floats, stream.device)
 
 
 @torch.inference_mode()
@@ -151,7 +152,7 @@ def finite(x: Tensor) -> bool:
 def round_tokens(x: Tensor, bits: int = 8) -> Tensor:
     """Return x [..., k] rounded to ``bits`` integers per token (last dimension), symmetric, scale from its absmax."""
     top = float((1 << (bits - 1)) - 1)
-    least, most = x.aminmax(dim=-1, keepdim=True)
-    scale = torch.maximum(-least, most) / top
+    largest = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True))  # aminmax: 20 times as long
+    scale = largest / top
     scale = torch.where(scale > 0, scale, 1.0)  # of zeros any will do
     return (x / scale).round_().clamp_(-top, top).mul_(scale)

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtoolkit import columns
+from qtoolkit import columns, memory
 from qtoolkit.calibration import chained, folded, grid, losses, outputs, rows, starts, triangles, twin
 from qtoolkit.calibration.hessian import Hessian, shared_inputs
 from qtoolkit.calibration.moments import Seen
@@ -83,7 +83,7 @@ class Compensate:
         stack: ExitStack,
     ) -> dict[str, dict[str, float]]:
         report: dict[str, dict[str, float]] = {}
-        bits, tokens = context.scheme.activation_bits, sum(batch.shape[:2].numel() for batch in stream.batches)
+        bits, tokens = context.scheme.activation_bits, sum(size * length for size, length in stream.shapes())
         waiting = shared_inputs(block)
         for first, names in list(waiting.items()):
             with twin.weights(block, {} if self.options.sequential else originals):
@@ -92,6 +92,7 @@ class Compensate:
                 weights = [originals[name] for name in names]
                 seen = Seen(weights, batches, tokens, self.options.shrinkage, lacking=self.reads_floats)
                 del weights
+            memory.trim()  # what batches have left in pieces
             del waiting[first]
             if not waiting:  # the float network is not run again
                 for name in {*originals} - {*names}:

@@ -7,7 +7,7 @@ drawn so, the gradient's second moment is the Fisher information, the curvature 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qtoolkit.architecture import Skeleton
-from qtoolkit.calibration import capture, trial
+from qtoolkit.calibration import capture, halves, trial
 from qtoolkit.source import Source
 from qtoolkit.stages import Block, Probe, Stream
 
@@ -70,7 +70,7 @@ class Gradients:
         stream = Stream(self._read(_before(index)), self.start.kwargs, device=self.skeleton.device)
         return Probe(stream, self._read(_behind(index)))
 
-    def _save(self, part: str, batches: list[Tensor]) -> None:
+    def _save(self, part: str, batches: Iterable[Tensor]) -> None:
         self.store.save(part, {f"{i:05d}": batch.to("cpu", torch.bfloat16) for i, batch in enumerate(batches)})
 
     def _read(self, part: str) -> list[Tensor]:
@@ -101,12 +101,12 @@ def _drawn(norm: nn.Module, head: Tensor, states: Tensor, draw: torch.Generator)
     with torch.no_grad():
         logits = states.new_empty(len(states), len(head))
         for part, rows in zip(logits.split(trial.VOCABULARY, dim=1), head.split(trial.VOCABULARY), strict=True):
-            torch.mm(read, rows.to(read).T, out=part)
+            part.copy_(halves.product(read, rows.to(read.device).T))
         odds = torch.softmax(logits, dim=-1, out=logits)
         token = torch.multinomial(odds.cpu(), 1, generator=draw).to(odds.device)
         behind = -head[token.squeeze(1).to(head.device)].to(read)
         for part, rows in zip(odds.split(trial.VOCABULARY, dim=1), head.split(trial.VOCABULARY), strict=True):
-            behind.addmm_(part, rows.to(read))
+            behind += halves.product(part, rows.to(part.device))
     return torch.autograd.grad(read, leaf, behind)[0]
 
 

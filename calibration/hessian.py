@@ -12,6 +12,8 @@ from qtoolkit.calibration import triangles
 from qtoolkit.stages import Block, Stream
 from qtoolkit.vision.matrix import Geometry
 
+PART, PARTS = 128, 8  # rows that are summed together, at least, and of how many parts
+NARROW = 1024  # inputs below which parts pay: oneDNN keeps 400 MB for all the sizes of a wide layer's parts
 TOKENS = 131072  # inputs a convolution's Hessian is made of: over 200 for each of 576 rows
 
 
@@ -26,14 +28,21 @@ class Hessian:
 
     def __init__(self, k: int, device: torch.device | None = None, shrinkage: float = 0.0) -> None:
         self.shrinkage = shrinkage
-        self.matrix = torch.zeros(k, k, device=device)
+        self._matrix = torch.zeros(k, k, device=device)
+        self._whole = True  # what is below the diagonal is there, too
         self.mean = torch.zeros(k, device=device)
         self.tokens = 0
 
     def update(self, x: Tensor) -> None:
         """Add inputs x [tokens, k]."""
         seen = self.tokens + x.shape[0]
-        self.matrix.mul_(self.tokens / seen).addmm_(x.T, x, alpha=2.0 / seen)
+        k = len(self._matrix)
+        rows = max(PART, k // PARTS) if k < NARROW else k
+        for first in range(0, k, rows):  # nothing below the diagonal: half the work
+            here = slice(first, first + rows)
+            part = self._matrix[here, first:]
+            part.addmm_(x[:, here].T, x[:, first:], beta=self.tokens / seen, alpha=2.0 / seen)
+        self._whole = False
         self.mean.mul_(self.tokens / seen).add_(x.sum(dim=0), alpha=1.0 / seen)
         self.tokens = seen
 
@@ -46,9 +55,17 @@ class Hessian:
             self.tokens = seen
 
     @property
+    def matrix(self) -> Tensor:
+        """Return H [k, k] itself, which may be changed for a while."""
+        if not self._whole:
+            triangles.mirrored(self._matrix)
+            self._whole = True
+        return self._matrix
+
+    @property
     def dead(self) -> Tensor:
         """Return which inputs were always zero: bool [k]. Nothing is known of them."""
-        return self.matrix.diagonal() == 0
+        return self._matrix.diagonal() == 0
 
     def diagonal(self, damping: float) -> Tensor:
         """Return the shrunk diagonal [k] and ``damping`` times its mean; an input that was always zero has one."""

@@ -147,14 +147,15 @@ def record(block: Block, group: ChannelGroup, stream: Stream, tokens: int) -> li
 
 def sequences(stream: Stream, tokens: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Yield calls with about ``tokens`` tokens, at least one sequence, taken evenly from all batches."""
-    every = sum(len(batch) for batch in stream.batches)
-    wanted = min(every, max(1, tokens // stream.batches[0].shape[1]))
+    shapes = stream.shapes()
+    every = sum(size for size, _ in shapes)
+    wanted = min(every, max(1, tokens // shapes[0][1]))
     seen = 0
-    for hidden, kwargs in stream.calls():
-        size = len(hidden)
+    for number, (size, _) in enumerate(shapes):
         count = (seen + size) * wanted // every - seen * wanted // every
         seen += size
         if count:
+            hidden, kwargs = stream.call(number)
             yield hidden[:count], {name: _first(value, size, count) for name, value in kwargs.items()}
 
 

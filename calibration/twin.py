@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qtoolkit.calibration.capture import finite, quantized_activations, round_tokens
 from qtoolkit.calibration.sections import nothing, section_of, sections, without
 from qtoolkit.errors import NumericError
-from qtoolkit.stages import Block, QuantizedWeight, Stream
+from qtoolkit.stages import Block, QuantizedWeight, Stream, put
 
 BEHIND = "behind"  # the block: no norm of it reads what comes out
 
@@ -90,18 +90,18 @@ def inputs(
         seen, carried = found.seen, found.carried
         if onwards:
             assert carried is not None
-            stream.batches[number].copy_(carried)
+            put(stream.batches, number, carried)
             zeros = {module: found.zeros[module] for module in modules[:place]}
         served = round_tokens(seen, bits)
         if not both:
             yield Inputs(seen, served, seen, None)
             continue
         with weights(block, originals), without(block, stream.floats_way.passed):
-            right = _reach(block, name, norm, exact.to(hidden.device), kwargs, behind, modules if through else [])
+            right = _reach(block, name, norm, exact.to(hidden), kwargs, behind, modules if through else [])
         lack = right.carried - carried if drifts and right.carried is not None and carried is not None else None
         if through:
             assert right.behind is not None
-            stream.floats[number].copy_(right.behind)  # where it was: memory does not fall into pieces
+            put(stream.floats, number, right.behind)
             passed = {module: right.zeros[module] for module in modules[: place + 1]}
         made = Inputs(seen, served, right.seen, None if lack is None else lack.flatten(0, -2))
         del seen, served, carried, found, right, lack  # nobody but the caller keeps them through the next batch

@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +28,7 @@ from qtoolkit import (
     registry,
 )
 from qtoolkit.bridges import written
-from qtoolkit.calibration import budget, capture, choice, experts, products
+from qtoolkit.calibration import budget, capture, choice, experts, halves, products
 from qtoolkit.calibration.gradients import Gradients
 from qtoolkit.calibration.options import read as read_options
 from qtoolkit.errors import ModelError, RequestError
@@ -38,6 +38,7 @@ from qtoolkit.recipe import Recipe
 from qtoolkit.scheme import Scheme
 from qtoolkit.source import Source, resolve, save
 from qtoolkit.stages import Block, Context, Packer, Rewrite, Stream, Transform, Way
+from qtoolkit.waiting import Waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -184,8 +185,9 @@ class Run:
         memory.trim()
         stream = capture.embed(self.skeleton, self.weights, tokens)
         compared = any(getattr(transform, "reads_floats", False) for transform in self.transforms.values())
-        own = [batch.clone() for batch in stream.batches] if compared else []  # both are overwritten on their way
+        own = self._waiting(job, stream.batches) if compared else []  # both are overwritten on their way
         floats = Stream(own, stream.kwargs, device=stream.device)
+        stream.batches = self._waiting(job, stream.batches)
         for index in range(self.blocks):
             block = self._block(self.weights, index)
             stream.floats = floats.batches if compared else []
@@ -210,6 +212,12 @@ class Run:
                 floats = capture.advance(self._block(self.weights, index), floats, spent=True)
         for name, part in self._rest().items():
             job.save(part, {name: self._stored(name)})
+
+    def _waiting(self, job: Job, batches: Sequence[Tensor]) -> list[Tensor] | Waiting:
+        """Return a copy of a stream's batches that waits for its block: on a GPU if it is there, else on the disk."""
+        if batches[0].is_cuda:
+            return [batch.clone() for batch in batches]
+        return Waiting(job.folder, batches)
 
     def assemble(self, job: Job) -> None:
         """Put the finished parts together as a checkpoint folder, in the job's staging place."""
@@ -296,7 +304,7 @@ class Run:
             elif kind != self.recipe.scheme.name:
                 block.schemes[name] = Scheme.named(kind)
         experts.refuse_together(block)
-        return block
+        return halves.halve(block) if halves.pays(self.skeleton.device) else block
 
     def _transform(self, block: Block, stream: Stream) -> dict[str, Any]:
         layers: dict[str, dict[str, float]] = {name: {} for name, _ in block.linears()}

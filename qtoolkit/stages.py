@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from qtoolkit.architecture import Skeleton
     from qtoolkit.source import Source
+    from qtoolkit.waiting import Waiting
 
 
 @dataclass(frozen=True)
@@ -133,21 +134,39 @@ class Stream:
     """Hidden states on their way through the blocks: batches of [sequences, tokens, hidden] and the call's keywords.
 
     ``floats`` are the same hidden states in the float network; where it is empty, the batches themselves are those.
-    Batches that do not fit beside a block on its ``device`` wait in the host's memory; None: they are where they go.
+    Batches that do not fit beside a block on its ``device`` wait in the host's memory, and those of a long run on the
+    disk; without a ``device`` they are where they go.
     ``way`` and ``floats_way`` say where in a block they are; as a rule before it.
     """
 
-    batches: list[Tensor]
+    batches: list[Tensor] | Waiting
     kwargs: list[dict[str, Any]]
-    floats: list[Tensor] = field(default_factory=list)
+    floats: list[Tensor] | Waiting = field(default_factory=list)
     device: Any = None  # torch.device
     way: Way = field(default_factory=Way)
     floats_way: Way = field(default_factory=Way)
 
     def calls(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yield each batch, on the block's device and in float32, with its keywords."""
-        for batch, kwargs in zip(self.batches, self.kwargs, strict=True):
-            yield (batch if self.device is None else batch.to(self.device)).float(), kwargs
+        return (self.call(number) for number in range(len(self.batches)))
+
+    def call(self, number: int) -> tuple[Tensor, dict[str, Any]]:
+        """Return a batch, on the block's device and in float32, with its keywords."""
+        batch = self.batches[number]
+        return (batch if self.device is None else batch.to(self.device)).float(), self.kwargs[number]
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Return the sequences of every batch and the tokens of each."""
+        shapes = [batch.shape for batch in self.batches] if isinstance(self.batches, list) else self.batches.shapes
+        return [(shape[0], shape[1]) for shape in shapes]
+
+
+def put(batches: list[Tensor] | Waiting, number: int, hidden: Tensor) -> None:
+    """Replace a batch where it is: memory does not fall into pieces."""
+    if isinstance(batches, list):
+        batches[number].copy_(hidden)
+    else:
+        batches[number] = hidden
 
 
 @dataclass(frozen=True)

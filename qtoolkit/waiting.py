@@ -1,0 +1,63 @@
+"""Batches of hidden states that wait on the disk: long calibration texts then take no memory, however wide the model.
+
+The file has no name, so that nothing is left of it, whatever ends the run. What it holds stays in the system's cache
+as far as there is room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from qtoolkit.job import disk_errors
+
+WIDTH = 4  # bytes of a number
+
+
+class Waiting(Sequence[Tensor]):
+    """Float32 batches as a list has them, each read anew from the disk when it is asked for."""
+
+    def __init__(self, folder: Path, batches: Sequence[Tensor]) -> None:
+        """Write ``batches`` to a file in ``folder``.
+
+        Raises:
+            QToolkitError: the disk is full, or does not take it.
+        """
+        self.folder = folder
+        self.shapes = [batch.shape for batch in batches]
+        self._places = [0, *accumulate(WIDTH * batch.numel() for batch in batches)]
+        with disk_errors(folder):
+            self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - closed with this
+        for number, batch in enumerate(batches):
+            self[number] = batch
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @overload
+    def __getitem__(self, number: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Tensor]: ...
+    def __getitem__(self, number: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        batch = torch.empty(self.shapes[number], dtype=torch.float32, device="cpu")
+        with disk_errors(self.folder):
+            self._file.seek(self._places[:-1][number])
+            self._file.readinto(_bytes(batch))
+        return batch
+
+    def __setitem__(self, number: int, batch: Tensor) -> None:
+        with disk_errors(self.folder):
+            self._file.seek(self._places[:-1][number])
+            self._file.write(_bytes(batch.to("cpu", torch.float32).contiguous()))
+
+
+def _bytes(batch: Tensor) -> memoryview:
+    return memoryview(batch.view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]

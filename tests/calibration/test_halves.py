@@ -1,0 +1,76 @@
+"""Linear layers in bfloat16 while a model calibrates: near float32's, and nothing of a block stays behind."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from qtoolkit.calibration import halves
+from qtoolkit.calibration.hessian import NARROW, Hessian
+from qtoolkit.stages import Block
+
+
+def block() -> Block:
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.wide = nn.Linear(256, 192)
+    module.router = nn.Linear(256, 8, bias=False)
+    return Block("layers.0", module, ("wide",), ())
+
+
+@torch.inference_mode()
+def test_outputs_are_those_of_float32_but_for_bfloat16s_rounding() -> None:
+    x, given = torch.randn(50, 256), block()
+    wanted = given.layer("wide")(x), given.layer("router")(x)
+    halves.halve(given)
+    wide = given.layer("wide")(x)
+    assert wide.dtype == torch.float32
+    assert 0 < float((wide - wanted[0]).norm() / wanted[0].norm()) < 2**-8
+    assert torch.equal(given.layer("router")(x), wanted[1])  # small differences decide there
+
+
+@torch.inference_mode()
+def test_a_layer_given_another_weight_computes_with_it() -> None:
+    given = halves.halve(block())
+    layer = given.linear("wide")
+    layer.weight.data = torch.zeros(192, 256)
+    assert torch.equal(layer(torch.randn(3, 256)), layer.bias.expand(3, -1))
+
+
+def test_gradients_pass() -> None:
+    x, given = torch.randn(5, 256, requires_grad=True), block()
+    (wanted,) = torch.autograd.grad(given.layer("wide")(x).square().sum(), x)
+    (found,) = torch.autograd.grad(halves.halve(given).layer("wide")(x).square().sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
+
+
+def test_a_block_is_freed_as_soon_as_nobody_has_it() -> None:
+    given = halves.halve(block())
+    layer = weakref.ref(given.layer("wide"))
+    del given
+    assert layer() is None  # without a run of the garbage collector: a block of a large model is gigabytes
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_products_of_samples_are_float32(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halves, "pays", lambda device: pays)
+    left, right = torch.randn(40, 300), torch.randn(300, 20).bfloat16()
+    found, wanted = halves.product(left, right), left.double() @ right.double()
+    assert found.dtype == torch.float32
+    assert float((found - wanted).norm() / wanted.norm()) < (2**-8 if pays else 1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 100, 300, NARROW - 1, NARROW + 3])
+def test_a_hessian_summed_in_parts_is_whole(k: int) -> None:
+    torch.manual_seed(k)
+    batches = [torch.randn(rows, k) for rows in (30, 1, 17)]
+    hessian = Hessian(k)
+    for number, batch in enumerate(batches):
+        hessian.update(batch)
+        assert torch.equal(hessian.matrix, hessian.matrix.T) or number  # looked at in between, it goes on
+    x = torch.cat(batches).double()
+    torch.testing.assert_close(hessian.matrix.double(), 2 / len(x) * x.T @ x, rtol=1e-5, atol=1e-5)
+    assert not hessian.dead.any()
