@@ -58,7 +58,8 @@ class Hessian:
     def matrix(self) -> Tensor:
         """Return H [k, k] itself, which may be changed for a while."""
         if not self._whole:
-            triangles.mirrored(self._matrix)
+            with torch.inference_mode():  # where the inputs may have been added, too
+                triangles.mirrored(self._matrix)
             self._whole = True
         return self._matrix
 

@@ -69,8 +69,16 @@ def test_a_hessian_summed_in_parts_is_whole(k: int) -> None:
     batches = [torch.randn(rows, k) for rows in (30, 1, 17)]
     hessian = Hessian(k)
     for number, batch in enumerate(batches):
-        hessian.update(batch)
+        with torch.inference_mode(number == 1):
+            hessian.update(batch)
         assert torch.equal(hessian.matrix, hessian.matrix.T) or number  # looked at in between, it goes on
     x = torch.cat(batches).double()
     torch.testing.assert_close(hessian.matrix.double(), 2 / len(x) * x.T @ x, rtol=1e-5, atol=1e-5)
     assert not hessian.dead.any()
+
+
+def test_a_hessian_made_in_inference_mode_is_read_outside() -> None:
+    with torch.inference_mode():
+        hessian = Hessian(200)
+        hessian.update(torch.randn(50, 200))
+    assert torch.equal(hessian.matrix, hessian.matrix.T)
