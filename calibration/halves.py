@@ -1,7 +1,7 @@
 """Linear layers of a block in bfloat16 while it calibrates: two to four times as fast where the processor has units.
 
 What is rounded are a product's factors and its result; sums, norms, attention and the hidden stream stay in float32.
-A served network rounds as much, and int8 inputs round sixty times as much energy away.
+A network served in bfloat16 rounds as much, and int8 inputs round much more away.
 """
 
 from __future__ import annotations

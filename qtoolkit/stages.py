@@ -134,7 +134,7 @@ class Stream:
     """Hidden states on their way through the blocks: batches of [sequences, tokens, hidden] and the call's keywords.
 
     ``floats`` are the same hidden states in the float network; where it is empty, the batches themselves are those.
-    Batches that do not fit beside a block on its ``device`` wait in the host's memory, and those of a long run on the
+    Batches that do not fit beside a block on its ``device`` wait in the host's memory, and those of a whole run on the
     disk; without a ``device`` they are where they go.
     ``way`` and ``floats_way`` say where in a block they are; as a rule before it.
     """

@@ -1,4 +1,4 @@
-"""Batches of hidden states that wait on the disk: long calibration texts then take no memory, however wide the model.
+"""Batches of hidden states that wait on the disk between two blocks, so that blocks have the memory for themselves.
 
 The file has no name, so that nothing is left of it, whatever ends the run. What it holds stays in the system's cache
 as far as there is room.
