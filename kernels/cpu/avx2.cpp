@@ -159,7 +159,7 @@ void run_rows(const Tile& tile, int rows) {
   }
 }
 
-void multiply(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next) {
+void multiply(const Job& job, int64_t panel, int64_t, int64_t begin, int64_t end, int64_t next) {
   multiply_rows<MOST_ROWS>(job, panel, begin, end, next, run_rows);
 }
 
@@ -182,7 +182,7 @@ double peak(int64_t rounds) {
 }  // namespace
 
 #if defined(__AVXVNNI__)
-const Path AVXVNNI_PATH{"avxvnni", quantize_rows, multiply, peak};
+const Path AVXVNNI_PATH{"avxvnni", quantize_rows, multiply, peak, BLOCK_ROWS, 12, 1};
 #else
-const Path AVX2_PATH{"avx2", quantize_rows, multiply, peak};
+const Path AVX2_PATH{"avx2", quantize_rows, multiply, peak, BLOCK_ROWS, 12, 1};
 #endif

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 #include "rows.h"
 #include "scratch.h"
+#include "stream.h"
 
 namespace {
 
@@ -120,8 +121,9 @@ namespace {
 // A tile that is alone on its panel streams the weights from memory: two lines a step, into L1 alone, since they are used
 // once and L2 holds what others need. The tiles of a block share the work of bringing the next block there. Where there
 // are no blocks, tiles share the next panel, into L2, and each brings its own weights from there into L1.
-#define STREAM "prefetchnta (%[ahead])\nprefetchnta 64(%[ahead])\n"
-#define BLOCK "prefetchnta (%[ahead])\n"
+// Where the first two bring lines to is said in stream.h: HINT is nta or t0.
+#define STREAM(HINT) "prefetch" HINT " (%[ahead])\nprefetch" HINT " 64(%[ahead])\n"
+#define BLOCK(HINT) "prefetch" HINT " (%[ahead])\n"
 #define SHARE "prefetcht1 (%[ahead])\nprefetcht0 1024(%[w])\nprefetcht0 1088(%[w])\n"
 
 // One group of a tile; steps >= 1.
@@ -165,26 +167,27 @@ const int32_t LOW_NIBBLES = 0x0f0f0f0f;
 
 enum Order { ALONE, BLOCKS, PANELS };  // of tiles: one only; all of them over a block; all of them over a panel
 
-// SCALES: their type; UINT8 are the multiples of folded groups.
-template <int ROWS, Order ORDER, Dtype SCALES>
+#define FOR_EACH_SCALES(prefetch)                                                               \
+  if constexpr (SCALES == FLOAT32) { FOR_EACH_ROWS(prefetch, FLOAT32_SCALES, FLOATS); }         \
+  if constexpr (SCALES == BFLOAT16) { FOR_EACH_ROWS(prefetch, BFLOAT16_SCALES, FLOATS); }       \
+  if constexpr (SCALES == UINT8) { FOR_EACH_ROWS(prefetch, MULTIPLES, INTEGERS); }
+
+// SCALES: their type; UINT8 are the multiples of folded groups. PAST_L2: see stream.h; panels come from L2 anyhow.
+template <int ROWS, Order ORDER, bool PAST_L2, Dtype SCALES>
 inline void sum_group(Group group, int64_t stride, int64_t start_stride, int64_t ahead_stride) {
   const int8_t* a3 = group.a + 3 * stride;
   const char* starts3 = reinterpret_cast<const char*>(group.starts) + 3 * start_stride;
-  if constexpr (ORDER == ALONE && SCALES == FLOAT32) { FOR_EACH_ROWS(STREAM, FLOAT32_SCALES, FLOATS); }
-  if constexpr (ORDER == ALONE && SCALES == BFLOAT16) { FOR_EACH_ROWS(STREAM, BFLOAT16_SCALES, FLOATS); }
-  if constexpr (ORDER == ALONE && SCALES == UINT8) { FOR_EACH_ROWS(STREAM, MULTIPLES, INTEGERS); }
-  if constexpr (ORDER == BLOCKS && SCALES == FLOAT32) { FOR_EACH_ROWS(BLOCK, FLOAT32_SCALES, FLOATS); }
-  if constexpr (ORDER == BLOCKS && SCALES == BFLOAT16) { FOR_EACH_ROWS(BLOCK, BFLOAT16_SCALES, FLOATS); }
-  if constexpr (ORDER == BLOCKS && SCALES == UINT8) { FOR_EACH_ROWS(BLOCK, MULTIPLES, INTEGERS); }
-  if constexpr (ORDER == PANELS && SCALES == FLOAT32) { FOR_EACH_ROWS(SHARE, FLOAT32_SCALES, FLOATS); }
-  if constexpr (ORDER == PANELS && SCALES == BFLOAT16) { FOR_EACH_ROWS(SHARE, BFLOAT16_SCALES, FLOATS); }
-  if constexpr (ORDER == PANELS && SCALES == UINT8) { FOR_EACH_ROWS(SHARE, MULTIPLES, INTEGERS); }
+  if constexpr (ORDER == ALONE && PAST_L2) { FOR_EACH_SCALES(STREAM("nta")) }
+  if constexpr (ORDER == ALONE && !PAST_L2) { FOR_EACH_SCALES(STREAM("t0")) }
+  if constexpr (ORDER == BLOCKS && PAST_L2) { FOR_EACH_SCALES(BLOCK("nta")) }
+  if constexpr (ORDER == BLOCKS && !PAST_L2) { FOR_EACH_SCALES(BLOCK("t0")) }
+  if constexpr (ORDER == PANELS) { FOR_EACH_SCALES(SHARE) }
 }
 
 // Scales are a second stream from memory: fetched so many groups ahead, and so into the next panel's.
 constexpr int64_t SCALES_AHEAD = 4;
 
-template <int ROWS, Order ORDER, Dtype SCALES>
+template <int ROWS, Order ORDER, bool PAST_L2, Dtype SCALES>
 void run_tile(const Tile& tile) {
   constexpr int64_t BYTES = PANEL * (SCALES == FLOAT32 ? 4 : SCALES == BFLOAT16 ? 2 : 1);  // of a group's scales
   void* f = SCALES == UINT8 ? static_cast<void*>(tile.totals) : tile.sums;
@@ -196,9 +199,9 @@ void run_tile(const Tile& tile) {
     if (ORDER == ALONE) {
       const bool past = SCALES == UINT8 && g + SCALES_AHEAD >= tile.groups;  // the next panel's bases come first
       const char* ahead = tile.scales + (g + SCALES_AHEAD + (past ? BASE_ROWS : 0)) * BYTES;
-      for (int64_t line = 0; line < BYTES; line += 64) _mm_prefetch(ahead + line, _MM_HINT_NTA);
+      for (int64_t line = 0; line < BYTES; line += 64) _mm_prefetch(ahead + line, PAST_L2 ? _MM_HINT_NTA : _MM_HINT_T0);
     }
-    sum_group<ROWS, ORDER, SCALES>(
+    sum_group<ROWS, ORDER, PAST_L2, SCALES>(
         {tile.weight + step * STEP_BYTES, tile.codes + step * 4, tile.prefetch + step * tile.prefetch_stride,
          std::min(tile.group_steps, tile.steps - step), tile.starts + 2 * g, tile.scales + g * BYTES, f},
         tile.code_stride, tile.groups * 8, tile.prefetch_stride);
@@ -206,15 +209,21 @@ void run_tile(const Tile& tile) {
   if (SCALES == UINT8 && end == tile.groups) scale_totals(tile, ROWS);
 }
 
+template <int ROWS, Order ORDER, Dtype SCALES>
+void run_streamed(const Tile& tile) {
+  if (ORDER != PANELS && past_l2()) run_tile<ROWS, ORDER, ORDER != PANELS, SCALES>(tile);
+  else run_tile<ROWS, ORDER, false, SCALES>(tile);
+}
+
 template <Order ORDER, Dtype SCALES>
 void run_rows(const Tile& tile, int rows) {
   switch (rows) {
-    case 1: return run_tile<1, ORDER, SCALES>(tile);
-    case 2: return run_tile<2, ORDER, SCALES>(tile);
-    case 3: return run_tile<3, ORDER, SCALES>(tile);
-    case 4: return run_tile<4, ORDER, SCALES>(tile);
-    case 5: return run_tile<5, ORDER, SCALES>(tile);
-    default: return run_tile<6, ORDER, SCALES>(tile);
+    case 1: return run_streamed<1, ORDER, SCALES>(tile);
+    case 2: return run_streamed<2, ORDER, SCALES>(tile);
+    case 3: return run_streamed<3, ORDER, SCALES>(tile);
+    case 4: return run_streamed<4, ORDER, SCALES>(tile);
+    case 5: return run_streamed<5, ORDER, SCALES>(tile);
+    default: return run_streamed<6, ORDER, SCALES>(tile);
   }
 }
 
@@ -254,18 +263,24 @@ void multiply_blocks(const Job& job, int64_t panel, int64_t begin, int64_t end) 
 }
 
 // Part of a group that is all inputs: f[rows, 64] += the products of its steps, high sums 16 times too large as ever.
-template <int ROWS>
+template <int ROWS, bool PAST_L2>
 void sum_part(Group group, int64_t stride, int64_t ahead_stride) {
   const int64_t start_stride = 0;
   const char* starts3 = nullptr;
   const int8_t* a3 = group.a + 3 * stride;
-  if constexpr (ROWS == 3) SUM_GROUP(3, EACH_3(FETCH), BLOCK, "", KEEP);
-  if constexpr (ROWS == 4) SUM_GROUP(4, EACH_4(FETCH), BLOCK, "", KEEP);
-  if constexpr (ROWS == 5) SUM_GROUP(5, EACH_5(FETCH), BLOCK, "", KEEP);
-  if constexpr (ROWS == 6) SUM_GROUP(6, EACH_6(FETCH), BLOCK, "", KEEP);
+#define FOR_EACH_PART(prefetch)                                                  \
+  if constexpr (ROWS == 3) SUM_GROUP(3, EACH_3(FETCH), prefetch, "", KEEP);      \
+  if constexpr (ROWS == 4) SUM_GROUP(4, EACH_4(FETCH), prefetch, "", KEEP);      \
+  if constexpr (ROWS == 5) SUM_GROUP(5, EACH_5(FETCH), prefetch, "", KEEP);      \
+  if constexpr (ROWS == 6) SUM_GROUP(6, EACH_6(FETCH), prefetch, "", KEEP);
+  if constexpr (PAST_L2) { FOR_EACH_PART(BLOCK("nta")) }
+  else { FOR_EACH_PART(BLOCK("t0")) }
 }
 
-constexpr decltype(&sum_part<6>) SUM_PART[] = {sum_part<3>, sum_part<4>, sum_part<5>, sum_part<6>};
+constexpr decltype(&sum_part<6, true>) SUM_PART[2][4] = {
+    {sum_part<3, false>, sum_part<4, false>, sum_part<5, false>, sum_part<6, false>},
+    {sum_part<3, true>, sum_part<4, true>, sum_part<5, true>, sum_part<6, true>},
+};
 
 inline __m512 scales_at(const Tile& tile, int i) {
   if (tile.scale_dtype == FLOAT32) return _mm512_loadu_ps(reinterpret_cast<const float*>(tile.scales) + i);
@@ -294,7 +309,7 @@ void multiply_channels(const Job& job, int64_t panel, int64_t begin, int64_t end
       share_following(first, last, t, tiles, tile);
       const Group part{tile.weight + first * STEP_BYTES, job.codes + row * job.code_stride + first * 4,
                        tile.prefetch + first * tile.prefetch_stride, last - first, nullptr, nullptr, own};
-      SUM_PART[many - 3](part, job.code_stride, tile.prefetch_stride);
+      SUM_PART[past_l2()][many - 3](part, job.code_stride, tile.prefetch_stride);
       if (last == job.steps) {
         for (int i = 0; i < many * PANEL; i += 16) {
           const __m512i sum = _mm512_srav_epi32(_mm512_load_si512(own + i), _mm512_set1_epi32(i & 16 ? 4 : 0));
@@ -426,7 +441,7 @@ bool multiply_unpacked(const Job& job, int64_t panel, int64_t begin, int64_t end
   return true;
 }
 
-void multiply(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next) {
+void multiply(const Job& job, int64_t panel, int64_t, int64_t begin, int64_t end, int64_t next) {
   const bool folded = job.scale_dtype == UINT8;
   if (folded && end - begin >= UNPACK_FROM && multiply_unpacked(job, panel, begin, end)) return;
   if (folded) multiply_groups<UINT8>(job, panel, begin, end, next);
@@ -455,4 +470,4 @@ double peak(int64_t rounds) {
 
 }  // namespace
 
-const Path AVX512_PATH{"avx512", quantize_rows, multiply, peak};
+const Path AVX512_PATH{"avx512", quantize_rows, multiply, peak, BLOCK_ROWS, 12, 1};

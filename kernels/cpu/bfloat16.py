@@ -15,7 +15,7 @@ from qtoolkit.kernels.cpu.backend import aligned
 PANEL = 64  # output channels a panel
 STEP = 2  # inputs a step; the layout is drawn in bfloat16.h
 # The paths of this product that a code path of the W4A8 kernels allows, best first; the portable one allows none.
-ALLOWED = {"avx512": ("avx512", "avx2"), "avxvnni": ("avx2",), "avx2": ("avx2",)}
+ALLOWED = {"amx": ("avx512", "avx2"), "avx512": ("avx512", "avx2"), "avxvnni": ("avx2",), "avx2": ("avx2",)}
 
 
 @lru_cache(maxsize=1)

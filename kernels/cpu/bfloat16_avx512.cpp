@@ -39,9 +39,10 @@ namespace {
 #define DOT_5 DOT_4 DOT("(%[x3],%[stride])", 16, 17, 18, 19)
 #define DOT_6 DOT_5 DOT("(%[x3],%[stride],2)", 20, 21, 22, 23)
 
-#define LINES_2 "prefetchnta (%[ahead])\nprefetchnta 64(%[ahead])\n"
-#define LINES_3 LINES_2 "prefetchnta 128(%[ahead])\n"
-#define LINES_4 LINES_3 "prefetchnta 192(%[ahead])\n"
+// Where they bring lines to is said in stream.h: HINT is nta or t0.
+#define LINES_2(HINT) "prefetch" HINT " (%[ahead])\nprefetch" HINT " 64(%[ahead])\n"
+#define LINES_3(HINT) LINES_2(HINT) "prefetch" HINT " 128(%[ahead])\n"
+#define LINES_4(HINT) LINES_3(HINT) "prefetch" HINT " 192(%[ahead])\n"
 
 #define PLAIN(w)                         \
   "vmovups (%[" #w "]), %%zmm24\n"       \
@@ -147,47 +148,53 @@ struct CompressedBlock {
 };
 
 // part.steps >= 1.
-template <int TOKENS, bool ALONE>
+template <int TOKENS, bool ALONE, bool PAST_L2>
 void sum(const Job& job, const Part& part) {
   const int64_t stride = job.x_stride;
   const char *w = part.w, *x = part.x, *x3 = x + 3 * stride, *ahead = part.ahead;
   int64_t steps = part.steps;
-#define FOR_TOKENS(tokens)                                               \
-  if constexpr (TOKENS == tokens && ALONE) SUM(tokens, LINES_4);         \
-  if constexpr (TOKENS == tokens && !ALONE) SUM(tokens, LINES_2);
+#define FOR_TOKENS(tokens)                                                              \
+  if constexpr (TOKENS == tokens && ALONE && PAST_L2) SUM(tokens, LINES_4("nta"));      \
+  if constexpr (TOKENS == tokens && !ALONE && PAST_L2) SUM(tokens, LINES_2("nta"));     \
+  if constexpr (TOKENS == tokens && ALONE && !PAST_L2) SUM(tokens, LINES_4("t0"));      \
+  if constexpr (TOKENS == tokens && !ALONE && !PAST_L2) SUM(tokens, LINES_2("t0"));
   FOR_TOKENS(1) FOR_TOKENS(2) FOR_TOKENS(3) FOR_TOKENS(4) FOR_TOKENS(5) FOR_TOKENS(6)
 #undef FOR_TOKENS
 }
 
-template <int TOKENS, bool ALONE>
+template <int TOKENS, bool ALONE, bool PAST_L2>
 void sum_compressed(const Job& job, const Part& part, const CompressedBlock& block) {
   const int64_t stride = job.x_stride, *run = block.runs;
   const char *w = part.w, *x = part.x, *x3 = x + 3 * stride, *ahead = part.ahead, *plain = block.plain;
   int64_t steps;
-#define FOR_TOKENS(tokens)                                                     \
-  if constexpr (TOKENS == tokens && ALONE) SUM_COMPRESSED(tokens, LINES_3);    \
-  if constexpr (TOKENS == tokens && !ALONE) SUM_COMPRESSED(tokens, LINES_2);
+#define FOR_TOKENS(tokens)                                                                         \
+  if constexpr (TOKENS == tokens && ALONE && PAST_L2) SUM_COMPRESSED(tokens, LINES_3("nta"));      \
+  if constexpr (TOKENS == tokens && !ALONE && PAST_L2) SUM_COMPRESSED(tokens, LINES_2("nta"));     \
+  if constexpr (TOKENS == tokens && ALONE && !PAST_L2) SUM_COMPRESSED(tokens, LINES_3("t0"));      \
+  if constexpr (TOKENS == tokens && !ALONE && !PAST_L2) SUM_COMPRESSED(tokens, LINES_2("t0"));
   FOR_TOKENS(1) FOR_TOKENS(2) FOR_TOKENS(3) FOR_TOKENS(4) FOR_TOKENS(5) FOR_TOKENS(6)
 #undef FOR_TOKENS
 }
 
-#define EACH_COUNT(function) {function<1, ALONE>, function<2, ALONE>, function<3, ALONE>, \
-                              function<4, ALONE>, function<5, ALONE>, function<6, ALONE>}
-template <bool ALONE>
-constexpr decltype(&sum<1, ALONE>) SUMS[] = EACH_COUNT(sum);
-template <bool ALONE>
-constexpr decltype(&sum_compressed<1, ALONE>) SUMS_COMPRESSED[] = EACH_COUNT(sum_compressed);
+#define EACH_COUNT(function, alone, past_l2)                                                                  \
+  {function<1, alone, past_l2>, function<2, alone, past_l2>, function<3, alone, past_l2>,                     \
+   function<4, alone, past_l2>, function<5, alone, past_l2>, function<6, alone, past_l2>}
+#define EACH_WAY(function)                                                             \
+  {{EACH_COUNT(function, false, false), EACH_COUNT(function, false, true)},            \
+   {EACH_COUNT(function, true, false), EACH_COUNT(function, true, true)}}
+constexpr decltype(&sum<1, true, true>) SUMS[2][2][6] = EACH_WAY(sum);  // alone, past L2, tokens - 1
+constexpr decltype(&sum_compressed<1, true, true>) SUMS_COMPRESSED[2][2][6] = EACH_WAY(sum_compressed);
 
 struct Own {
   static constexpr int MOST = 6;
   using Block = CompressedBlock;
 
   static void add(const Job& job, const Part& part) {
-    (part.alone ? SUMS<true> : SUMS<false>)[part.tokens - 1](job, part);
+    SUMS[part.alone][past_l2()][part.tokens - 1](job, part);
   }
 
   static void add_compressed(const Job& job, const Part& part, const Block& block) {
-    (part.alone ? SUMS_COMPRESSED<true> : SUMS_COMPRESSED<false>)[part.tokens - 1](job, part, block);
+    SUMS_COMPRESSED[part.alone][past_l2()][part.tokens - 1](job, part, block);
   }
 };
 

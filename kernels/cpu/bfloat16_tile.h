@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include "bfloat16.h"
+#include "stream.h"
 
 namespace {
 
@@ -45,7 +46,7 @@ struct Part {
   const char* w;
   const char* x;
   float* sums;
-  const char* ahead;  // what is brought into L1 meanwhile, `ahead_stride` bytes a step
+  const char* ahead;  // what is brought near meanwhile, `ahead_stride` bytes a step
   int64_t ahead_stride;
   bool alone;         // the only tile of its panel
 };
@@ -67,7 +68,7 @@ inline void put(int64_t value, char* step) {
   std::memcpy(step + (value >> 16) % VALUES * 2, &bits, 2);
 }
 
-// Tokens [begin, end) in balanced tiles of at most Own::MOST. A tile that is alone fetches 4 KB ahead of itself; of
+// Tokens [begin, end) in balanced tiles of at most Own::MOST. A tile that is alone fetches ahead of itself (stream.h); of
 // several, or if weights are compressed, each fetches its share of the next block. Own::add adds a part;
 // Own::Block::prepare looks at compressed steps before the tiles come, Own::add_compressed adds them.
 template <class Own>
@@ -92,7 +93,7 @@ void multiply_tiles(const Job& job, int64_t panel, int64_t begin, int64_t end) {
     for (int64_t t = 0, token = 0; t < tiles; ++t) {
       const int many = int(tokens / tiles + (t < tokens % tiles));
       const char* x = job.x + (begin + token) * job.x_stride + first * job.x_step;
-      const char* ahead = alone && !compressed ? w + 4096 : w + steps * bytes + t * (steps * bytes / tiles);
+      const char* ahead = alone && !compressed ? w + stream_ahead() : w + steps * bytes + t * (steps * bytes / tiles);
       const Part part{many, steps, w, x, sums + token * PANEL, ahead, bytes / tiles, alone};
       if (compressed) Own::add_compressed(job, part, prepared);
       else Own::add(job, part);

@@ -6,28 +6,32 @@
 #include <memory>
 #include "job.h"
 #include "scratch.h"
+#include "stream.h"
 #include "threads.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
 
-// Rows quantized at a time: bounds the scratch, and keeps codes in L2/L3. A multiple of 12, and not below 512, so that
-// a prompt of that length does not leave 8 rows for which all weights are read once more.
-constexpr int64_t BLOCK_ROWS = 516;
+constexpr int64_t MANY_ROWS = 96;  // from here on tasks are several panels, where a path wants that
 constexpr int64_t SERIAL_CODES = 1 << 13;  // fewer activations than this are quantized before the threads are woken
 constexpr int64_t GATE_COST = 6;  // silu(gate) * up takes as long as quantizing this many activations
 constexpr int MAX_THREADS = 1024;
 
 #if defined(__x86_64__)
 // Best first. A compiler that does not know an instruction set leaves its path out.
-enum Need { AVX512, AVXVNNI, AVX2, NOTHING };
+enum Need { AMX, AVX512, AVXVNNI, AVX2, NOTHING };
 struct Choice {
   const Path* path;
   Need need;
 };
 const Choice PATHS[] = {
+#if !defined(WITHOUT_AVX512) && !defined(WITHOUT_AMX)
+    {&AMX_PATH, AMX},
+#endif
 #if !defined(WITHOUT_AVX512)
     {&AVX512_PATH, AVX512},
 #endif
@@ -40,16 +44,29 @@ const Choice PATHS[] = {
     {&PORTABLE_PATH, NOTHING},
 };
 
+// Tiles of int8, and Linux lets this process have their registers.
+bool tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM; asking again is no error
+  return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+
 bool supported(int path) {
   __builtin_cpu_init();  // these tests include whether the operating system saves the wide registers
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   unsigned a = 0, b = 0, c = 0, d = 0;
   const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+  const bool avx512 = avx2 && f16c && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
   switch (PATHS[path].need) {
-    case AVX512:
-      return avx2 && f16c && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vnni");
+    case AMX: return avx512 && tiles();
+    case AVX512: return avx512;
     case AVXVNNI: return avx2 && f16c && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
     case AVX2: return avx2 && f16c;
     default: return true;
@@ -72,9 +89,11 @@ int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit
 void run_block(const Path& path, const Job& job, int threads) {
   const int64_t panels = round_up(job.n, PANEL) / PANEL;
   // Enough tasks for every thread: when panels are few, rows are split too (in multiples of the largest tile).
-  const int64_t wanted = threads == 1 ? 1 : std::max<int64_t>(1, 4 * threads / panels);
-  const int64_t chunk = std::max<int64_t>(12, round_up((job.m + wanted - 1) / wanted, 12));
-  const int64_t chunks = (job.m + chunk - 1) / chunk, tasks = panels * chunks;
+  const int64_t span = job.m < MANY_ROWS ? 1 : std::clamp<int64_t>(panels / (4 * threads), 1, path.span);
+  const int64_t spans = (panels + span - 1) / span;
+  const int64_t wanted = threads == 1 ? 1 : std::max<int64_t>(1, 4 * threads / spans);
+  const int64_t chunk = std::max(path.rows, round_up((job.m + wanted - 1) / wanted, path.rows));
+  const int64_t chunks = (job.m + chunk - 1) / chunk, tasks = spans * chunks;
   threads = int(std::min<int64_t>(threads, tasks));
   const bool serial = job.m == 1 || job.m * job.k * (job.gated ? GATE_COST : 1) <= SERIAL_CODES;
   if (serial) path.quantize(job, 0, job.m);
@@ -87,11 +106,11 @@ void run_block(const Path& path, const Job& job, int threads) {
       barrier(given);
     }
     auto work = [&](int64_t task, int64_t next) {
-      const int64_t first = task % chunks * chunk;
-      path.multiply(job, task / chunks, first, std::min(job.m, first + chunk), next);
+      const int64_t first = task % chunks * chunk, panel = task / chunks * span;
+      path.multiply(job, panel, std::min(span, panels - panel), first, std::min(job.m, first + chunk), next);
     };
     for (int64_t task; (task = share[thread].take()) >= 0;)
-      work(task, (task + 1) / chunks < panels ? (task + 1) / chunks : -1);
+      work(task, (task + 1) / chunks < spans ? (task + 1) / chunks * span : -1);
     for (int victim = 0; victim < threads; ++victim)
       for (int64_t task; (task = share[victim].steal()) >= 0;) work(task, -1);
   };
@@ -155,7 +174,8 @@ int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int gated, 
   job.bias = static_cast<const char*>(bias), job.bias_dtype = Dtype(bias_dtype);
   // One line more than needed: rows a power of two apart would meet in the same few cache sets.
   job.code_stride = round_up(job.steps * 4, 64) + 64;
-  const int64_t element = job.dtype == FLOAT32 ? 4 : 2, rows = std::min(m, BLOCK_ROWS);
+  const Path& chosen = *PATHS[path].path;
+  const int64_t element = job.dtype == FLOAT32 ? 4 : 2, rows = std::min(chosen.block, round_up(m, chosen.rows));
   const int64_t codes = rows * job.code_stride, starts = round_up(rows * job.groups * 8, 64);
   char* memory = scratch.take(size_t(codes + starts + rows * 8));
   if (!memory) return 1;
@@ -164,11 +184,11 @@ int qtk_linear(int path, const void* x, int64_t x_stride, int dtype, int gated, 
   job.wholes = reinterpret_cast<int32_t*>(memory + codes + starts);
   job.token_scales = reinterpret_cast<float*>(job.wholes + rows);
   const int threads = std::min(max_threads(), MAX_THREADS);
-  for (int64_t first = 0; first < m; first += BLOCK_ROWS) {
-    job.m = std::min(BLOCK_ROWS, m - first);
+  for (int64_t first = 0; first < m; first += chosen.block) {
+    job.m = std::min(chosen.block, m - first);
     job.x = static_cast<const char*>(x) + first * x_stride * element;
     job.y = static_cast<char*>(y) + first * n * element;
-    run_block(*PATHS[path].path, job, threads);
+    run_block(chosen, job, threads);
   }
   return 0;
 }
@@ -199,7 +219,7 @@ double qtk_read(const void* data, int64_t bytes) {
     const int64_t first = bytes / 64 * thread / threads, last = bytes / 64 * (thread + 1) / threads;
     uint64_t seen = 0;
     for (int64_t line = first; line < last; ++line) {
-      __builtin_prefetch(from + line * 64 + 4096);
+      __builtin_prefetch(from + line * 64 + stream_ahead());
       uint64_t words[8];
       std::memcpy(words, from + line * 64, 64);
       seen ^= words[0] ^ words[1] ^ words[2] ^ words[3] ^ words[4] ^ words[5] ^ words[6] ^ words[7];

@@ -51,13 +51,17 @@ struct Path {
   const char* name;
   // Quantize rows [begin, end) of job.x into codes, starts and token_scales.
   void (*quantize)(const Job& job, int64_t begin, int64_t end);
-  // Compute rows [begin, end) of the 64 channels of `panel`; `next` is the panel this thread will want next (or -1).
-  void (*multiply)(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next);
-  // Do nothing but this path's dot products, `rounds` times 24, from registers; returns operations (2 a product).
+  // Compute rows [begin, end) of the 64 channels of each of `panels` panels from `panel` on; `next` is the one this thread
+  // will want next (or -1).
+  void (*multiply)(const Job& job, int64_t panel, int64_t panels, int64_t begin, int64_t end, int64_t next);
+  // Do nothing but this path's dot products from registers, `rounds` times; returns operations (2 a product).
   double (*peak)(int64_t rounds);
+  int64_t block;  // rows quantized and multiplied before the next ones
+  int64_t rows;   // they are divided in multiples of this
+  int64_t span;   // panels that share what many rows cost, at most
 };
 
 extern const Path PORTABLE_PATH;
 #if defined(__x86_64__)
-extern const Path AVX2_PATH, AVXVNNI_PATH, AVX512_PATH;
+extern const Path AVX2_PATH, AVXVNNI_PATH, AVX512_PATH, AMX_PATH;
 #endif

@@ -15,13 +15,14 @@ import torch
 from qtoolkit.kernels import build
 
 FOLDER = Path(__file__).parent
-PATH_VARIABLE = "QTOOLKIT_CPU_PATH"  # forces a code path: avx512, avxvnni, avx2 or portable
+PATH_VARIABLE = "QTOOLKIT_CPU_PATH"  # forces a code path: amx, avx512, avxvnni, avx2 or portable
 # Contraction would fuse a product and a sum and round once where the reference rounds twice.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=off", "-pthread")  # fmt: skip
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 WIDE = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 AVX512 = (*WIDE, "-mavx512vnni")
+AMX = (*AVX512, "-mamx-tile", "-mamx-int8")
 AVX512_BFLOAT16 = (*WIDE, "-mavx512bf16")
 
 FLOAT32, BFLOAT16, FLOAT16, UINT8 = 0, 1, 2, 3  # as in job.h
@@ -39,6 +40,7 @@ def units() -> tuple[build.Unit, ...]:
         build.Unit("avx2", FOLDER / "avx2.cpp", AVX2, optional=True),
         build.Unit("avxvnni", FOLDER / "avx2.cpp", (*AVX2, "-mavxvnni"), optional=True),
         build.Unit("avx512", FOLDER / "avx512.cpp", AVX512, optional=True),
+        build.Unit("amx", FOLDER / "amx.cpp", AMX, optional=True),
         build.Unit("bfloat16_avx2", FOLDER / "bfloat16_avx2.cpp", AVX2, optional=True),
         build.Unit("bfloat16_avx512", FOLDER / "bfloat16_avx512.cpp", AVX512_BFLOAT16, optional=True),
         *own,

@@ -62,10 +62,10 @@ void run_tile(const Tile& tile, int rows) {
   if (folded) scale_totals(tile, rows);
 }
 
-void multiply(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next) {
+void multiply(const Job& job, int64_t panel, int64_t, int64_t begin, int64_t end, int64_t next) {
   multiply_rows<MOST_ROWS>(job, panel, begin, end, next, run_tile);
 }
 
 }  // namespace
 
-const Path PORTABLE_PATH{"portable", quantize_rows, multiply, nullptr};
+const Path PORTABLE_PATH{"portable", quantize_rows, multiply, nullptr, BLOCK_ROWS, 12, 1};

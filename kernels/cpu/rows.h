@@ -7,13 +7,19 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512BW__)
 #include <immintrin.h>
 #endif
 #include "job.h"
+#include "stream.h"
 
 namespace {
+
+// Rows quantized at a time: bounds the scratch, and keeps codes in L2/L3. A multiple of 12, and not below 512, so that
+// a prompt of that length does not leave 8 rows for which all weights are read once more.
+constexpr int64_t BLOCK_ROWS = 516;
 
 inline float from_bits(uint32_t bits) {
   float value;
@@ -101,6 +107,43 @@ void gate_row(const typename T::Storage* gate, const typename T::Storage* up, in
   }
 }
 
+// codes[i] = rint(x[i] * inverse), for |x[i] * inverse| of at most 127 * (1 + 2**-22): adding 1.5 * 2**23 rounds to the nearest
+// integer (ties to even) and leaves it in the low bits of the mantissa.
+template <class T>
+inline void encode(const typename T::Storage* x, int64_t k, float inverse, int8_t* __restrict codes) {
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  // Upper halves of the 32-bit words are the odd values, shifted ones the even; two codes make 16 bits in order again.
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const __m512 factor = _mm512_set1_ps(inverse), magic = _mm512_set1_ps(12582912.0f);
+    const __m512i upper = _mm512_set1_epi32(int32_t(0xffff0000)), byte = _mm512_set1_epi32(255);
+    for (; i + 32 <= k; i += 32) {
+      const __m512i both = _mm512_loadu_si512(x + i);
+      const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+      const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
+      const __m512i low = _mm512_castps_si512(_mm512_add_ps(_mm512_mul_ps(even, factor), magic));
+      const __m512i high = _mm512_castps_si512(_mm512_add_ps(_mm512_mul_ps(odd, factor), magic));
+      const __m512i pair = _mm512_ternarylogic_epi32(byte, low, _mm512_slli_epi32(high, 8), 0xca);  // byte ? low : high
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), _mm512_cvtepi32_epi16(pair));
+    }
+  }
+#endif
+  for (; i < k; ++i) codes[i] = int8_t(to_bits(T::load(x[i]) * inverse + 12582912.0f) & 0xff);
+}
+
+inline int32_t sum_codes(const int8_t* codes, int64_t count) {
+  int32_t sum = 0;
+  int64_t i = 0;
+#if defined(__AVX512VNNI__)
+  __m512i sums = _mm512_setzero_si512();
+  for (; i + 64 <= count; i += 64)
+    sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_loadu_si512(codes + i));
+  if (i) sum = _mm512_reduce_add_epi32(sums);
+#endif
+  for (; i < count; ++i) sum += codes[i];
+  return sum;
+}
+
 // scale = absmax / 127, code = rint(x * (127 / absmax)), both in fp32. |x| compares like its bits without the sign.
 template <class T>
 void quantize_row(const Job& job, int64_t row) {
@@ -128,15 +171,11 @@ void quantize_row(const Job& job, int64_t row) {
   }
   job.token_scales[row] = absmax / 127.0f;
   const float inverse = 127.0f / absmax;
-  // Adding 1.5 * 2**23 rounds to the nearest integer (ties to even) and leaves it in the low bits of the mantissa;
-  // |x * inverse| is at most 127 * (1 + 2**-22), so no clamp is needed.
-  for (int64_t i = 0; i < k; ++i) codes[i] = int8_t(to_bits(T::load(x[i]) * inverse + 12582912.0f) & 0xff);
+  encode<T>(x, k, inverse, codes);
   for (int64_t i = k; i < padded; ++i) codes[i] = 0;
   uint32_t whole = 0;  // wraps where groups are scaled one by one and nobody asks for it
   for (int64_t g = 0; g < job.groups; ++g) {
-    int32_t sum = 0;
-    const int64_t end = std::min(k, (g + 1) * group);
-    for (int64_t i = g * group; i < end; ++i) sum += codes[i];
+    const int32_t sum = sum_codes(codes + g * group, std::min(group, k - g * group));
     starts[2 * g] = -8 * sum, starts[2 * g + 1] = -128 * sum;
     whole += uint32_t(starts[2 * g + 1]);
   }
@@ -151,14 +190,34 @@ void quantize_rows(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
+#if defined(__AVX512BW__)
+inline __m256i rounded(__m512 values) {  // float_to_bfloat16 of 16
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i near = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, near, _mm512_set1_epi32(0x7fc0)));
+}
+#endif
+
 template <class T>
 void store_row(const Job& job, int64_t row, int64_t channel, int64_t count, const float* sums, const float* bias) {
   typename T::Storage* y = reinterpret_cast<typename T::Storage*>(job.y) + row * job.n + channel;
   const float a = job.token_scales[row];
   typename T::Storage out[PANEL];
+#if defined(__AVX512BW__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    for (int i = 0; i < PANEL; i += 16) {
+      __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(sums + i), _mm512_set1_ps(a));
+      if (bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias + i));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), rounded(sum));
+    }
+  } else
+#endif
   if (bias) for (int i = 0; i < PANEL; ++i) out[i] = T::store(sums[i] * a + bias[i]);
   else for (int i = 0; i < PANEL; ++i) out[i] = T::store(sums[i] * a);
-  std::memcpy(y, out, size_t(count) * sizeof(out[0]));
+  if (count == PANEL) std::memcpy(y, out, sizeof(out));  // of a size that the compiler knows
+  else std::memcpy(y, out, size_t(count) * sizeof(out[0]));
 }
 
 // One tile of rows times one panel, before the epilogue.
@@ -243,9 +302,7 @@ inline void share_next(const Job& job, int64_t panel, int64_t next, int64_t t, i
 
 // Rows [begin, end) in balanced tiles of at most `most` rows; `run(tile, rows)` computes one tile's sums.
 // While a panel's tiles run, each brings its share of the next panel into the cache. A single tile instead runs
-// PREFETCH_AHEAD bytes ahead of itself, and so into the next panel, which follows in memory.
-constexpr int64_t PREFETCH_AHEAD = 4096;
-
+// ahead of itself, and so into the next panel, which follows in memory.
 template <int most, class Run>
 void multiply_rows(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next, Run run) {
   const int64_t tiles = (end - begin + most - 1) / most;
@@ -259,7 +316,7 @@ void multiply_rows(const Job& job, int64_t panel, int64_t begin, int64_t end, in
     tile.codes = job.codes + row * job.code_stride;
     tile.starts = job.starts + row * job.groups * 2;
     if (tiles > 1) share_next(job, panel, next, t, tiles, tile);
-    else tile.prefetch_stride = STEP_BYTES, tile.prefetch = reinterpret_cast<const char*>(tile.weight) + PREFETCH_AHEAD;
+    else tile.prefetch_stride = STEP_BYTES, tile.prefetch = reinterpret_cast<const char*>(tile.weight) + stream_ahead();
     run(tile, rows);
     epilogue.store(row, rows, sums);
     row += rows;

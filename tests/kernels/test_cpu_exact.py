@@ -139,6 +139,18 @@ def test_many_inputs_are_added_block_by_block(path: str, group_size: int, m: int
     assert_same_bits(ours(x, packed, scales, None, group_size, path), expected(x, packed, scales, None, group_size))
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("group_size", [-1, 64, 96, 128, 256, 512])  # one tile of inputs a group, several, part of one
+@pytest.mark.parametrize("m", [17, 64, 65, 100, 300])  # few rows, many, uneven tiles, more than one block of them
+def test_many_rows_share_panels(path: str, group_size: int, m: int, threads: int) -> None:
+    k, n = 904, 1100  # the last span of panels, the last panel and the last group are smaller than the others
+    packed, scales = layer(n, k, group_size, seed=m)
+    draw = torch.Generator().manual_seed(m)
+    x, bias = torch.randn(m, k, generator=draw).bfloat16(), torch.randn(n, generator=draw)
+    x[5], x[m - 1, 3] = 0, torch.nan
+    assert_same_bits(ours(x, packed, scales, bias, group_size, path), expected(x, packed, scales, bias, group_size))
+
+
 def test_two_runs_give_the_same_bits() -> None:
     packed, scales = layer(320, 1024, 128, seed=11)
     x = torch.randn(33, 1024, generator=torch.Generator().manual_seed(12)).bfloat16()

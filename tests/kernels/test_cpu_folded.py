@@ -70,7 +70,7 @@ def test_any_shape_equals_the_reference(
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("m", [1, 6, 7, 31, 32, MANY, 521])  # one tile, several, unpacked, more than one block of rows
+@pytest.mark.parametrize("m", [1, 6, 7, 31, 32, MANY, 130, 521])  # one tile, several, unpacked, spans, blocks of rows
 def test_thread_counts_and_row_tiles_change_nothing(path: str, group_size: int, m: int, threads: int) -> None:
     packed, scales = layer(600, 256, group_size, seed=m)  # enough panels that rows are not split between threads
     x = torch.randn(m, 256, generator=torch.Generator().manual_seed(m)).bfloat16()

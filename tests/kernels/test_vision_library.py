@@ -16,7 +16,8 @@ ALL = ("avx512", "avx2", "portable")
 def test_the_best_path_runs_unless_one_is_forced() -> None:
     assert library.choose(None, ALL) == "avx512"
     assert library.choose("portable", ALL) == "portable"
-    assert library.choose("avxvnni", ALL) == "avx2"  # only the W4A8 kernels have that one
+    assert library.choose("amx", ALL) == "avx512"  # only the W4A8 kernels have these two
+    assert library.choose("avxvnni", ALL) == "avx2"
     assert library.choose("avxvnni", ("portable",)) == "portable"
 
 

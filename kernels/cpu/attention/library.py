@@ -84,7 +84,7 @@ def load() -> ctypes.CDLL:
         build.BuildError: it cannot be built or loaded, or this CPU cannot run it.
     """
     wanted = os.environ.get(linear.PATH_VARIABLE) or "avx512"
-    if wanted != "avx512":
+    if wanted not in ("amx", "avx512"):
         raise build.BuildError(f"{linear.PATH_VARIABLE}={wanted} is asked for, and attention has avx512 only")
     functions = linear.opened(build.library("attention", units(), headers(), linear.FLAGS))
     functions.qta_attend.argtypes = [ctypes.POINTER(Call)]

@@ -14,7 +14,7 @@ from qtoolkit.kernels.cpu import library as linear
 FOLDER = Path(__file__).parent
 AVX512 = (*linear.AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 FUSED = ("-ffp-contract=fast",)  # sparse sums may fuse product and sum; binary results are the reference's bit for bit
-ORDER = ("avx512", "avxvnni", "avx2", "portable")  # every name QTOOLKIT_CPU_PATH may have, best first
+ORDER = ("amx", "avx512", "avxvnni", "avx2", "portable")  # every name QTOOLKIT_CPU_PATH may have, best first
 
 
 class Convolution(ctypes.Structure):
@@ -60,7 +60,7 @@ def headers() -> tuple[Path, ...]:
 def load() -> linear.Library:
     """Build the library if need be, load it, and choose a code path.
 
-    QTOOLKIT_CPU_PATH forces one; a name that only the W4A8 kernels have (avxvnni) means the next one down here.
+    QTOOLKIT_CPU_PATH forces one; a name that only the W4A8 kernels have (amx, avxvnni) means the next one down here.
 
     Raises:
         build.BuildError: it cannot be built or loaded, or QTOOLKIT_CPU_PATH names no path of this CPU.
