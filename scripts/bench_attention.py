@@ -95,6 +95,8 @@ def vllms(layer: Layer) -> Callable[[], Tensor]:
     _, heads, dim = layer.query.shape
     _, key_heads, page, both = layer.cache.shape
     isa = _get_attn_isa(torch.bfloat16, page, dim)
+    if isa == "amx":
+        torch.cpu._init_amx()  # asks the system for the tile registers; linear layers of a server have by then
     keys, values = torch.zeros_like(layer.cache).view(-1, key_heads, 2 * page, both // 2).chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(layer.keys, layer.values, keys, values, torch.arange(layer.keys.shape[0]), isa)
     shape: dict[str, Any] = {"num_reqs": 1, "num_heads": heads, "num_kv_heads": key_heads, "head_dim": dim}
