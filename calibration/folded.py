@@ -12,6 +12,7 @@ from torch import Tensor
 MOST = 16  # times a code of -8 is the least int8, so no kernel folds more
 TOPS = tuple(8 + step / 2 for step in range(17))  # what a row's largest scale is to be a multiple of, before rounding
 FACTOR_BITS = 4  # of a multiple: 15 has four, and 16 is a power of two
+AT_ONCE = 1 << 15  # scales that are tried together: narrow layers in one go, wide ones without leaving the caches
 
 
 def nearest(scales: Tensor, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:
@@ -26,17 +27,18 @@ def nearest(scales: Tensor, dtype: torch.dtype, importance: Tensor | None = None
         [n, groups] in ``dtype``; groups below half a base get the base.
     """
     wide = scales.double()
-    largest = wide.amax(dim=1, keepdim=True)
     weight = torch.ones_like(wide) if importance is None else importance.double()
-    best = torch.full_like(largest, torch.inf)
-    found = wide
-    for top in TOPS:
-        base = _short(largest / top, dtype)
-        tried = (wide / base).round_().clamp_(1, MOST).mul_(base)
-        error = ((tried - wide).square_() * weight).sum(dim=1, keepdim=True)
-        found = torch.where(error < best, tried, found)
-        best = torch.minimum(best, error)
-    return found.to(dtype)
+    rows = max(1, AT_ONCE // (len(TOPS) * wide.shape[1]))
+    parts = zip(wide.split(rows), weight.split(rows), strict=True)
+    return torch.cat([_nearest(part, own, dtype) for part, own in parts]).to(dtype)
+
+
+def _nearest(wide: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    tops = torch.tensor(TOPS, dtype=wide.dtype, device=wide.device)
+    base = _short(wide.amax(dim=1, keepdim=True) / tops, dtype)[:, :, None]  # [n, tops, 1]
+    tried = (wide[:, None] / base).round_().clamp_(1, MOST).mul_(base)
+    error = (tried - wide[:, None]).square_().mul_(weight[:, None]).sum(dim=2)
+    return tried[torch.arange(len(wide), device=wide.device), error.argmin(dim=1)]
 
 
 def stored(scales: Tensor, dtype: torch.dtype, fold: bool, importance: Tensor | None = None) -> Tensor:

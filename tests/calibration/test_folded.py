@@ -49,6 +49,15 @@ def test_what_matters_more_lies_nearer() -> None:
     assert sum(errors) < float(alike.sum())
 
 
+def test_a_row_does_not_depend_on_how_many_are_tried_together() -> None:
+    scales = torch.rand(300, 44, generator=torch.Generator().manual_seed(3)) + 0.01
+    importance = torch.rand(300, 44, generator=torch.Generator().manual_seed(4))
+    assert len(scales) * scales.shape[1] * len(folded.TOPS) > 2 * folded.AT_ONCE  # several parts
+    rows = zip(scales.split(1), importance.split(1), strict=True)
+    alone = [folded.nearest(row, torch.bfloat16, own) for row, own in rows]
+    assert torch.equal(folded.nearest(scales, torch.bfloat16, importance), torch.cat(alone))
+
+
 def test_one_scale_a_row_stays_as_it_is() -> None:
     scales = torch.rand(8, 1)
     assert torch.equal(folded.stored(scales, torch.float32, True), scales)

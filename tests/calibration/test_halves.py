@@ -1,12 +1,15 @@
-"""Linear layers in bfloat16 while a model calibrates: near float32's, and nothing of a block stays behind."""
+"""Linear layers and attention in bfloat16 in calibration: near float32's, and nothing of a block stays behind."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from qtoolkit.calibration import halves
 from qtoolkit.calibration.hessian import NARROW, Hessian
@@ -38,6 +41,53 @@ def test_a_layer_given_another_weight_computes_with_it() -> None:
     layer = given.linear("wide")
     layer.weight.data = torch.zeros(192, 256)
     assert torch.equal(layer(torch.randn(3, 256)), layer.bias.expand(3, -1))
+
+
+def attending(config: LlamaConfig) -> tuple[Block, Callable[[Tensor], Tensor]]:
+    """Return a block with one attention, and its output for hidden states [1, tokens, 256]."""
+    module = nn.Module()
+    module.self_attn = LlamaAttention(config, 0).eval()
+    rotary = LlamaRotaryEmbedding(config)
+
+    def run(x: Tensor) -> Tensor:
+        return module.self_attn(x, rotary(x, torch.arange(x.shape[1])[None]), None)[0]
+
+    return Block("layers.0", module, (), ()), run
+
+
+def test_attention_is_that_of_float32_but_for_bfloat16s_rounding() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa")
+    given, run = attending(config)
+    x = torch.randn(1, 40, 256)
+    with torch.inference_mode():
+        wanted = run(x)
+    for layer in given.module.self_attn.children():  # not linear ones, so that only attention changes
+        layer.__class__ = type("Same", (nn.Linear,), {})
+    halves.halve(given)
+    with torch.inference_mode():
+        got = run(x)
+    assert got.dtype == torch.float32
+    assert 0 < float((got - wanted).norm() / wanted.norm()) < 2**-7
+    x.requires_grad_()
+    assert torch.equal(run(x), wanted)  # gradients come from float32
+
+
+def test_attention_of_another_kind_stays() -> None:
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, attn_implementation="eager")
+    halves.halve(attending(config)[0])
+    assert config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
+def test_a_mask_that_leaves_a_token_nothing_makes_no_nan(lowest: float) -> None:
+    module = nn.Module()
+    query, key, value = torch.randn(3, 1, 2, 5, 32)
+    mask = torch.full((1, 1, 5, 5), lowest).triu(1)
+    mask[..., 2, :] = torch.finfo(torch.float32).min
+    got, _ = halves._attend(module, query, key, value, mask)
+    assert got.dtype == torch.float32
+    assert got.isfinite().all()
 
 
 def test_gradients_pass() -> None:
