@@ -1,4 +1,4 @@
-"""Attention in vLLM on CPUs without AMX: our bfloat16 kernel, over the cache that vLLM's operators keep.
+"""Attention in vLLM on CPUs: our bfloat16 kernel, over the cache that vLLM's operators keep.
 
 vLLM has a table of attention backends whose rows may be overridden. In ours a layer writes its cache in the same
 operator that attends: one way through Python a layer less. In models with W4A8 layers prompts (whole or in part, alone
@@ -14,12 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
-from vllm.config import VllmConfig, get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.config import (
+    VllmConfig,
+    get_current_vllm_config,
+    get_current_vllm_config_or_none,
+    get_layers_from_vllm_config,
+)
+from vllm.model_executor.layers.attention import Attention as AttentionLayer
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
     _get_attn_isa,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -30,6 +37,7 @@ from qtoolkit.serve.intent import ATTENTION, Attention, Declared, Mode, attentio
 from qtoolkit.serve.vllm_kernel import checkpoint_declares
 
 PAGES = "vec"  # vLLM's name for the layout that the kernel reads
+TILES = "amx"  # and for that of its own kernel with AMX
 SHARED = 4  # heads on one key/value head from which the kernel is faster for single tokens, too
 
 
@@ -59,6 +67,25 @@ class Backend(CPUAttentionBackend):
         """Return the class of a layer's implementation for the model that is being built."""
         config = get_current_vllm_config_or_none()
         return OwnAttention if config is not None and runs_w4a8(config) else StockAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        """Return the class that describes batches."""
+        return Builder
+
+
+class Builder(CPUAttentionMetadataBuilder):
+    """vLLM's description of batches. With AMX, too, the cache lies as our kernel reads it, if all layers use that."""
+
+    isa: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayer, self.layer_names)
+        own = [isinstance(layer.impl, OwnAttention) and not layer.impl.reason for layer in layers.values()]
+        if self.isa == TILES and all(own):
+            self.isa = PAGES
+            self._set_isa_to_layers(self.layer_names)
 
 
 class StockAttention(CPUAttentionBackendImpl):
@@ -179,7 +206,7 @@ def refuse(layer: CPUAttentionBackendImpl, dtype: torch.dtype) -> str | None:
     if reason:
         return reason
     kind = _get_attn_isa(dtype, library.GROUP, layer.head_size, layer.kv_cache_dtype)
-    if kind != PAGES:
+    if kind != PAGES and not (kind == TILES and library.tiles() and layer.num_queries_per_kv >= SHARED):
         return f"vLLM has a faster one of its own here ({kind})"
     if not reads_pages(layer.num_kv_heads, layer.head_size):
         return "this vLLM lays its cache out in another way than the kernel reads"

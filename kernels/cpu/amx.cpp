@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #include "rows.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace {
 
@@ -21,19 +22,6 @@ constexpr int64_t SUMS = TILE * TILE;
 // Up to FEW rows memory is the limit, and multiplying soon after unpacking leaves it no pause.
 constexpr int64_t BLOCK_TILES = 6, FEW_TILES = 2, FEW = 64;
 constexpr int64_t ROWS_FROM = 16;     // fewer rows run on the AVX512 path
-
-struct alignas(64) Configuration {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // bytes
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-#define LOAD(tile, from, stride) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"(int64_t(stride)) : "memory")
-#define STORE(tile, to, stride) \
-  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"(int64_t(stride)) : "memory")
-#define ZERO(tile) asm volatile("tilezero %%tmm" #tile : : : "memory")
-#define MULTIPLY(sum, a, b) asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum : : : "memory")
 
 // What one thread works in: bytes of a block of weights, and sums of all rows.
 thread_local Scratch scratch;
@@ -121,50 +109,50 @@ template <int R, class Between>
 inline __attribute__((always_inline)) void multiply_tile(const int8_t* a, int64_t stride, const uint8_t* b, Ahead& ahead,
                                                          Between between) {
   ahead.fetch();
-  LOAD(6, b, 64);
-  LOAD(4, a, stride);
-  MULTIPLY(0, 4, 6);
+  TILE_LOAD(6, b, 64);
+  TILE_LOAD(4, a, stride);
+  TILE_MULTIPLY_INT8(0, 4, 6);
   between(At<0>{});
-  LOAD(7, b + TILE_BYTES, 64);
-  MULTIPLY(1, 4, 7);
+  TILE_LOAD(7, b + TILE_BYTES, 64);
+  TILE_MULTIPLY_INT8(1, 4, 7);
   between(At<1>{});
   if constexpr (R == 2) {
-    LOAD(5, a + TILE * stride, stride);
-    MULTIPLY(2, 5, 6);
+    TILE_LOAD(5, a + TILE * stride, stride);
+    TILE_MULTIPLY_INT8(2, 5, 6);
     between(At<2>{});
-    MULTIPLY(3, 5, 7);
+    TILE_MULTIPLY_INT8(3, 5, 7);
     between(At<3>{});
   }
 }
 
 template <int R>
 inline void clear_sums() {
-  ZERO(0);
-  ZERO(1);
+  TILE_ZERO(0);
+  TILE_ZERO(1);
   if constexpr (R == 2) {
-    ZERO(2);
-    ZERO(3);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
   }
 }
 
 // Sums of 16 R rows and 32 channels to or from int32 [R][2][16][16]: tile behind tile.
 template <int R>
 inline void store_sums(int32_t* to) {
-  STORE(0, to, 64);
-  STORE(1, to + SUMS, 64);
+  TILE_STORE(0, to, 64);
+  TILE_STORE(1, to + SUMS, 64);
   if constexpr (R == 2) {
-    STORE(2, to + 2 * SUMS, 64);
-    STORE(3, to + 3 * SUMS, 64);
+    TILE_STORE(2, to + 2 * SUMS, 64);
+    TILE_STORE(3, to + 3 * SUMS, 64);
   }
 }
 
 template <int R>
 inline void load_sums(const int32_t* from) {
-  LOAD(0, from, 64);
-  LOAD(1, from + SUMS, 64);
+  TILE_LOAD(0, from, 64);
+  TILE_LOAD(1, from + SUMS, 64);
   if constexpr (R == 2) {
-    LOAD(2, from + 2 * SUMS, 64);
-    LOAD(3, from + 3 * SUMS, 64);
+    TILE_LOAD(2, from + 2 * SUMS, 64);
+    TILE_LOAD(3, from + 3 * SUMS, 64);
   }
 }
 
@@ -184,7 +172,15 @@ inline __m512 scales_at(const char* scales, Dtype dtype, int64_t i) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// f[row, 16] += sums[row, 16] * the scales of its 16 channels, for COUNT rows of [R][2][16]; one rounding for the product and
+// The sums of a group that wait to be scaled and added to f, float [rows][2][16][16].
+struct Waiting {
+  float* f = nullptr;  // null: none do
+  const char* scales;  // of their 32 channels
+  int rows = 0;        // tiles of them, 1 or 2
+  alignas(64) int32_t sums[2 * 2 * SUMS];
+};
+
+// f[row, 16] += sums[row, 16] * the scales of its 16 channels, for COUNT rows of [rows][2][16]; one rounding for the product and
 // one for the sum, as the reference has it.
 template <int FIRST, int COUNT>
 inline __attribute__((always_inline)) void scale_rows(const int32_t* sums, __m512 s0, __m512 s1, float* f) {
@@ -196,38 +192,42 @@ inline __attribute__((always_inline)) void scale_rows(const int32_t* sums, __m51
   }
 }
 
-// Several groups: the sums of one are scaled and added to f [R][2][16][16] while the next one's are multiplied, some rows
-// after each product of its first tile (its first two, where a group has more than one).
+void scale_waiting(Waiting& waiting, Dtype dtype) {
+  if (!waiting.f) return;
+  const __m512 s0 = scales_at(waiting.scales, dtype, 0), s1 = scales_at(waiting.scales, dtype, TILE);
+  scale_rows<0, 2 * TILE>(waiting.sums, s0, s1, waiting.f);
+  if (waiting.rows == 2) scale_rows<2 * TILE, 2 * TILE>(waiting.sums, s0, s1, waiting.f);
+  waiting.f = nullptr;
+}
+
+// Several groups of 16 R rows and 32 channels. The sums of one are scaled while the next one's are multiplied, be they of the
+// same rows or of the next: some rows after each product of a group's first tile (its first two, where it has more).
 template <int R, bool SHORT>  // SHORT: groups of one tile
 void sum_groups(const int8_t* a, int64_t stride, const uint8_t* b, int64_t tiles, int64_t group_tiles, const char* scales,
-                Dtype dtype, float* f, Ahead& ahead) {
+                Dtype dtype, float* f, Ahead& ahead, Waiting& waiting) {
   constexpr int ROWS = SHORT ? 16 : 8;
   const int64_t scale_stride = PANEL * (dtype == FLOAT32 ? 4 : 2);
-  alignas(64) int32_t sums[R * 2 * SUMS];
-  __m512 s0 = _mm512_setzero_ps(), s1 = s0;  // scales of the group whose sums wait
   auto add_tile = [&](auto between) {
     multiply_tile<R>(a, stride, b, ahead, between);
     a += 64, b += 2 * TILE_BYTES;
   };
   for (int64_t first = 0; first < tiles; first += group_tiles, scales += scale_stride) {
     const int64_t count = std::min(tiles - first, group_tiles);
+    if (waiting.rows != R || (!SHORT && count == 1)) scale_waiting(waiting, dtype);
     clear_sums<R>();
     int64_t t = 0;
-    if (first) {
-      add_tile([=, &sums](auto at) { scale_rows<at.VALUE * ROWS, ROWS>(sums, s0, s1, f); });
-      t = 1;
-      if (!SHORT && count > 1) {
-        add_tile([=, &sums](auto at) { scale_rows<R * TILE + at.VALUE * ROWS, ROWS>(sums, s0, s1, f); });
-        t = 2;
-      } else if (!SHORT) {
-        scale_rows<R * TILE, R * TILE>(sums, s0, s1, f);
-      }
+    if (waiting.f) {
+      const __m512 s0 = scales_at(waiting.scales, dtype, 0), s1 = scales_at(waiting.scales, dtype, TILE);
+      const int32_t* sums = waiting.sums;
+      float* to = waiting.f;
+      add_tile([=](auto at) { scale_rows<at.VALUE * ROWS, ROWS>(sums, s0, s1, to); });
+      if (!SHORT) add_tile([=](auto at) { scale_rows<R * TILE + at.VALUE * ROWS, ROWS>(sums, s0, s1, to); });
+      t = SHORT ? 1 : 2;
     }
     for (; t < count; ++t) add_tile([](auto) {});
-    store_sums<R>(sums);
-    s0 = scales_at(scales, dtype, 0), s1 = scales_at(scales, dtype, 16);
+    store_sums<R>(waiting.sums);
+    waiting.f = f, waiting.scales = scales, waiting.rows = R;
   }
-  scale_rows<0, R * 2 * TILE>(sums, s0, s1, f);
 }
 
 // Up to 16 rows of a panel's sums, [2][...][2][16][16] with `apart` between its halves, as the epilogue wants them. Totals over
@@ -258,8 +258,9 @@ bool multiply_panels(const Job& job, int64_t panel, int64_t panels, int64_t begi
   uint8_t* bytes = reinterpret_cast<uint8_t*>(memory);
   char* sums = memory + bytes_size;
   if (!whole) std::memset(sums, 0, size_t(panels * sums_size));
-  const Configuration configuration;
-  asm volatile("ldtilecfg %0" : : "m"(configuration));
+  Waiting waiting;
+  const TileConfiguration configuration;
+  TILE_CONFIGURE(configuration);
   for (int64_t t = 0; t < all; t += block) {
     const int64_t tiles = std::min(block, all - t), steps = std::min(tiles * DEPTH, job.steps - t * DEPTH);
     for (int64_t p = 0; p < panels; ++p) {
@@ -287,12 +288,13 @@ bool multiply_panels(const Job& job, int64_t panel, int64_t panels, int64_t begi
                                               : (two ? sum_groups<2, false> : sum_groups<1, false>);
             run(a, job.code_stride, b, tiles, group_tiles,
                 tile.scales + (t / group_tiles * PANEL + half * 32) * scale, job.scale_dtype,
-                reinterpret_cast<float*>(own), ahead);
+                reinterpret_cast<float*>(own), ahead, waiting);
           }
         }
     }
   }
-  asm volatile("tilerelease");
+  TILE_RELEASE();
+  scale_waiting(waiting, job.scale_dtype);
   for (int64_t row = 0; row < rows; row += TILE)
     for (int64_t p = 0; p < panels; ++p) {
       alignas(64) float scaled[TILE * PANEL], bias[PANEL];
@@ -314,20 +316,20 @@ void multiply(const Job& job, int64_t panel, int64_t panels, int64_t begin, int6
 }
 
 double peak(int64_t rounds) {
-  const Configuration configuration;
-  asm volatile("ldtilecfg %0" : : "m"(configuration));
+  const TileConfiguration configuration;
+  TILE_CONFIGURE(configuration);
   clear_sums<2>();
-  ZERO(4);
-  ZERO(5);
-  ZERO(6);
-  ZERO(7);
+  TILE_ZERO(4);
+  TILE_ZERO(5);
+  TILE_ZERO(6);
+  TILE_ZERO(7);
   for (int64_t i = 0; i < rounds; ++i) {
-    MULTIPLY(0, 4, 6);
-    MULTIPLY(1, 4, 7);
-    MULTIPLY(2, 5, 6);
-    MULTIPLY(3, 5, 7);
+    TILE_MULTIPLY_INT8(0, 4, 6);
+    TILE_MULTIPLY_INT8(1, 4, 7);
+    TILE_MULTIPLY_INT8(2, 5, 6);
+    TILE_MULTIPLY_INT8(3, 5, 7);
   }
-  asm volatile("tilerelease");
+  TILE_RELEASE();
   return double(rounds) * 4 * 2 * TILE * TILE * 64;
 }
 

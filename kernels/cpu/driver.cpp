@@ -8,10 +8,9 @@
 #include "scratch.h"
 #include "stream.h"
 #include "threads.h"
+#include "tiles.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace {
@@ -44,18 +43,6 @@ const Choice PATHS[] = {
     {&PORTABLE_PATH, NOTHING},
 };
 
-// Tiles of int8, and Linux lets this process have their registers.
-bool tiles() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
-#if defined(__linux__) && defined(SYS_arch_prctl)
-  constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM; asking again is no error
-  return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
-#else
-  return false;
-#endif
-}
-
 bool supported(int path) {
   __builtin_cpu_init();  // these tests include whether the operating system saves the wide registers
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -65,7 +52,7 @@ bool supported(int path) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
   switch (PATHS[path].need) {
-    case AMX: return avx512 && tiles();
+    case AMX: return avx512 && may_use_tiles(TILES_OF_INT8);
     case AVX512: return avx512;
     case AVXVNNI: return avx2 && f16c && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
     case AVX2: return avx2 && f16c;

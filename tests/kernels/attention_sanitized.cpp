@@ -13,6 +13,7 @@
 #include "job.h"
 
 extern "C" {
+int qta_may_use_tiles();
 int qta_supported();
 int qta_attend(const Attention* call);
 int qta_step(const Attention* call, const Bfloat16* key, int64_t key_stride, const Bfloat16* value, int64_t value_stride,
@@ -78,7 +79,8 @@ void run() {
       }
   }
   const Attention call{query.data, output.data, cache.data, cache.data + page * dim, table.data, first.data, long_as.data,
-                       heads * dim, heads * dim, key_heads * size, size, most, sequences, heads, key_heads, dim, page, 0.125};
+                       heads * dim, heads * dim, key_heads * size, size, most, sequences, heads, key_heads, dim, page, 0.125,
+                       qta_may_use_tiles() && upto(1)};
   // Half of the time new tokens come with their keys and values, which the call puts into the cache.
   const int64_t wide = key_heads * dim;
   Guarded<Bfloat16> key(tokens * wide, 0), value(tokens * wide, ONE);

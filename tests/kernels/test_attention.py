@@ -16,6 +16,15 @@ from qtoolkit.kernels.cpu.attention.step import Step
 needs_library = pytest.mark.skipif(library.failure() is not None, reason=f"no attention here: {library.failure()}")
 
 
+@pytest.fixture(params=["amx", "avx512"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every test run with and without AMX, where this CPU has it."""
+    if request.param == "amx" and (library.failure() is not None or not library.tiles()):
+        pytest.skip("no AMX here")
+    if request.param == "avx512":
+        monkeypatch.setattr(library, "tiles", lambda: False)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Sequences with keys and values in a cache, in pages that lie in no order."""

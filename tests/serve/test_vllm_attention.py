@@ -27,7 +27,7 @@ from qtoolkit.serve.report import attention as line
 from qtoolkit.serve.vllm_attention import Backend, OwnAttention, StockAttention
 
 ours = pytest.mark.skipif(
-    library.failure() is not None or torch.cpu._is_amx_tile_supported(),
+    library.failure() is not None or torch.cpu._is_amx_tile_supported() != library.tiles(),
     reason="vLLM's attention stays on this CPU",
 )
 DECLARED = compressed.config(Scheme(), ["lm_head"])
@@ -63,6 +63,36 @@ def layer(kind: type[CPUAttentionBackendImpl] = OwnAttention, **changes: Any) ->
         "sliding_window": None, "kv_cache_dtype": "auto",
     }  # fmt: skip
     return kind(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("layout", "kinds", "wanted"),
+    [
+        ("amx", [OwnAttention, OwnAttention], "vec"),
+        ("amx", [OwnAttention, StockAttention], "amx"),  # layers of a group share how their cache lies
+        ("vec", [OwnAttention], "vec"),
+        ("neon", [OwnAttention], "neon"),
+    ],
+)
+@ours
+def test_the_cache_lies_as_the_kernel_of_all_its_layers_reads_it(
+    monkeypatch: pytest.MonkeyPatch, layout: str, kinds: list[type[CPUAttentionBackendImpl]], wanted: str
+) -> None:
+    layers = {f"layers.{i}": SimpleNamespace(impl=layer(kind)) for i, kind in enumerate(kinds)}
+
+    def built(self: Any, spec: object, names: list[str], own: object, device: object) -> None:
+        self.vllm_config, self.layer_names, self.isa = own, names, layout
+        self._set_isa_to_layers(names)
+
+    def found(own: object, kind: object, names: list[str]) -> dict[str, Any]:
+        return {name: layers[name] for name in names}
+
+    monkeypatch.setattr(cpu_attn.CPUAttentionMetadataBuilder, "__init__", built)
+    for module in (vllm_attention, cpu_attn):
+        monkeypatch.setattr(module, "get_layers_from_vllm_config", found)
+    builder = Backend.get_builder_cls()(None, list(layers), W4A8, None)
+    assert builder.isa == wanted
+    assert {own.isa for own in layers.values()} == {wanted}
 
 
 @pytest.mark.parametrize(

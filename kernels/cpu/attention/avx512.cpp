@@ -11,6 +11,8 @@ constexpr int64_t PANEL = 64;          // columns of a panel
 constexpr int64_t PAIRS = 2 * PANEL;   // numbers of a panel for one pair of rows
 constexpr int64_t GROUP = 32;          // keys that surely lie in one page
 constexpr int ROWS = 6;                // of a tile: 24 sums, 4 words and a broadcast in 32 registers
+constexpr int MOST = TILE_ROWS;        // of a tile where AMX multiplies
+static_assert(GROUP == TILE_DEPTH, "heads, and keys that are looked at, come in whole operands");
 constexpr float MASKED = -1e30f;       // a score that is none; infinity would make NaN of its distance to the maximum
 constexpr float LOG2E = 1.4426950408889634f;
 
@@ -116,15 +118,16 @@ float softmax(float* scores, int64_t columns, int64_t limit, float scale, float&
 
 // The parts of a task's scratch, one behind the other.
 struct Memory {
-  Bfloat16 *query, *keys, *values, *weights;  // [rows, dim], panels, panels, [ROWS, KEYS]
-  float *output, *maximum, *sum, *scores;     // [rows, dim], [rows], [rows], [ROWS, SCORES]
+  Bfloat16 *query, *keys, *values, *weights;  // [rows, dim], panels, panels, [MOST, KEYS]
+  float *output, *maximum, *sum, *scores;     // [rows, dim], [rows], [rows], [MOST, SCORES]
   int64_t bytes = 0;
 
   Memory(int64_t rows, int64_t dim, char* from) {
     const int64_t wide = round_up(dim, PANEL);
+    rows = round_up(rows, MOST);  // whole tiles
     take(query, rows * dim, from), take(keys, KEYS * dim, from), take(values, KEYS * wide, from);
-    take(weights, ROWS * KEYS, from), take(output, rows * dim, from), take(maximum, rows, from);
-    take(sum, rows, from), take(scores, ROWS * SCORES, from);
+    take(weights, MOST * KEYS, from), take(output, rows * dim, from), take(maximum, rows, from);
+    take(sum, rows, from), take(scores, MOST * SCORES, from);
   }
   static constexpr int64_t SCORES = KEYS + 16;  // rows a power of two apart would meet in the same cache sets
 
@@ -144,9 +147,12 @@ void pack(const Attention& call, const Task& task, int64_t first, int64_t count,
     interleave(call.keys + page + key % call.page, call.page, call.dim,
                memory.keys + at / PANEL * PANEL * call.dim + at % PANEL * 2);
     const Bfloat16* values = call.values + page + key % call.page * call.dim;
-    for (int64_t column = 0; column < call.dim; column += GROUP)
-      interleave(values + column, call.dim, std::min(GROUP, count - at),
-                 memory.values + column / PANEL * PANEL * KEYS + column % PANEL * 2 + at * PANEL);
+    const int64_t rows = std::min(GROUP, count - at);
+    for (int64_t column = 0; column < call.dim; column += GROUP) {
+      Bfloat16* to = memory.values + column / PANEL * PANEL * KEYS + column % PANEL * 2 + at * PANEL;
+      interleave(values + column, call.dim, rows, to);
+      for (int64_t pair = (rows + 1) / 2; pair < GROUP / 2; ++pair) std::memset(to + pair * PAIRS, 0, GROUP * 4);
+    }
   }
 }
 
@@ -162,27 +168,37 @@ void attend(const Attention& call, const Task& task, char* scratch) {
   const Memory memory(rows, dim, scratch);
   for (int64_t i = 0; i < task.count; ++i)
     std::memcpy(memory.query + i * heads * dim, call.query + (token + i) * call.query_stride + column, heads * dim * 2);
+  const bool tiles = call.tiles && rows >= TILE_ROWS;
+  const int most = tiles ? TILE_ROWS : ROWS;
+  if (tiles) tiles_begin();
   std::fill_n(memory.maximum, rows, MASKED);
   std::fill_n(memory.sum, rows, 0.0f);
   for (int64_t first = 0; first < task.keys; first += KEYS) {
     const int64_t count = std::min(KEYS, task.keys - first);
     pack(call, task, first, count, memory);
-    for (int64_t row = std::max<int64_t>(0, first - position) * heads; row < rows; row += ROWS) {  // others see none
-      const int tile = int(std::min<int64_t>(ROWS, rows - row));
+    for (int64_t row = std::max<int64_t>(0, first - position) * heads; row < rows; row += most) {  // others see none
+      const int tile = int(std::min<int64_t>(most, rows - row));
       const int64_t seen = std::min(count, position + (row + tile - 1) / heads + 1 - first);  // by the tile's last row
       const int64_t columns = round_up(seen, GROUP);
-      products(tile, columns, memory.query + row * dim, dim, memory.keys, PANEL * dim, dim / 2, memory.scores,
-               Memory::SCORES, nullptr);
-      float factors[ROWS];
+      const Bfloat16* query = memory.query + row * dim;
+      float* output = memory.output + row * dim;
+      if (tiles)
+        tiles_products(columns, query, dim, memory.keys, PANEL * dim, dim / TILE_DEPTH, memory.scores, Memory::SCORES,
+                       nullptr);
+      else products(tile, columns, query, dim, memory.keys, PANEL * dim, dim / 2, memory.scores, Memory::SCORES, nullptr);
+      float factors[MOST] = {};
       for (int r = 0; r < tile; ++r) {
         const int64_t limit = std::min(seen, position + (row + r) / heads + 1 - first);
         factors[r] = softmax(memory.scores + r * Memory::SCORES, columns, limit, scale, memory.maximum[row + r],
                              memory.sum[row + r], memory.weights + r * KEYS);
       }
-      products(tile, dim, memory.weights, KEYS, memory.values, PANEL * KEYS, (seen + 1) / 2, memory.output + row * dim,
-               dim, first ? factors : nullptr);
+      const float* earlier = first ? factors : nullptr;
+      if (tiles)
+        tiles_products(dim, memory.weights, KEYS, memory.values, PANEL * KEYS, columns / TILE_DEPTH, output, dim, earlier);
+      else products(tile, dim, memory.weights, KEYS, memory.values, PANEL * KEYS, (seen + 1) / 2, output, dim, earlier);
     }
   }
+  if (tiles) tiles_end();
   for (int64_t row = 0; row < rows; ++row) {
     const __m512 inverse = _mm512_set1_ps(1.0f / memory.sum[row]);
     Bfloat16* to = call.output + (token + row / heads) * call.output_stride + column + row % heads * dim;

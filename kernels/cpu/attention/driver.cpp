@@ -7,6 +7,7 @@
 #include <vector>
 #include "../scratch.h"
 #include "../threads.h"
+#include "../tiles.h"
 #include "job.h"
 
 namespace {
@@ -44,6 +45,15 @@ int qta_supported() {
   __builtin_cpu_init();  // these tests include whether the operating system saves the wide registers
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+#else
+  return 0;
+#endif
+}
+
+// Whether AMX can multiply here; asks the system for its registers.
+int qta_may_use_tiles() {
+#if !defined(WITHOUT_AVX512) && !defined(WITHOUT_AMX)
+  return qta_supported() && may_use_tiles(TILES_OF_BFLOAT16);
 #else
   return 0;
 #endif

@@ -23,6 +23,7 @@ struct Attention {
   int64_t query_stride, output_stride, page_stride, head_stride, table_stride;
   int64_t sequences, heads, key_heads, dim, page;
   double scale;
+  bool tiles;  // AMX multiplies where there are rows enough
 };
 
 // What changes from step to step of a batch whose calls are repeated.
@@ -37,6 +38,16 @@ struct Task {
   int64_t sequence, key_head, first, count;
   int64_t keys;  // that its last query sees
 };
+
+// Products with AMX (amx.cpp) of 16 rows, where the process may use it: c[16, columns] = c * factors + a[16, 32 depths] b, or
+// without the sum where factors is null. Columns are a multiple of 32; panels of b are panel_stride numbers apart. Tile
+// registers are the thread's between begin and end. Weak: a compiler that does not know AMX leaves them out.
+constexpr int TILE_ROWS = 16;
+constexpr int64_t TILE_DEPTH = 32;
+__attribute__((weak)) void tiles_begin();
+__attribute__((weak)) void tiles_end();
+__attribute__((weak)) void tiles_products(int64_t columns, const Bfloat16* a, int64_t a_stride, const Bfloat16* b, int64_t panel_stride,
+                    int64_t depths, float* c, int64_t c_stride, const float* factors);
 
 // Bytes of scratch that a task of `rows` rows (queries times heads) takes.
 int64_t attention_scratch(const Attention& call, int64_t rows);

@@ -32,6 +32,7 @@ class Call(ctypes.Structure):
             )
         ),
         ("scale", ctypes.c_double),
+        ("tiles", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -63,7 +64,12 @@ def units() -> tuple[build.Unit, ...]:
     driver = build.Unit("driver", FOLDER / "driver.cpp", () if x86() else ("-DWITHOUT_AVX512",))
     if not x86():
         return (driver,)
-    return (build.Unit("avx512", FOLDER / "avx512.cpp", (*linear.AVX512, "-mavx512bf16"), optional=True), driver)
+    flags = (*linear.AVX512, "-mavx512bf16")
+    return (
+        build.Unit("avx512", FOLDER / "avx512.cpp", flags, optional=True),
+        build.Unit("amx", FOLDER / "amx.cpp", (*flags, "-mamx-tile", "-mamx-bf16"), optional=True),
+        driver,
+    )
 
 
 def x86() -> bool:
@@ -73,7 +79,8 @@ def x86() -> bool:
 
 def headers() -> tuple[Path, ...]:
     """Return every header that the sources include."""
-    return (*sorted(FOLDER.glob("*.h")), linear.FOLDER / "threads.h", linear.FOLDER / "scratch.h")
+    shared = (linear.FOLDER / name for name in ("scratch.h", "threads.h", "tiles.h"))
+    return (*sorted(FOLDER.glob("*.h")), *shared)
 
 
 @lru_cache(maxsize=1)
@@ -85,7 +92,7 @@ def load() -> ctypes.CDLL:
     """
     wanted = os.environ.get(linear.PATH_VARIABLE) or "avx512"
     if wanted not in ("amx", "avx512"):
-        raise build.BuildError(f"{linear.PATH_VARIABLE}={wanted} is asked for, and attention has avx512 only")
+        raise build.BuildError(f"{linear.PATH_VARIABLE}={wanted} is asked for, and attention has amx and avx512 only")
     functions = linear.opened(build.library("attention", units(), headers(), linear.FLAGS))
     functions.qta_attend.argtypes = [ctypes.POINTER(Call)]
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
@@ -94,6 +101,12 @@ def load() -> ctypes.CDLL:
     if not functions.qta_supported():
         raise build.BuildError("this CPU, or the compiler, has no AVX512 with bfloat16")
     return functions
+
+
+@lru_cache(maxsize=1)
+def tiles() -> bool:
+    """Say whether AMX multiplies where there are rows enough: if this CPU has it and QTOOLKIT_CPU_PATH allows it."""
+    return os.environ.get(linear.PATH_VARIABLE, "amx") in ("", "amx") and bool(load().qta_may_use_tiles())
 
 
 @lru_cache(maxsize=1)
@@ -169,5 +182,5 @@ def described(
     return Call(
         query.data_ptr(), output.data_ptr(), keys, keys + 2 * page * dim, table.data_ptr(), starts.data_ptr(),
         lengths.data_ptr(), query.stride(0), output.stride(0), cache.stride(0), cache.stride(1), table.stride(0),
-        sequences, heads, key_heads, dim, page, scale,
+        sequences, heads, key_heads, dim, page, scale, tiles(),
     )  # fmt: skip
