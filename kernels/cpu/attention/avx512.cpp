@@ -82,12 +82,14 @@ void products(int rows, int64_t columns, const Bfloat16* a, int64_t a_stride, co
 }
 
 // 2**x to 9e-5 of its value, and 1 for 0, where rounding to bfloat16 then takes 2e-3: a minimax polynomial for the fraction.
+// Below 2**-126 it is 0: Intel's CPUs take ten times as long where results are denormal.
 __m512 exp2(__m512 x) {
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(0.07706705339f), f, _mm512_set1_ps(0.22764497878f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.69511678922f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(y, x);  // y * 2**floor(x)
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
+  return _mm512_maskz_scalef_ps(normal, y, x);  // y * 2**floor(x)
 }
 
 // One row of scores [columns], of which the first `limit` count, becomes weights 2**(score * scale - maximum), `columns` a
