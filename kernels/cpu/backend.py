@@ -178,6 +178,8 @@ def _arguments(
     """Return what ``qtk_linear`` takes."""
     width = rows.shape[1]
     k = width // 2 if gated else width
+    if k < 1:
+        raise ValueError("a layer needs inputs, and x has none")
     if gated and width % 2:
         raise ValueError(f"gate and up must have the same size; together they have {width}")
     dtype, scale_dtype = library.DTYPES.get(rows.dtype), library.SCALES.get(scales.dtype)

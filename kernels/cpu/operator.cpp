@@ -106,6 +106,7 @@ Handle run(const Tensor& x, const Tensor& weight, const Tensor& scales, const Te
   if (x.dim < 1 || x.dim > MOST_DIMS || !x.floating()) throw std::invalid_argument("x must be floating point [..., k]");
   const int64_t width = x.sizes[x.dim - 1], k = gated ? width / 2 : width, panels = (n + PANEL - 1) / PANEL, steps = (k + 3) / 4;
   const int64_t groups = group_size == -1 ? 1 : group_size < 4 || group_size % 4 ? -1 : (k + group_size - 1) / group_size;
+  if (k < 1) throw std::invalid_argument("a layer needs inputs, and x has none");
   if (gated && width % 2) throw std::invalid_argument("gate and up must have the same size");
   const int64_t scale_rows = scales.dtype == UINT8 ? BASE_ROWS + groups : groups;
   if (groups < 0 || !weight.is(panels, steps, STEP_BYTES) || !scales.is(panels, scale_rows, PANEL) || scales.dtype < 0 ||

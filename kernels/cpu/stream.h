@@ -2,18 +2,19 @@
 //
 // On AMD's CPUs `prefetchnta` fills L1 alone, so the stream pushes nothing out of L2. On Intel's it brings a core 6 of the 19
 // GB/s that `prefetcht0` does (Granite Rapids), so there lines go through L2, and a shorter way ahead is enough.
+// Everything has internal linkage, as in rows.h.
 #pragma once
 #include <cstdint>
 
 #if defined(__x86_64__)
 // Whether weights are brought into L1 alone.
-inline bool past_l2() {
+static inline bool past_l2() {
   static const bool amd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
   return amd;
 }
 #else
-inline bool past_l2() { return false; }
+static inline bool past_l2() { return false; }
 #endif
 
 // Bytes that a tile which is alone on its panel fetches ahead of itself.
-inline int64_t stream_ahead() { return past_l2() ? 4096 : 2048; }
+static inline int64_t stream_ahead() { return past_l2() ? 4096 : 2048; }

@@ -1,4 +1,5 @@
 // AMX: whether a process may use tile registers, and their configuration.
+// Everything has internal linkage, as in rows.h.
 #pragma once
 #include <cstdint>
 #if defined(__x86_64__)
@@ -10,7 +11,7 @@
 #endif
 
 // Whether this CPU multiplies tiles of `bit`'s type, and Linux lets this process have their registers.
-inline bool may_use_tiles(int bit) {
+static inline bool may_use_tiles(int bit) {
 #if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> bit & 1)) return false;

@@ -151,6 +151,14 @@ def test_many_rows_share_panels(path: str, group_size: int, m: int, threads: int
     assert_same_bits(ours(x, packed, scales, bias, group_size, path), expected(x, packed, scales, bias, group_size))
 
 
+def test_a_layer_without_inputs_is_refused() -> None:
+    packed, scales = layer(70, 0, -1, seed=0)
+    weight, own = backend.prepare(packed, scales, selection.Problem(0, 70, -1, torch.float32, "cpu"))
+    for run in (backend.run, torch.ops.qtoolkit.w4a8_linear_cpu):
+        with pytest.raises(ValueError, match="a layer needs inputs"):
+            run(torch.ones(3, 0), weight, own, None, 70, -1)
+
+
 def test_two_runs_give_the_same_bits() -> None:
     packed, scales = layer(320, 1024, 128, seed=11)
     x = torch.randn(33, 1024, generator=torch.Generator().manual_seed(12)).bfloat16()
