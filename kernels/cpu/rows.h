@@ -190,34 +190,14 @@ void quantize_rows(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-#if defined(__AVX512BW__)
-inline __m256i rounded(__m512 values) {  // float_to_bfloat16 of 16
-  const __m512i bits = _mm512_castps_si512(values);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i near = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, near, _mm512_set1_epi32(0x7fc0)));
-}
-#endif
-
 template <class T>
 void store_row(const Job& job, int64_t row, int64_t channel, int64_t count, const float* sums, const float* bias) {
   typename T::Storage* y = reinterpret_cast<typename T::Storage*>(job.y) + row * job.n + channel;
   const float a = job.token_scales[row];
   typename T::Storage out[PANEL];
-#if defined(__AVX512BW__)
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    for (int i = 0; i < PANEL; i += 16) {
-      __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(sums + i), _mm512_set1_ps(a));
-      if (bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias + i));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), rounded(sum));
-    }
-  } else
-#endif
   if (bias) for (int i = 0; i < PANEL; ++i) out[i] = T::store(sums[i] * a + bias[i]);
   else for (int i = 0; i < PANEL; ++i) out[i] = T::store(sums[i] * a);
-  if (count == PANEL) std::memcpy(y, out, sizeof(out));  // of a size that the compiler knows
-  else std::memcpy(y, out, size_t(count) * sizeof(out[0]));
+  std::memcpy(y, out, size_t(count) * sizeof(out[0]));
 }
 
 // One tile of rows times one panel, before the epilogue.
