@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtoolkit.calibration.compiled import answering_pass
 from qtoolkit.errors import RequestError
 from qtoolkit.vision import measure, models
 from qtoolkit.vision.context import VisionContext
@@ -28,13 +29,20 @@ class Teaching:
         teachers: networks that take what the pupil takes; none where ``share`` is 0.
         remember: keep the answers, in 40 bytes and some an image of ten classes, for when the same batch comes again:
             two teachers take as long as two thirds of a pupil's step.
+        compiled: let torch compile the teachers.
     """
 
     def __init__(
-        self, share: float, temperature: float, teachers: Sequence[nn.Module], *, remember: bool = False
+        self,
+        share: float,
+        temperature: float,
+        teachers: Sequence[nn.Module],
+        *,
+        remember: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.share, self.temperature, self.remember = share, temperature, remember
-        self.teachers = [_still(teacher) for teacher in teachers]
+        self.teachers = [answering_pass(_still(teacher), compiled=compiled) for teacher in teachers]
         self.answered: dict[bytes, Tensor] = {}
 
     @torch.no_grad()
