@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from qtoolkit.errors import NumericError
 from qtoolkit.source import Source
 from qtoolkit.stages import Block, Stream, put
 from qtoolkit.vision.matrix import Geometry
+from qtoolkit.waiting import Waiting
 
 TOKENS = 1024  # tokens that go through a block at once: bounds the memory of activations inside a block
 STREAMS = 4  # that exist at once: float and quantized, before and behind a block
@@ -26,10 +28,12 @@ class _Reached(Exception):
 
 
 @torch.inference_mode()
-def embed(skeleton: Skeleton, source: Source, tokens: Tensor, at_once: int = TOKENS) -> Stream:
+def embed(
+    skeleton: Skeleton, source: Source, tokens: Tensor, at_once: int = TOKENS, folder: Path | None = None
+) -> Stream:
     """Return what the first block receives for ``tokens`` int64 [sequences, length], with its keyword arguments.
 
-    A batch has about ``at_once`` tokens.
+    A batch has about ``at_once`` tokens. With a ``folder`` those that are not on a GPU wait on its disk.
 
     Only the embedding's rows of these tokens are loaded; everything else the decoder computes before its first block
     (positions, masks) is computed by the decoder itself, so no architecture is described twice.
@@ -44,7 +48,7 @@ def embed(skeleton: Skeleton, source: Source, tokens: Tensor, at_once: int = TOK
     with device:
         decoder.rotary_emb = type(decoder.rotary_emb)(skeleton.config)  # its tables are not stored
     waits = None if fits(tokens.numel() * embedding.weight.shape[1], device) else torch.device("cpu")
-    batches: list[Tensor] = []
+    batches: list[Tensor] | Waiting = Waiting(folder) if folder and (waits or device.type == "cpu") else []
     stream = Stream(batches, [], device=device if waits else None)
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:

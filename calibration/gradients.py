@@ -103,11 +103,21 @@ def _drawn(norm: nn.Module, head: Tensor, states: Tensor, draw: torch.Generator)
         for part, rows in zip(logits.split(trial.VOCABULARY, dim=1), head.split(trial.VOCABULARY), strict=True):
             part.copy_(halves.product(read, rows.to(read.device).T))
         odds = torch.softmax(logits, dim=-1, out=logits)
-        token = torch.multinomial(odds.cpu(), 1, generator=draw).to(odds.device)
+        token = drawn(odds, draw)
         behind = -head[token.squeeze(1).to(head.device)].to(read)
         for part, rows in zip(odds.split(trial.VOCABULARY, dim=1), head.split(trial.VOCABULARY), strict=True):
             behind += halves.product(part, rows.to(part.device))
     return torch.autograd.grad(read, leaf, behind)[0]
+
+
+def drawn(odds: Tensor, draw: torch.Generator) -> Tensor:
+    """Return a token of every row of ``odds`` [tokens, vocabulary], at random by them: int64 [tokens, 1].
+
+    One random number a row; torch.multinomial takes one for each of the odds, and eight times as long.
+    """
+    reached = odds.cumsum(dim=1)
+    level = torch.rand(len(odds), 1, generator=draw, device="cpu").to(odds) * reached[:, -1:]
+    return torch.searchsorted(reached, level, right=True).clamp_max(odds.shape[1] - 1)
 
 
 def backward(block: Block, probe: Probe, names: tuple[str, ...]) -> Iterator[tuple[Tensor, ...]]:

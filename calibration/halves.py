@@ -47,6 +47,11 @@ def halve(block: Block) -> Block:
     return block
 
 
+def dtype(layer: nn.Linear) -> torch.dtype:
+    """Return in which dtype ``layer`` multiplies: its weight may be given in that one."""
+    return torch.bfloat16 if isinstance(layer, _Halved) else torch.float32
+
+
 @cache
 def _register_attention() -> None:
     """Tell transformers of our attention, and that its masks are those of PyTorch's."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qtoolkit.calibration import triangles
+from qtoolkit.calibration import products, triangles
 from qtoolkit.stages import Block, Stream
 from qtoolkit.vision.matrix import Geometry
 
@@ -41,7 +41,8 @@ class Hessian:
         for first in range(0, k, rows):  # nothing below the diagonal: half the work
             here = slice(first, first + rows)
             part = self._matrix[here, first:]
-            part.addmm_(x[:, here].T, x[:, first:], beta=self.tokens / seen, alpha=2.0 / seen)
+            with products.over_tokens():
+                part.addmm_(x[:, here].T, x[:, first:], beta=self.tokens / seen, alpha=2.0 / seen)
         self._whole = False
         self.mean.mul_(self.tokens / seen).add_(x.sum(dim=0), alpha=1.0 / seen)
         self.tokens = seen

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from qtoolkit.calibration import products
 from qtoolkit.calibration.hessian import Hessian
 from qtoolkit.calibration.twin import Inputs
 
@@ -161,6 +162,7 @@ class Seen:
 
 def _added(total: Tensor | None, keep: float, left: Tensor, right: Tensor, share: float) -> Tensor:
     """Return ``keep * total + share * left^T right``, in the total's place."""
-    if total is None:
-        return (left.T @ right).mul_(share)
-    return total.mul_(keep).addmm_(left.T, right, alpha=share)
+    with products.over_tokens():
+        if total is None:
+            return (left.T @ right).mul_(share)
+        return total.mul_(keep).addmm_(left.T, right, alpha=share)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qtoolkit.calibration import products
 from qtoolkit.calibration.gradients import backward
 from qtoolkit.stages import Block
 
@@ -36,7 +37,8 @@ def metrics(block: Block) -> dict[str, Tensor]:
         for name, gradient in zip(names, found, strict=True):
             flat = gradient.flatten(0, -2)
             tokens[name] += len(flat)
-            part = flat.T @ flat
+            with products.over_tokens():
+                part = flat.T @ flat
             sums[name] = sums[name].add_(part) if name in sums else part
     return {name: _scaled(total, DAMPING + len(total) / tokens[name]) for name, total in sums.items()}
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtoolkit.calibration import halves
 from qtoolkit.calibration.capture import finite, quantized_activations, round_tokens
 from qtoolkit.calibration.sections import nothing, section_of, sections, without
 from qtoolkit.errors import NumericError
@@ -135,13 +136,15 @@ def let_go(layer: nn.Linear) -> None:
 def packed(layer: nn.Linear, weight: QuantizedWeight) -> Iterator[None]:
     """Inside, ``layer`` has its weight only while it computes, made of ``weight``'s codes; afterwards for good.
 
+    It is made in the dtype that the layer multiplies in, which takes half the memory where that is bfloat16.
+
     Float weights that it is given meanwhile count before that.
     """
     made: list[bool] = []
 
     def unpack(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not layer.weight.numel():
-            layer.weight.data = weight.dequantize()
+            layer.weight.data = weight.dequantize(halves.dtype(layer))
             made.append(True)
 
     def pack(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -156,7 +159,7 @@ def packed(layer: nn.Linear, weight: QuantizedWeight) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        layer.weight.data = weight.dequantize()
+        layer.weight.data = weight.dequantize(halves.dtype(layer))
 
 
 class _Reached(Exception):

@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -183,11 +183,10 @@ class Run:
             gradients = Gradients(self.skeleton, self.weights, self._block, tokens, job)
             gradients.measure()
         memory.trim()
-        stream = capture.embed(self.skeleton, self.weights, tokens)
+        stream = capture.embed(self.skeleton, self.weights, tokens, folder=job.folder)
         compared = any(getattr(transform, "reads_floats", False) for transform in self.transforms.values())
-        own = self._waiting(job, stream.batches) if compared else []  # both are overwritten on their way
+        own = _copied(stream.batches) if compared else []  # both are overwritten on their way
         floats = Stream(own, stream.kwargs, device=stream.device)
-        stream.batches = self._waiting(job, stream.batches)
         for index in range(self.blocks):
             block = self._block(self.weights, index)
             stream.floats = floats.batches if compared else []
@@ -212,12 +211,6 @@ class Run:
                 floats = capture.advance(self._block(self.weights, index), floats, spent=True)
         for name, part in self._rest().items():
             job.save(part, {name: self._stored(name)})
-
-    def _waiting(self, job: Job, batches: Sequence[Tensor]) -> list[Tensor] | Waiting:
-        """Return a copy of a stream's batches that waits for its block: on a GPU if it is there, else on the disk."""
-        if batches[0].is_cuda:
-            return [batch.clone() for batch in batches]
-        return Waiting(job.folder, batches)
 
     def assemble(self, job: Job) -> None:
         """Put the finished parts together as a checkpoint folder, in the job's staging place."""
@@ -394,6 +387,11 @@ def peak_rss_bytes() -> int:
             return int(line.split()[1]) * 1024
     unit = 1 if os.uname().sysname == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _copied(batches: list[Tensor] | Waiting) -> list[Tensor] | Waiting:
+    """Return a copy of a stream's batches, where they are: on a GPU or on the disk."""
+    return [batch.clone() for batch in batches] if isinstance(batches, list) else Waiting(batches.folder, batches)
 
 
 def _part(index: int) -> str:

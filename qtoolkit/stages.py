@@ -51,11 +51,15 @@ class QuantizedWeight:
     codes: Tensor
     scales: Tensor
 
-    def dequantize(self) -> Tensor:
-        """Return the weight the codes stand for, float32 [n, k]."""
+    def dequantize(self, dtype: Any = None) -> Tensor:
+        """Return the weight the codes stand for [n, k] in float32, or rounded to ``dtype``."""
+        import torch
+
         n, k = self.codes.shape
         groups = self.scales.shape[1]
-        return self.codes.float().view(n, groups, k // groups).mul_(self.scales.float().unsqueeze(-1)).view(n, k)
+        inside = self.scales.dtype if dtype == self.scales.dtype else torch.float32  # codes are exact in either
+        steps = self.scales.to(inside).unsqueeze(-1)
+        return self.codes.to(inside).view(n, groups, k // groups).mul_(steps).view(n, k).to(dtype or inside)
 
     @classmethod
     def joined(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:

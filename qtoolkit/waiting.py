@@ -6,8 +6,7 @@ as far as there is room.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import overload
@@ -23,19 +22,25 @@ WIDTH = 4  # bytes of a number
 class Waiting(Sequence[Tensor]):
     """Float32 batches as a list has them, each read anew from the disk when it is asked for."""
 
-    def __init__(self, folder: Path, batches: Sequence[Tensor]) -> None:
-        """Write ``batches`` to a file in ``folder``.
+    def __init__(self, folder: Path, batches: Iterable[Tensor] = ()) -> None:
+        """Write ``batches`` to a file in ``folder``; more may be appended.
 
         Raises:
             QToolkitError: the disk is full, or does not take it.
         """
         self.folder = folder
-        self.shapes = [batch.shape for batch in batches]
-        self._places = [0, *accumulate(WIDTH * batch.numel() for batch in batches)]
+        self.shapes: list[torch.Size] = []
+        self._places = [0]  # where each batch begins, and the next one will
         with disk_errors(folder):
             self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - closed with this
-        for number, batch in enumerate(batches):
-            self[number] = batch
+        for batch in batches:
+            self.append(batch)
+
+    def append(self, batch: Tensor) -> None:
+        """Write one more batch."""
+        self.shapes.append(batch.shape)
+        self._places.append(self._places[-1] + WIDTH * batch.numel())
+        self[len(self) - 1] = batch
 
     def __len__(self) -> int:
         return len(self.shapes)

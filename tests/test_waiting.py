@@ -24,6 +24,9 @@ def test_batches_come_back_as_they_were(tmp_path: Path) -> None:
     assert [each.shape for each in waiting[1:3]] == [each.shape for each in BATCHES[1:3]]
     with pytest.raises(IndexError):
         waiting[4]
+    waiting.append(BATCHES[1])
+    assert torch.equal(waiting[4], BATCHES[1])
+    assert torch.equal(waiting[3], BATCHES[3])
 
 
 def test_what_is_put_there_replaces_one_batch(tmp_path: Path) -> None:

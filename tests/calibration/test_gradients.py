@@ -57,7 +57,7 @@ def test_probes_and_metrics_are_those_of_autograd_through_the_model(tmp_path: An
         block.register_forward_hook(catch)
         block.get_submodule(LAYER).register_forward_hook(catch)
     logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))
+    drawn = gradients.drawn(logits.detach().softmax(-1), torch.Generator().manual_seed(0))
     (-logits.log_softmax(-1).gather(1, drawn).sum()).backward()
     for index in range(len(blocks)):
         keys, behind = (each.grad for each in caught[2 * index : 2 * index + 2])
@@ -75,6 +75,15 @@ def test_probes_and_metrics_are_those_of_autograd_through_the_model(tmp_path: An
         gram = flat.T @ flat
         wanted = gram / gram.diagonal().mean() + (outputs.DAMPING + len(gram) / 48) * torch.eye(len(gram))
         torch.testing.assert_close(metric.double(), wanted, rtol=0.05, atol=0.03)
+
+
+def test_tokens_are_drawn_as_often_as_their_odds_say() -> None:
+    odds = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0]).repeat(20000, 1)
+    found = gradients.drawn(odds, torch.Generator().manual_seed(0))
+    assert found.shape == (20000, 1)
+    often = torch.bincount(found.flatten(), minlength=6) / len(odds)
+    assert often[[0, 2, 5]].sum() == 0
+    torch.testing.assert_close(often, odds[0], rtol=0, atol=0.01)  # three standard deviations
 
 
 def test_a_block_without_a_probe_has_no_metric_and_only_heads_are_rounded_by_channel(tmp_path: Any) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from qtoolkit.calibration import halves
+from qtoolkit.calibration import halves, twin
 from qtoolkit.calibration.hessian import NARROW, Hessian
-from qtoolkit.stages import Block
+from qtoolkit.stages import Block, QuantizedWeight
 
 
 def block() -> Block:
@@ -41,6 +41,26 @@ def test_a_layer_given_another_weight_computes_with_it() -> None:
     layer = given.linear("wide")
     layer.weight.data = torch.zeros(192, 256)
     assert torch.equal(layer(torch.randn(3, 256)), layer.bias.expand(3, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@torch.inference_mode()
+def test_a_packed_layer_computes_as_its_float32_weight_does_and_holds_half_of_it(dtype: torch.dtype) -> None:
+    given, x = halves.halve(block()), torch.randn(50, 256)
+    layer = given.linear("wide")
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (192, 256), generator=draw, dtype=torch.int8)
+    weight = QuantizedWeight(codes, (torch.rand(192, 2, generator=draw) / 50).to(dtype))
+    layer.weight.data = weight.dequantize()
+    wanted = layer(x)
+    with twin.packed(layer, weight):
+        assert not layer.weight.numel()
+        assert torch.equal(layer(x), wanted)
+        assert not layer.weight.numel()
+    assert layer.weight.dtype == torch.bfloat16
+    assert torch.equal(layer(x), wanted)
+    router = given.linear("router")
+    assert halves.dtype(router) == torch.float32
 
 
 def attending(config: LlamaConfig) -> tuple[Block, Callable[[Tensor], Tensor]]:
