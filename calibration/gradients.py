@@ -48,14 +48,15 @@ class Gradients:
     ) -> None:
         """Take sequences from all of ``tokens`` int64 [sequences, length]; ``load`` gives block i of a source."""
         self.skeleton, self.source, self.load, self.store = skeleton, source, load, store
-        self.start = capture.embed(skeleton, source, tokens[:: -(-tokens.numel() // TOKENS)], at_once=AT_ONCE)
+        start = capture.embed(skeleton, source, tokens[:: -(-tokens.numel() // TOKENS)], at_once=AT_ONCE)
+        self.kwargs, self._batches = start.kwargs, list(start.batches)
 
     def measure(self) -> None:
         """Run forward and backward once, unless a run before this one has."""
         count = len(self.skeleton.blocks)
+        stream, self._batches = Stream(self._batches, self.kwargs, device=self.skeleton.device), []
         if self.store.has(_behind(0)):
             return
-        stream = self.start
         for index in range(count):
             self._save(_before(index), stream.batches)
             stream = capture.advance(self.load(self.source, index), stream, spent=True)
@@ -67,7 +68,7 @@ class Gradients:
 
     def probe(self, index: int) -> Probe:
         """Return the probe of block ``index``."""
-        stream = Stream(self._read(_before(index)), self.start.kwargs, device=self.skeleton.device)
+        stream = Stream(self._read(_before(index)), self.kwargs, device=self.skeleton.device)
         return Probe(stream, self._read(_behind(index)))
 
     def _save(self, part: str, batches: Iterable[Tensor]) -> None:

@@ -41,7 +41,7 @@ class Hessian:
         for first in range(0, k, rows):  # nothing below the diagonal: half the work
             here = slice(first, first + rows)
             part = self._matrix[here, first:]
-            with products.over_tokens():
+            with products.rough():
                 part.addmm_(x[:, here].T, x[:, first:], beta=self.tokens / seen, alpha=2.0 / seen)
         self._whole = False
         self.mean.mul_(self.tokens / seen).add_(x.sum(dim=0), alpha=1.0 / seen)

@@ -48,7 +48,8 @@ class Moments:
         """Return what is summed of tokens beside their inputs: lack of the outputs, or of the inputs, and the drift."""
         lack = wanted - x
         if self.whole:
-            lack = torch.cat([lack @ weight.T for weight in self.weights], dim=1)
+            with products.rough():
+                lack = torch.cat([lack @ weight.T for weight in self.weights], dim=1)
             return (lack if drift is None else lack.add_(drift)), None
         return lack, drift
 
@@ -105,15 +106,17 @@ class HeldOut:
         weights = self.moments.weights
         weight, first = weights[index], sum(len(each) for each in weights[:index])
         found = rows.new_zeros(len(rows), weight.shape[1])
-        for x, lack, drift in self.batches():
-            outputs = lack[:, first : first + len(weight)] if self.moments.whole else lack @ weight.T
-            outputs = outputs if drift is None else outputs + drift
-            found.addmm_((outputs @ rows.T).T, x, alpha=2.0 / self.tokens)
+        with products.rough():
+            for x, lack, drift in self.batches():
+                outputs = lack[:, first : first + len(weight)] if self.moments.whole else lack @ weight.T
+                outputs = outputs if drift is None else outputs + drift
+                found.addmm_((outputs @ rows.T).T, x, alpha=2.0 / self.tokens)
         return found
 
     def bend(self, step: Tensor) -> float:
         """Return tr(S H S^T) for a step S [m, k] and the Hessian H of these inputs."""
-        return 2.0 / self.tokens * sum(float((x @ step.T).square_().sum()) for x, _, _ in self.batches())
+        with products.rough():
+            return 2.0 / self.tokens * sum(float((x @ step.T).square_().sum()) for x, _, _ in self.batches())
 
     def hand_over(self) -> None:
         """Add these tokens to the moments; they are gone here afterwards."""
@@ -162,7 +165,7 @@ class Seen:
 
 def _added(total: Tensor | None, keep: float, left: Tensor, right: Tensor, share: float) -> Tensor:
     """Return ``keep * total + share * left^T right``, in the total's place."""
-    with products.over_tokens():
+    with products.rough():
         if total is None:
             return (left.T @ right).mul_(share)
         return total.mul_(keep).addmm_(left.T, right, alpha=share)

@@ -37,7 +37,7 @@ def metrics(block: Block) -> dict[str, Tensor]:
         for name, gradient in zip(names, found, strict=True):
             flat = gradient.flatten(0, -2)
             tokens[name] += len(flat)
-            with products.over_tokens():
+            with products.rough():
                 part = flat.T @ flat
             sums[name] = sums[name].add_(part) if name in sums else part
     return {name: _scaled(total, DAMPING + len(total) / tokens[name]) for name, total in sums.items()}

@@ -3,7 +3,7 @@
 PyTorch asks oneDNN only where products may be less precise than float32. oneDNN makes use of that on CPUs with units
 for it (AMX), whose products of factors rounded to bfloat16 take a third of the time; on the others its float32 products
 are what they were, at twice the speed (Zen 5, AVX-512). Which it is shows in a product. Rounded factors are good enough
-for sums over thousands of tokens, and only for those: the rest stays exact.
+for sums over thousands of tokens and for what only makes a choice; the rest stays exact.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _rounds = ContextVar("_rounds", default=False)  # whether oneDNN's products are 
 def fast(device: torch.device, width: int) -> Iterator[None]:
     """Inside, float32 products on a CPU are oneDNN's, if these are exact here and nobody has asked for others.
 
-    Where they are not, only those are that run ``over_tokens``.
-    ``width`` is that of the model's hidden states; below ``WIDE`` exact products are PyTorch's own.
+    Where they are not, only those are that may be ``rough``.
+    ``width`` is that of the model's hidden states; below ``WIDE`` nothing changes.
     """
-    if device.type != "cpu" or _precision() != EXACT:
+    if device.type != "cpu" or width < WIDE or _precision() != EXACT:
         yield
         return
     torch.set_float32_matmul_precision(RELAXED)
     rounds = _rounds.set(not exact())
     try:
-        if _rounds.get() or width < WIDE:
+        if _rounds.get():
             torch.set_float32_matmul_precision(EXACT)
         yield
     finally:
@@ -44,10 +44,11 @@ def fast(device: torch.device, width: int) -> Iterator[None]:
 
 
 @contextmanager
-def over_tokens() -> Iterator[None]:
-    """Inside, products sum over many tokens: factors may be rounded to bfloat16, the sum stays in float32.
+def rough() -> Iterator[None]:
+    """Inside, factors may be rounded to bfloat16, where ``fast`` has found that to be quicker; sums stay in float32.
 
-    Rounding is 0.2 % of a factor and has no direction, so it averages out; a Gram matrix stays one.
+    Rounding is 0.2 % of a factor at most and has no direction, so over many tokens it averages out; a Gram matrix stays
+    one.
     """
     if not _rounds.get():
         yield

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.architecture import Skeleton
-from qtoolkit.calibration import capture
+from qtoolkit.calibration import capture, halves
 from qtoolkit.source import Source
 from qtoolkit.stages import Block, Stream
 
@@ -77,19 +77,23 @@ def divergence(skeleton: Skeleton, source: Source, truth: Stream, streams: Mappi
 
 
 def _divergence(head: Tensor, before: Tensor, hidden: Mapping[K, Tensor]) -> dict[K, float]:
-    """Return the sum over tokens for what the head reads, float32 [tokens, hidden] each."""
+    """Return the sum over tokens for what the head reads, float32 [tokens, hidden] each.
+
+    Logits may be rough, because their differences are computed from those of the states: what is rounded is a part of
+    the difference, and the truth is the same for all.
+    """
     bottom = before.new_full(before.shape[:1], -torch.inf)
     lse_p, lse_q = bottom, dict.fromkeys(hidden, bottom)
     gap = {key: torch.zeros_like(bottom) for key in hidden}  # sum of p (zp - zq), by the p of the rows seen so far
     for rows in head.split(VOCABULARY):
-        weight = rows.to(before).T
-        zp = before @ weight  # [tokens, rows]
+        weight = rows.to(before.device).T
+        zp = halves.product(before, weight)  # [tokens, rows]
         seen = torch.logaddexp(lse_p, zp.logsumexp(dim=-1))
         p = (zp - seen.unsqueeze(-1)).exp()
         for key, states in hidden.items():
-            zq = states @ weight
-            gap[key] = gap[key] * (lse_p - seen).exp() + (p * (zp - zq)).sum(dim=-1)
-            lse_q[key] = torch.logaddexp(lse_q[key], zq.logsumexp(dim=-1))
+            apart = halves.product(states - before, weight)  # zq - zp
+            gap[key] = gap[key] * (lse_p - seen).exp() - (p * apart).sum(dim=-1)
+            lse_q[key] = torch.logaddexp(lse_q[key], apart.add_(zp).logsumexp(dim=-1))
         lse_p = seen
     return {key: float((gap[key] - lse_p + lse_q[key]).sum()) for key in hidden}
 

@@ -46,7 +46,6 @@ class Inputs:
         return Inputs(self.seen[rows].clone(), self.served[rows].clone(), self.wanted[rows].clone(), drift)
 
 
-@torch.inference_mode()
 def inputs(
     block: Block,
     name: str,
@@ -86,26 +85,28 @@ def inputs(
     zeros: dict[str, Any] = {}
     exacts = stream.floats or stream.batches
     for number, ((hidden, kwargs), exact) in enumerate(zip(stream.calls(), exacts, strict=True)):
-        with quantized_activations(block, bits), without(block, stream.way.passed):
-            found = _reach(block, name, norm, hidden, kwargs, watched=modules if onwards else [])
-        seen, carried = found.seen, found.carried
-        if onwards:
-            assert carried is not None
-            put(stream.batches, number, carried)
-            zeros = {module: found.zeros[module] for module in modules[:place]}
-        served = round_tokens(seen, bits)
-        if not both:
-            yield Inputs(seen, served, seen, None)
-            continue
-        with weights(block, originals), without(block, stream.floats_way.passed):
-            right = _reach(block, name, norm, exact.to(hidden), kwargs, behind, modules if through else [])
-        lack = right.carried - carried if drifts and right.carried is not None and carried is not None else None
-        if through:
-            assert right.behind is not None
-            put(stream.floats, number, right.behind)
-            passed = {module: right.zeros[module] for module in modules[: place + 1]}
-        made = Inputs(seen, served, right.seen, None if lack is None else lack.flatten(0, -2))
-        del seen, served, carried, found, right, lack  # nobody but the caller keeps them through the next batch
+        with torch.inference_mode():  # as a decorator it would keep a batch until the next is there
+            with quantized_activations(block, bits), without(block, stream.way.passed):
+                found = _reach(block, name, norm, hidden, kwargs, watched=modules if onwards else [])
+            seen, carried = found.seen, found.carried
+            if onwards:
+                assert carried is not None
+                put(stream.batches, number, carried)
+                zeros = {module: found.zeros[module] for module in modules[:place]}
+            served = round_tokens(seen, bits)
+            if both:
+                with weights(block, originals), without(block, stream.floats_way.passed):
+                    right = _reach(block, name, norm, exact.to(hidden), kwargs, behind, modules if through else [])
+                lack = right.carried - carried if drifts and right.carried is not None and carried is not None else None
+                if through:
+                    assert right.behind is not None
+                    put(stream.floats, number, right.behind)
+                    passed = {module: right.zeros[module] for module in modules[: place + 1]}
+                made = Inputs(seen, served, right.seen, None if lack is None else lack.flatten(0, -2))
+                del right, lack
+            else:
+                made = Inputs(seen, served, seen, None)
+        del seen, served, carried, found, hidden, exact  # nobody but the caller keeps them through the next batch
         yield made
         del made
     if onwards:

@@ -38,7 +38,7 @@ def test_divergence_in_parts_of_the_vocabulary_is_the_exact_one(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     with torch.inference_mode():
         p, q = (model.lm_head(model.model.norm(torch.cat(s.batches).double())).log_softmax(-1) for s in (stream, other))
-    assert found["other"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert found["other"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=2e-3)  # bfloat16
     assert abs(found["same"]) < 1e-6
 
 

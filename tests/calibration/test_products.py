@@ -28,21 +28,21 @@ def test_products_that_are_not_exact_are_not_taken(monkeypatch: pytest.MonkeyPat
 
 
 def test_sums_over_tokens_may_round_where_other_products_must_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    with products.over_tokens():
+    with products.rough():
         assert torch.get_float32_matmul_precision() == "highest"  # nobody has asked for speed
     monkeypatch.setattr(products, "exact", lambda: False)
-    with products.fast(CPU, 64):
-        with products.over_tokens():
+    with products.fast(CPU, products.WIDE):
+        with products.rough():
             assert torch.get_float32_matmul_precision() == "medium"
         assert torch.get_float32_matmul_precision() == "highest"
-    with products.over_tokens():
+    with products.rough():
         assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_sum_over_tokens_stays_near_the_exact_one_and_positive() -> None:
     x = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0)) @ torch.rand(256, 256)
     wanted = x.double().T @ x.double()
-    with products.fast(CPU, 256), products.over_tokens():
+    with products.fast(CPU, products.WIDE), products.rough():
         found = (x.T @ x).double()
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
     assert torch.linalg.eigvalsh(found).min() > 0
