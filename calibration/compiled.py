@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor
 from torch.func import functional_call
 
 from qtoolkit.errors import RequestError, said
@@ -41,6 +40,8 @@ def answering_pass(network: nn.Module, *, compiled: bool) -> Callable[[Tensor], 
     """
     if not compiled:
         return network
+    from torch._inductor import config as inductor  # takes a second
+
     call = _told(torch.compile(network))
 
     def answers(x: Tensor) -> Tensor:

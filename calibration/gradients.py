@@ -114,7 +114,7 @@ def _drawn(norm: nn.Module, head: Tensor, states: Tensor, draw: torch.Generator)
 def drawn(odds: Tensor, draw: torch.Generator) -> Tensor:
     """Return a token of every row of ``odds`` [tokens, vocabulary], at random by them: int64 [tokens, 1].
 
-    One random number a row; torch.multinomial takes one for each of the odds, and eight times as long.
+    One random number a row: torch.multinomial takes one for each of the odds, which is most of its time.
     """
     reached = odds.cumsum(dim=1)
     level = torch.rand(len(odds), 1, generator=draw, device="cpu").to(odds) * reached[:, -1:]
