@@ -101,4 +101,5 @@ def test_few_sequences_of_a_long_text_are_probed(tmp_path: Any, monkeypatch: pyt
     monkeypatch.setattr(gradients, "AT_ONCE", 32)
     tokens = torch.randint(2, 250, (16, 16), generator=torch.Generator().manual_seed(1))
     found = gradients.Gradients(skeleton, source, lambda s, i: skeleton.block(i, s), tokens, Memory())
-    assert [tuple(batch.shape[:2]) for batch in found.start.batches] == [(2, 16), (2, 16)]
+    found.measure()
+    assert found.probe(0).stream.shapes() == [(2, 16), (2, 16)]
