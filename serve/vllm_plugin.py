@@ -25,6 +25,7 @@ def register() -> None:
     from qtoolkit.serve.vllm_gate import register_gate
     from qtoolkit.serve.vllm_graphs import name_graphs
     from qtoolkit.serve.vllm_head import register_head
+    from qtoolkit.serve.vllm_int8 import register_int8
     from qtoolkit.serve.vllm_kernel import place_first
     from qtoolkit.serve.vllm_qqq import register_qqq
     from qtoolkit.serve.vllm_report import report_after_loading
@@ -37,6 +38,7 @@ def register() -> None:
         register_head()
         register_gate()
         register_experts()
+        register_int8()
         register_attention()
         if steps() is Steps.REPEATED and current_platform.is_cpu():
             from qtoolkit.serve.vllm_repeat import repeat_steps  # names much of torch and vLLM: only where it is wanted

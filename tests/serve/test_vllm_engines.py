@@ -362,6 +362,8 @@ def test_int8_and_float_layers_beside_int4_run_with_and_without_the_plugin(
     plugins: str, float_model: Path, tokens: list[int], tmp_path: Path
 ) -> None:
     """A size budget makes such checkpoints: vLLM's own W8A8 runs what is int8."""
+    if not plugins and torch.cpu._is_amx_tile_supported():
+        pytest.skip("stock vLLM's int8 operator for AMX ends the process in float16")
     folder = tmp_path / "mixed"
     changes = {"calibration.samples": 2, "calibration.length": 32, "budget.bits": 7.0}
     qtoolkit.quantize(float_model, "rtn", folder, changes=changes)
