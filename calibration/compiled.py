@@ -1,7 +1,7 @@
 """Networks in training, compiled by torch: batch norms, activations and sums of a pass are computed where they meet.
 
 Of a step of ResNet-20 on a CPU more than half is spent on reading and writing what lies between convolutions. Compiling
-takes half a minute, so it is for trainings that take several.
+takes up to half a minute, so it is for trainings that take several.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class RecoverOptions(Options):
     augment: bool = Field(True, description="random shifts and mirroring as the architecture says")
     views: int = Field(0, ge=0, description="epochs after which images, with teachers' answers, come again; 0: never")
     bfloat16: bool = Field(False, description="multiply in bfloat16: twice as fast where the processor can")
-    compile: bool = Field(False, description="torch.compile pupil and teachers: takes half a minute, saves more")
+    compile: bool = Field(False, description="torch.compile pupil and teachers: takes up to half a minute, saves more")
 
 
 class Recover:

@@ -1,7 +1,7 @@
 """vLLM's int8 layers on CPUs with AMX in other dtypes than bfloat16: its operator for AMX ends the process there.
 
 Seen with vLLM 0.32: ``int8_scaled_mm_with_quant`` knows no float16 and no float32. oneDNN's operator, which vLLM takes
-on other CPUs, knows both and uses AMX, too.
+on other CPUs, knows both.
 """
 
 from __future__ import annotations
