@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtoolkit import columns, memory
-from qtoolkit.calibration import chained, folded, grid, losses, outputs, rows, starts, triangles, twin
+from qtoolkit.calibration import chained, folded, grid, losses, outputs, products, rows, starts, triangles, twin
 from qtoolkit.calibration.hessian import Hessian, shared_inputs
 from qtoolkit.calibration.moments import Seen
 from qtoolkit.calibration.options import Options
@@ -132,6 +132,9 @@ class Compensate:
                 del aim, gap
                 stack.enter_context(twin.packed(block.linear(name), quantized))
             del solved, hessian
+            needed = {name for names in waiting.values() for name in names}
+            for name in [each for each in originals if each not in needed and twin.left_behind(stream, each)]:
+                del originals[name]
         return report
 
     def _aims(self, seen: Seen) -> list[tuple[Tensor, Choice]]:
@@ -201,13 +204,14 @@ class Solved:
         rounds = self.options.refine
         orders, stretches = starts.count(weight.shape[0], weight.shape[1], self.options.starts)
         sweeps = [partial(round_in_order, *each, scheme) for each in self._orders(orders)]
-        with self.hessian.under(self.damping) as matrix:
+        with self.hessian.under(self.damping) as matrix, products.rough():
             refit = starts.affordable(*weight.shape) > 1
             begin = partial(
                 starts.best, matrix=matrix, scheme=scheme, sweeps=sweeps, stretches=stretches, fold=fold, refit=refit
             )
             if metric is None:
-                both = zip(weight.split(ROWS), scales.split(ROWS), strict=True)
+                rows_each = even(len(weight), ROWS)
+                both = zip(weight.split(rows_each), scales.split(rows_each), strict=True)
                 return QuantizedWeight.joined([begin(*part, rounds=rounds) for part in both])
             once = partial(begin, rounds=min(rounds, 1))  # every part is refined once more below
             found = rows.rounded(weight, metric, several, scales, once)
@@ -263,6 +267,14 @@ class Solved:
         mix = combinations(len(weight), REPORTED).to(weight)
         lost, total = (((each @ self.matrix) * each).sum() for each in (mix @ gap, mix @ weight))
         return float(lost / total) if total > 0 else 0.0
+
+
+def even(n: int, most: int) -> int:
+    """Return the rows of a part, ``most`` at most, where possible so that n of them make equal parts.
+
+    oneDNN makes code for every size of a product.
+    """
+    return next((part for part in range(most, most // 2, -1) if n % part == 0), most) if n > most else n
 
 
 def round_in_order(order: Tensor, factor: Tensor, scheme: Scheme, weight: Tensor, scales: Tensor) -> Tensor:

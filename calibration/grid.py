@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qtoolkit import nearest
+from qtoolkit.nearest import SMALLEST, TOGETHER
 from qtoolkit.scheme import Scheme
 
 SHRINK = tuple(1 - step / 40 for step in range(0, 25, 3))  # scale candidates: 1.0 down to 0.4 of absmax / 7
 NEAR = (-1 / 40, 1 / 40)  # from the best of them: two more are tried, which finds what 25 in a row would
-TOGETHER = 1 << 17  # weights whose scales are searched together: they stay in the cache
-SMALLEST = 2.0**-24  # the smallest float16 subnormal: a group of zeros needs some scale that every dtype can hold
 
 
 def groups(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -45,6 +45,9 @@ def searched_scales(
     Returns:
         [n, groups] in ``dtype``.
     """
+    if rounding is None:
+        full = minmax_scales(weight, scheme, torch.float32)
+        return _best(full, dtype, lambda scales: nearest.errors(weight, importance, scales, scheme.code_range))
     matter = importance.view(scheme.groups(weight.shape[1]), -1)  # [groups, size]
     some = weight.split(max(1, TOGETHER // weight.shape[1]))
     return torch.cat([_searched(part, matter, scheme, dtype, rounding) for part in some])
@@ -55,33 +58,29 @@ def _searched(
     matter: Tensor,
     scheme: Scheme,
     dtype: torch.dtype,
-    rounding: Callable[[Tensor, Tensor], Tensor] | None,
+    rounding: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     grouped = groups(weight, scheme)
-    full = minmax_scales(weight, scheme, torch.float32)
-    best = torch.full_like(full, torch.inf)
-    chosen, place = full.to(dtype), torch.ones_like(full)
 
-    def judge(shrink: Tensor | float) -> None:
-        nonlocal best, chosen, place
-        scales = (full * shrink).clamp_min(SMALLEST).to(dtype)
-        step = scales.float().unsqueeze(-1)
-        if rounding is None:
-            rounded = (grouped / step).round_().clamp_(*scheme.code_range).mul_(step)
-        else:
-            rounded = rounding(grouped, step)
-        error = rounded.sub_(grouped).square_().mul_(matter).sum(dim=-1)
-        better = error < best
-        best = torch.where(better, error, best)
-        chosen = torch.where(better, scales, chosen)
-        place = torch.where(better, shrink, place)
+    def errors(scales: Tensor) -> Tensor:
+        made = [rounding(grouped, step.unsqueeze(-1)).sub_(grouped) for step in scales.unbind(-1)]
+        return torch.stack([gap.square_().mul_(matter).sum(dim=-1) for gap in made], dim=-1)
 
-    for shrink in SHRINK:
-        judge(shrink)
-    around = place
-    for offset in NEAR:
-        judge((around + offset).clamp_max(1.0))
-    return chosen
+    return _best(minmax_scales(weight, scheme, torch.float32), dtype, errors)
+
+
+def _best(full: Tensor, dtype: torch.dtype, errors: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return, in ``dtype``, the candidates with the least of the ``errors`` that scales [n, groups, trials] have."""
+
+    def tried(shrink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scales = (full.unsqueeze(-1) * shrink).clamp_min(SMALLEST).to(dtype)
+        error, least = errors(scales.float()).min(dim=-1, keepdim=True)
+        places = shrink.expand_as(scales).gather(-1, least)
+        return error, scales.gather(-1, least), places
+
+    error, chosen, place = tried(torch.tensor(SHRINK, device=full.device))
+    nearby, other, _ = tried((place + torch.tensor(NEAR, device=full.device)).clamp_max(1.0))
+    return torch.where(nearby < error, other, chosen).squeeze(-1)
 
 
 def stiffness(weight: Tensor, importance: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
@@ -103,15 +102,10 @@ def to_codes(weight: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
     )
 
 
-def rounded(weight: Tensor, scheme: Scheme, times: Tensor | None = None) -> Tensor:
+def rounded(weight: Tensor, scheme: Scheme, times: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return weight [n, k], its inputs multiplied with ``times`` [k] first, after min-max rounding to the nearest code.
 
-    A search can afford this often: parts of the rows go by in the cache.
+    It comes in ``dtype``, float32 or bfloat16.
     """
-    made = torch.empty_like(weight)
-    some = max(1, TOGETHER // weight.shape[1])
-    for part, to in zip(weight.split(some), made.split(some), strict=True):
-        torch.mul(part, 1.0 if times is None else times, out=to)
-        step = minmax_scales(to, scheme, torch.float32).unsqueeze(-1)
-        groups(to, scheme).div_(step).round_().clamp_(*scheme.code_range).mul_(step)
-    return made
+    size = weight.shape[1] // scheme.groups(weight.shape[1])
+    return nearest.rounded(weight, size, scheme.code_range, times, dtype)

@@ -12,7 +12,7 @@ from qtoolkit.calibration.hessian import Hessian
 from qtoolkit.calibration.twin import Inputs
 
 HELD_OUT = 4  # the last token in so many of every batch checks what the others were fitted to
-CHECKED = 4096  # tokens held out at most, or as many as the layer has inputs: they are kept as they are
+CHECKED = 4096  # tokens held out at most: they are kept as they are
 SAMPLE = 128  # held-out tokens kept in float, to split the error into its parts
 
 
@@ -80,7 +80,7 @@ class Moments:
 
 
 class HeldOut:
-    """Tokens held out, as they are: inputs as int8 with a scale each, what they lack in float32."""
+    """Tokens held out, as they are: inputs as int8 with a scale each, what they lack in bfloat16."""
 
     def __init__(self, moments: Moments) -> None:
         """Take the moments that these tokens check and then join."""
@@ -93,13 +93,13 @@ class HeldOut:
         scale = (x.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(x.dtype).tiny)
         lack, drift = self.moments.lack(x, wanted, drift)
         codes = (x / scale).round_().to(torch.int8)
-        self._parts.append((codes, scale, lack, None if drift is None else drift.clone()))
+        self._parts.append((codes, scale, lack.bfloat16(), None if drift is None else drift.bfloat16()))
         self.tokens += len(x)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield inputs, what they lack, and the drift, in float32."""
         for codes, scale, lack, drift in self._parts:
-            yield codes * scale, lack, drift
+            yield codes * scale, lack.float(), None if drift is None else drift.float()
 
     def pull(self, index: int, rows: Tensor) -> Tensor:
         """Return what ``Moments.pull`` does, for combinations ``rows`` [m, n] of a layer's outputs: [m, k]."""
@@ -143,12 +143,11 @@ class Seen:
         self.fit = Moments(weights, shrinkage)
         self.check = HeldOut(self.fit)
         self.sample: Inputs | None = None
-        most = max(CHECKED, weights[0].shape[1])
         for part in batches:
             count = len(part.served)
             if not lacking and count:
                 self.fit.hessian.update(part.served)
-            cut = count - min(count // HELD_OUT, count * most // max(tokens, count))
+            cut = count - min(count // HELD_OUT, count * CHECKED // max(tokens, count))
             for moments, rows in ((self.fit, slice(0, cut)), (self.check, slice(cut, None))):
                 if lacking and len(part.served[rows]):
                     drift = None if part.drift is None else part.drift[rows]

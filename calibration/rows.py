@@ -34,7 +34,9 @@ def parts(n: int, k: int, head_dim: int = 0, device: torch.device | None = None)
     These two turn together in rotary embeddings, which leaves little coupling between them on the mean over places.
     """
     count = -(-head_dim // 2) or min(PARTS, -(-n // ROWS))
-    count = min(count, max(2, STEPS // k))
+    if count > max(2, STEPS // k):
+        count = max(2, STEPS // k)
+        count = next((fewer for fewer in range(count, count // 2, -1) if n % fewer == 0), count)  # of one size
     return [torch.arange(first, n, count, device=device) for first in range(count)]
 
 

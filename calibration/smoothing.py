@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qtoolkit.calibration import grid
+from qtoolkit.calibration import grid, halves
 from qtoolkit.calibration.capture import layer_inputs, round_tokens
 from qtoolkit.calibration.options import Options
 from qtoolkit.stages import Block, ChannelGroup, Context, Stream
@@ -198,7 +198,7 @@ def smoothed_and_rounded(block: Block, group: ChannelGroup, scales: Tensor, cont
             layer = block.linear(name)
             original = layer.weight.data
             stack.callback(setattr, layer.weight, "data", original)
-            layer.weight.data = grid.rounded(original, context.scheme, scales)
+            layer.weight.data = grid.rounded(original, context.scheme, scales, halves.dtype(layer))
             hook = layer.register_forward_pre_hook(lambda module, args: (round_tokens(args[0] / scales, bits),))
             stack.callback(hook.remove)
         yield

@@ -128,6 +128,11 @@ def weights(block: Block, given: Mapping[str, Tensor]) -> Iterator[None]:
             block.linear(name).weight.data = weight
 
 
+def left_behind(stream: Stream, name: str) -> bool:
+    """Tell whether the float network has passed the layer ``name``: its weight is not asked for again there."""
+    return any(name.startswith(f"{module}.") for module in stream.floats_way.passed)
+
+
 def let_go(layer: nn.Linear) -> None:
     """Take the layer's weight away: it gets another before it computes again."""
     layer.weight.data = torch.empty(0, device=layer.weight.device)

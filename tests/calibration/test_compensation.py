@@ -142,3 +142,7 @@ def test_a_zero_weight_gets_zero_codes_and_a_scale_that_float16_holds() -> None:
 def test_an_unknown_option_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(RequestError, match="damping"):
         read(CompensateOptions, "gptq", {"dampin": 1})
+
+
+def test_rows_are_split_into_like_parts_where_there_are_some() -> None:
+    assert [compensation.even(n, 1024) for n in (7, 1024, 2048, 5632, 14336, 2053)] == [7, 1024, 1024, 704, 1024, 1024]

@@ -59,6 +59,8 @@ def test_every_row_is_in_one_part_and_a_part_takes_channels_of_every_head() -> N
 
 def test_layers_with_many_inputs_have_fewer_parts() -> None:
     assert [len(rows.parts(4096, k, 128)) for k in (256, 1024, 4096, 11008, 1 << 20)] == [64, 32, 8, 2, 2]
+    assert {len(part) for part in rows.parts(2048, 5632)} == {512}  # four like ones, where five would do
+    assert len(rows.parts(2053, 5632)) == 5  # a prime
 
 
 def test_refining_never_raises_the_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,13 @@ def test_a_stream_that_moves_ends_where_one_does_that_starts_anew_for_every_laye
     assert torch.equal(*behind)
 
 
+def test_the_float_network_lets_go_of_the_parts_that_it_has_passed() -> None:
+    stream = Stream([], {}, floats_way=Way(True, passed={"self_attn": torch.zeros(1)}))
+    assert twin.left_behind(stream, "self_attn.q_proj")
+    assert not any(twin.left_behind(stream, name) for name in ("self_attn_2.q_proj", "mlp.down_proj"))
+    assert not twin.left_behind(Stream([], {}), "self_attn.q_proj")
+
+
 def test_finite_sees_every_nan_and_inf_and_takes_no_tokens() -> None:
     good = torch.randn(7, 5)
     assert capture.finite(good)

@@ -1,7 +1,7 @@
-// Runs the rounding loops on random blocks in vectors of exactly the size that they say.
+// Runs the rounding loops on random blocks and weights in vectors of exactly the size that they say.
 //
 // Compiled with AddressSanitizer and UndefinedBehaviorSanitizer. Every code must be in range, and what is left of an
-// entry must be less than half a step unless its code is at an end.
+// entry must be less than half a step unless its code is at an end; in absmax scaling none is.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +14,8 @@ const char* qtr_path_name(int path);
 int qtr_path_supported(int path);
 void qtr_round(int path, const Rounding* job);
 void qtr_descend(int path, const Descent* job);
+void qtr_nearest(int path, const Nearest* job);
+void qtr_trials(int path, const Trials* job);
 }
 
 namespace {
@@ -60,11 +62,36 @@ void run(int path) {
   }
 }
 
+void run_grid(int path) {
+  const int64_t n = 1 + upto(20), size = 1 + upto(70), k = size * (1 + upto(4)), stride = k + upto(9), groups = k / size;
+  const std::vector<float> weight = numbers((n - 1) * stride + k), times(size_t(k), 2.0f), matter(size_t(k), 1.0f);
+  const Grid grid{weight.data(), n, k, stride, size, -8.0f, 7.0f};
+  std::vector<float> made(size_t(n * k), 100.0f);
+  std::vector<uint16_t> halves(size_t(n * k), 0);
+  const bool some = upto(1);
+  const Nearest nearest{grid, some ? times.data() : nullptr, 1e-7f, 0, made.data()};
+  const Nearest shorter{grid, nullptr, 1e-7f, 1, halves.data()};
+  qtr_nearest(path, &nearest);
+  qtr_nearest(path, &shorter);
+  for (int64_t row = 0; row < n; ++row)
+    for (int64_t i = 0; i < k; ++i)  // the largest has code 7: half a step is a 14th of at most 2
+      expect(std::fabs(made[size_t(row * k + i)] - weight[size_t(row * stride + i)] * (some ? 2.0f : 1.0f)) < 0.144f);
+  const int64_t count = 1 + upto(MOST_TRIALS - 1);
+  const std::vector<float> scales(size_t(n * groups * count), 0.25f);
+  std::vector<float> errors(scales.size(), -1.0f);
+  const Trials trials{grid, matter.data(), scales.data(), count, errors.data()};
+  qtr_trials(path, &trials);
+  for (const float each : errors) expect(each >= 0.0f && each <= float(size) * 0.0157f);  // codes end at 1.75
+}
+
 }  // namespace
 
 int main() {
   int runs = 0;
   for (int path = 0; qtr_path_name(path); ++path)
-    for (int i = 0; qtr_path_supported(path) && i < 50; ++i, ++runs) run(path);
+    for (int i = 0; qtr_path_supported(path) && i < 50; ++i, ++runs) {
+      run(path);
+      run_grid(path);
+    }
   std::printf("%d runs\n", runs);
 }

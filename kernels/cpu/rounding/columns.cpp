@@ -1,19 +1,11 @@
 // One tile of outputs through a block of columns. Compiled once for each instruction set; vectors are the compiler's.
 #include <cstring>
 #include "job.h"
+#include "vectors.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int64_t WIDTH = 16;
-#elif defined(__AVX__)
-constexpr int64_t WIDTH = 8;
-#else
-constexpr int64_t WIDTH = 4;
-#endif
-typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
 constexpr int64_t VECTORS = LANES / WIDTH, HELD = 4;  // vectors of a tile, and of it in registers
-constexpr float HALFWAY = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to nearest even
 
 struct Tile {
   Vector parts[VECTORS];
@@ -31,14 +23,6 @@ Tile read(const float* from, int64_t count, float rest = 0.0f) {
 }
 
 void write(const Tile& tile, float* to, int64_t count) { std::memcpy(to, &tile, size_t(count) * sizeof(float)); }
-
-// The nearest whole number within the range; low for NaN.
-Vector code(Vector value, float low, float high) {
-  const Vector least = Vector{} + low, most = Vector{} + high;
-  value = value > least ? value : least;
-  value = value < most ? value : most;
-  return (value + HALFWAY) - HALFWAY;
-}
 
 // What columns 0..j leave to column j.
 Tile carried(Tile value, const float* spread, const Tile* left, int64_t j) {
@@ -93,5 +77,5 @@ void descend(const Descent& job, int64_t first, int64_t count) {
 
 }  // namespace
 
-extern const RoundingPath ROUNDING_PATH;
-const RoundingPath ROUNDING_PATH = {round, descend};
+extern const ColumnLoops TABLE;
+const ColumnLoops TABLE = {round, descend};

@@ -1,4 +1,4 @@
-"""Builds and loads the library of rounding loops, and calls it on a block of columns."""
+"""Builds and loads the library of rounding loops, and calls it on a block of columns or on a whole weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from qtoolkit.kernels.cpu import library as linear
 from qtoolkit.kernels.cpu.vision import library as vision
 
 FOLDER = Path(__file__).parent
-MOST_COLUMNS = 256  # as in job.h
+SOURCES = ("columns", "grids")  # compiled for each instruction set
+MOST_COLUMNS, MOST_TRIALS = 256, 16  # as in job.h
 FUSED = ("-ffp-contract=fast",)  # a sum may fuse with its product: rounding has no reference bit for bit
 
 
@@ -46,17 +47,51 @@ class Descent(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Grid(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("n", "k", "stride", "size")),
+        ("low", ctypes.c_float), ("high", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class Nearest(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("grid", Grid), ("times", ctypes.c_void_p), ("smallest", ctypes.c_float), ("halves", ctypes.c_int64),
+        ("made", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class Trials(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("grid", Grid), ("matter", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("count", ctypes.c_int64),
+        ("errors", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 def units() -> tuple[build.Unit, ...]:
     """Return what the library is made of on this architecture; each instruction set is an object file of its own."""
 
-    def path(name: str, *flags: str, optional: bool = True) -> build.Unit:
-        table = f"-DROUNDING_PATH={name.upper()}_ROUNDING"
-        return build.Unit(f"columns_{name}", FOLDER / "columns.cpp", (*flags, *FUSED, table), optional)
+    def path(name: str, *flags: str, optional: bool = True) -> tuple[build.Unit, ...]:
+        return tuple(
+            build.Unit(
+                f"{source}_{name}",
+                FOLDER / f"{source}.cpp",
+                (*flags, *FUSED, f"-DTABLE={name.upper()}_{source.upper()}"),
+                optional,
+            )
+            for source in SOURCES
+        )
 
-    own = (path("portable", optional=False), build.Unit("driver", FOLDER / "driver.cpp"))
+    own = (*path("portable", optional=False), build.Unit("driver", FOLDER / "driver.cpp"))
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return own
-    return (path("avx512", *vision.AVX512), path("avx2", *linear.AVX2), *own)
+    return (*path("avx512", *vision.AVX512), *path("avx2", *linear.AVX2), *own)
 
 
 def headers() -> tuple[Path, ...]:
@@ -78,6 +113,8 @@ def load() -> linear.Library:
     functions.qtr_path_supported.argtypes = [small]
     functions.qtr_round.argtypes, functions.qtr_round.restype = [small, ctypes.POINTER(Rounding)], None
     functions.qtr_descend.argtypes, functions.qtr_descend.restype = [small, ctypes.POINTER(Descent)], None
+    functions.qtr_nearest.argtypes, functions.qtr_nearest.restype = [small, ctypes.POINTER(Nearest)], None
+    functions.qtr_trials.argtypes, functions.qtr_trials.restype = [small, ctypes.POINTER(Trials)], None
     paths = linear.supported_paths(functions.qtr_path_name, functions.qtr_path_supported)
     return linear.Library(functions, file, paths, vision.choose(os.environ.get(linear.PATH_VARIABLE), tuple(paths)))
 
@@ -117,7 +154,7 @@ def round_columns(
         ValueError: a shape or dtype is another.
     """
     columns, n = weight.shape
-    check([weight, steps, spread], torch.float32)
+    check([weight, steps, spread], torch.float32, columns)
     check([groups], torch.int64)
     if spread.shape != (columns, columns) or groups.shape != (columns,) or steps.shape[1:] != (n,):
         raise ValueError(
@@ -166,7 +203,7 @@ def descend_columns(
         ValueError: a shape, stride or dtype is another.
     """
     columns, n = codes.shape
-    check([slope, step, bend, spread, codes], torch.float32)
+    check([slope, step, bend, spread, codes], torch.float32, columns)
     if (
         spread.shape != (columns, columns)
         or slope.shape != codes.shape
@@ -190,13 +227,90 @@ def descend_columns(
     return moved
 
 
-def check(tensors: list[Tensor], dtype: torch.dtype) -> None:
+def round_rows(
+    weight: Tensor,
+    size: int,
+    code_range: tuple[int, int],
+    smallest: float,
+    times: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    path: str | None = None,
+) -> Tensor:
+    """Round every number of a weight to the nearest code of a scale that is its group's absmax over the largest code.
+
+    Args:
+        weight: float32 [n, k], its rows dense.
+        size: inputs of a group.
+        code_range: least and largest code.
+        smallest: least scale.
+        times: float32 [k], what inputs are multiplied with first.
+        dtype: of the result, float32 or bfloat16.
+        path: forces a code path (tests).
+
+    Returns:
+        [n, k], what the codes stand for.
+
+    Raises:
+        ValueError: a shape or dtype is another.
+    """
+    n, k = weight.shape
+    check([weight, *([] if times is None else [times])], torch.float32)
+    if dtype not in (torch.float32, torch.bfloat16) or (times is not None and times.shape != (k,)) or size < 1:
+        raise ValueError(f"a weight {list(weight.shape)} in groups of {size}, made {dtype}")
+    times = None if times is None else times.contiguous()
+    made = torch.empty(n, k, dtype=dtype, device="cpu")
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    job = Nearest(
+        Grid(weight.data_ptr(), n, k, weight.stride(0), size, *code_range),
+        0 if times is None else times.data_ptr(), smallest, int(dtype == torch.bfloat16), made.data_ptr(),
+    )  # fmt: skip
+    own = load()
+    own.functions.qtr_nearest(own.paths[path] if path else own.path_id, job)
+    return made
+
+
+def trial_errors(
+    weight: Tensor, matter: Tensor, scales: Tensor, code_range: tuple[int, int], path: str | None = None
+) -> Tensor:
+    """Return how far rounding to the nearest code leaves every group for each of some scales.
+
+    Args:
+        weight: float32 [n, k], its rows dense.
+        matter: float32 [k], by how much an input's squared error counts.
+        scales: float32 [n, groups, trials], above 0.
+        code_range: least and largest code.
+        path: forces a code path (tests).
+
+    Returns:
+        float32 [n, groups, trials].
+
+    Raises:
+        ValueError: a shape or dtype is another.
+    """
+    n, k = weight.shape
+    check([weight, matter, scales], torch.float32)
+    groups, trials = scales.shape[1:]
+    if len(scales) != n or matter.shape != (k,) or not 1 <= trials <= MOST_TRIALS or groups < 1 or k % groups:
+        raise ValueError(f"a weight {list(weight.shape)} with scales {list(scales.shape)}")
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    matter, scales = matter.contiguous(), scales.contiguous()
+    errors = torch.empty_like(scales)
+    job = Trials(
+        Grid(weight.data_ptr(), n, k, weight.stride(0), k // groups, *code_range),
+        matter.data_ptr(), scales.data_ptr(), trials, errors.data_ptr(),
+    )  # fmt: skip
+    own = load()
+    own.functions.qtr_trials(own.paths[path] if path else own.path_id, job)
+    return errors
+
+
+def check(tensors: list[Tensor], dtype: torch.dtype, columns: int = 1) -> None:
     """Refuse what the library cannot read.
 
     Raises:
         ValueError: a tensor has another dtype, or is not on the CPU, or has more columns than a block may have.
     """
     if any(each.dtype != dtype or each.device.type != "cpu" for each in tensors):
-        raise ValueError(f"blocks of columns are {dtype} on the CPU")
-    if tensors[0].dim() == 2 and tensors[0].shape[0] > MOST_COLUMNS:
-        raise ValueError(f"a block has {tensors[0].shape[0]} columns, more than {MOST_COLUMNS}")
+        raise ValueError(f"rounding loops take {dtype} on the CPU")
+    if columns > MOST_COLUMNS:
+        raise ValueError(f"a block has {columns} columns, more than {MOST_COLUMNS}")

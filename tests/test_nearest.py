@@ -1,0 +1,96 @@
+"""Whole weights rounded by every native path and by torch: codes bit for bit, errors against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtoolkit import nearest
+from qtoolkit.kernels.cpu.rounding import library as native
+
+RANGE = (-8, 7)
+SHAPES = [(1, 4, 4), (9, 96, 32), (17, 131, 131), (5, 2176, 128), (3, 2050, 2050)]  # n, k, inputs of a group
+
+
+@pytest.fixture(params=["torch", "avx512", "avx2", "portable"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make one way the only one that is taken."""
+    name = request.param
+    if name == "torch":
+        monkeypatch.setattr(native, "failure", lambda: "not here")
+        return name
+    if native.failure():
+        pytest.skip(native.failure() or "")
+    own = native.load()
+    if name not in own.paths:
+        pytest.skip(f"this CPU has no {name}")
+    other = type(own)(own.functions, own.file, own.paths, name)
+    monkeypatch.setattr(native, "load", lambda: other)
+    return name
+
+
+def weights(n: int, k: int) -> Tensor:
+    torch.manual_seed(n * k)
+    weight = torch.randn(n, k)
+    weight[0, : k // 2] = 0.0  # whole groups of zeros, where there are several
+    return weight
+
+
+def expected(weight: Tensor, size: int) -> Tensor:
+    """The same in torch's own float32, a group at a time."""
+    made = torch.empty_like(weight)
+    for part, to in zip(weight.split(size, dim=1), made.split(size, dim=1), strict=True):
+        step = (part.abs().amax(dim=1, keepdim=True) / 7.0).clamp_min(nearest.SMALLEST)
+        to.copy_((part / step).round().clamp(*RANGE) * step)
+    return made
+
+
+@pytest.mark.parametrize(("n", "k", "size"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rounding_is_torchs_bit_for_bit(path: str, n: int, k: int, size: int, dtype: torch.dtype) -> None:
+    weight, times = weights(n, k), torch.rand(k) + 0.5
+    assert torch.equal(nearest.rounded(weight, size, RANGE, dtype=dtype), expected(weight, size).to(dtype))
+    made = nearest.rounded(weight, size, RANGE, times, dtype)
+    assert torch.equal(made, expected(weight * times, size).to(dtype))
+
+
+def test_rounding_takes_rows_that_lie_apart(path: str) -> None:
+    wide = weights(6, 256)
+    assert torch.equal(nearest.rounded(wide[:, :128], 32, RANGE), expected(wide[:, :128], 32))
+    assert torch.equal(nearest.rounded(wide.T, 6, RANGE), expected(wide.T, 6))
+
+
+def test_bfloat16_is_rounded_to_nearest_even(path: str) -> None:
+    size = 1.0 + 2.0**-8  # halfway between two numbers of bfloat16; times 7 it is the largest of its group
+    weight = torch.tensor([[7 * size, size, -3 * size, 3 * size + 2.0**-7]])
+    made = nearest.rounded(weight, 4, RANGE, dtype=torch.bfloat16)
+    assert made[0, 1] == 1.0
+    assert torch.equal(made, expected(weight, 4).bfloat16())
+
+
+@pytest.mark.parametrize(("n", "k", "size"), SHAPES)
+@pytest.mark.parametrize("trials", [1, 9, 20])
+def test_errors_are_those_of_float64(path: str, n: int, k: int, size: int, trials: int) -> None:
+    weight, matter = weights(n, k), torch.rand(k) + 0.1
+    scales = (torch.rand(n, k // size, trials) + 0.5) * 0.2
+    found = nearest.errors(weight, matter, scales, RANGE)
+    grouped = weight.double().view(n, -1, 1, size)
+    step = scales.double().unsqueeze(3)
+    gap = (grouped / step).round().clamp(*RANGE) * step - grouped
+    wanted = (gap.square() * matter.double().view(-1, 1, size)).sum(dim=3)
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=1e-6)
+
+
+def test_what_the_loops_cannot_read_is_refused() -> None:
+    if native.failure():
+        pytest.skip(native.failure() or "")
+    weight = torch.zeros(4, 8)
+    with pytest.raises(ValueError, match=r"a weight \[4, 8\] in groups of 4, made torch\.float16"):
+        native.round_rows(weight, 4, RANGE, nearest.SMALLEST, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"rounding loops take torch\.float32 on the CPU"):
+        native.round_rows(weight.double(), 4, RANGE, nearest.SMALLEST)
+    with pytest.raises(ValueError, match=r"a weight \[4, 8\] with scales \[4, 3, 1\]"):
+        native.trial_errors(weight, torch.ones(8), torch.ones(4, 3, 1), RANGE)
+    with pytest.raises(ValueError, match="with scales"):
+        native.trial_errors(weight, torch.ones(8), torch.ones(4, 2, native.MOST_TRIALS + 1), RANGE)
