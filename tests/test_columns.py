@@ -13,23 +13,6 @@ RANGE = (-8, 7)
 SHAPES = [(1, 1), (5, 63), (128, 64), (37, 200), (256, 65)]
 
 
-@pytest.fixture(params=["torch", "avx512", "avx2", "portable"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Make one way the only one that is taken."""
-    name = request.param
-    if name == "torch":
-        monkeypatch.setattr(native, "failure", lambda: "not here")
-        return name
-    if native.failure():
-        pytest.skip(native.failure() or "")
-    own = native.load()
-    if name not in own.paths:
-        pytest.skip(f"this CPU has no {name}")
-    other = type(own)(own.functions, own.file, own.paths, name)
-    monkeypatch.setattr(native, "load", lambda: other)
-    return name
-
-
 def block(count: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(count * n)
     rows = torch.randn(3 * count, count)
@@ -38,7 +21,7 @@ def block(count: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("count", "n"), SHAPES)
-def test_rounding_makes_up_for_the_columns_before(path: str, count: int, n: int) -> None:
+def test_rounding_makes_up_for_the_columns_before(rounding_path: str, count: int, n: int) -> None:
     weight, steps, groups, matrix = block(count, n)
     factor = torch.linalg.cholesky(matrix, upper=True)
     spread = factor / factor.diagonal().unsqueeze(1)
@@ -59,7 +42,7 @@ def test_rounding_makes_up_for_the_columns_before(path: str, count: int, n: int)
 
 
 @pytest.mark.parametrize(("count", "n"), SHAPES)
-def test_descent_takes_the_nearest_code_of_every_column_in_turn(path: str, count: int, n: int) -> None:
+def test_descent_takes_the_nearest_code_of_every_column_in_turn(rounding_path: str, count: int, n: int) -> None:
     _, steps, _, matrix = block(count, n)
     step, before = steps[0], torch.randint(*RANGE, (count, n)).float()
     slope = torch.randn(count, n) * 0.3

@@ -13,23 +13,6 @@ RANGE = (-8, 7)
 SHAPES = [(1, 4, 4), (9, 96, 32), (17, 131, 131), (5, 2176, 128), (3, 2050, 2050)]  # n, k, inputs of a group
 
 
-@pytest.fixture(params=["torch", "avx512", "avx2", "portable"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Make one way the only one that is taken."""
-    name = request.param
-    if name == "torch":
-        monkeypatch.setattr(native, "failure", lambda: "not here")
-        return name
-    if native.failure():
-        pytest.skip(native.failure() or "")
-    own = native.load()
-    if name not in own.paths:
-        pytest.skip(f"this CPU has no {name}")
-    other = type(own)(own.functions, own.file, own.paths, name)
-    monkeypatch.setattr(native, "load", lambda: other)
-    return name
-
-
 def weights(n: int, k: int) -> Tensor:
     torch.manual_seed(n * k)
     weight = torch.randn(n, k)
@@ -48,20 +31,20 @@ def expected(weight: Tensor, size: int) -> Tensor:
 
 @pytest.mark.parametrize(("n", "k", "size"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_rounding_is_torchs_bit_for_bit(path: str, n: int, k: int, size: int, dtype: torch.dtype) -> None:
+def test_rounding_is_torchs_bit_for_bit(rounding_path: str, n: int, k: int, size: int, dtype: torch.dtype) -> None:
     weight, times = weights(n, k), torch.rand(k) + 0.5
     assert torch.equal(nearest.rounded(weight, size, RANGE, dtype=dtype), expected(weight, size).to(dtype))
     made = nearest.rounded(weight, size, RANGE, times, dtype)
     assert torch.equal(made, expected(weight * times, size).to(dtype))
 
 
-def test_rounding_takes_rows_that_lie_apart(path: str) -> None:
+def test_rounding_takes_rows_that_lie_apart(rounding_path: str) -> None:
     wide = weights(6, 256)
     assert torch.equal(nearest.rounded(wide[:, :128], 32, RANGE), expected(wide[:, :128], 32))
     assert torch.equal(nearest.rounded(wide.T, 6, RANGE), expected(wide.T, 6))
 
 
-def test_bfloat16_is_rounded_to_nearest_even(path: str) -> None:
+def test_bfloat16_is_rounded_to_nearest_even(rounding_path: str) -> None:
     size = 1.0 + 2.0**-8  # halfway between two numbers of bfloat16; times 7 it is the largest of its group
     weight = torch.tensor([[7 * size, size, -3 * size, 3 * size + 2.0**-7]])
     made = nearest.rounded(weight, 4, RANGE, dtype=torch.bfloat16)
@@ -71,7 +54,7 @@ def test_bfloat16_is_rounded_to_nearest_even(path: str) -> None:
 
 @pytest.mark.parametrize(("n", "k", "size"), SHAPES)
 @pytest.mark.parametrize("trials", [1, 9, 20])
-def test_errors_are_those_of_float64(path: str, n: int, k: int, size: int, trials: int) -> None:
+def test_errors_are_those_of_float64(rounding_path: str, n: int, k: int, size: int, trials: int) -> None:
     weight, matter = weights(n, k), torch.rand(k) + 0.1
     scales = (torch.rand(n, k // size, trials) + 0.5) * 0.2
     found = nearest.errors(weight, matter, scales, RANGE)
