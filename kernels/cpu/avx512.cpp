@@ -122,13 +122,13 @@ namespace {
 // once and L2 holds what others need. The tiles of a block share the work of bringing the next block there. Where there
 // are no blocks, tiles share the next panel, into L2, and each brings its own weights from there into L1.
 // Where the first two bring lines to is said in stream.h: HINT is nta, or t0 and t1. A block that is only brought to L2 there
-// keeps none of L1's few misses waiting: 5 to 11 % of the time of 8 to 12 rows.
+// keeps none of L1's few misses waiting.
 #define STREAM(HINT) "prefetch" HINT " (%[ahead])\nprefetch" HINT " 64(%[ahead])\n"
 #define BLOCK(HINT) "prefetch" HINT " (%[ahead])\n"
 #define SHARE "prefetcht1 (%[ahead])\nprefetcht0 1024(%[w])\nprefetcht0 1088(%[w])\n"
 
-// `step` as often as %[steps] says, four at a time: Intel's cores then reach 95 % of the dot products' peak where the weights
-// come from L2, 87 % with one at a time.
+// `step` as often as %[steps] says, four at a time: counting and advancing take issue slots, which Intel's cores miss where
+// the weights come from L2.
 #define STEPS(step)            \
   "sub $4, %[steps]\n"         \
   "jb 2f\n"                    \
