@@ -1,13 +1,14 @@
-"""llm-compressor: SmoothQuant or offline rotations, then GPTQ, in one `oneshot` call."""
+"""llm-compressor: SmoothQuant or offline rotations, then GPTQ, in one `oneshot` call, saved as it saves."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from quality_peers.contract import CHANNEL, Job, Meter, Quantized, bits_of, linears, tensors
+from quality_peers.contract import CHANNEL, Job, Meter, Quantized, bits_of, tensors
 
 REQUIRES = ("torch==2.13.0", "llmcompressor==0.14.0")
 ALPHA = 0.8  # of its own W8A8 and W4A8 examples
@@ -15,15 +16,16 @@ ALPHA = 0.8  # of its own W8A8 and W4A8 examples
 
 def quantize(job: Job, meter: Meter) -> Quantized:
     """Run ``oneshot`` with the W4A8 scheme."""
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors import ModelCompressor
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = job.calibration()
     rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
-    with meter:
+    with TemporaryDirectory() as folder, meter:
         model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+        size = bits_of(model, job.group_size)
         oneshot(
             model=model,
             tokenizer=AutoTokenizer.from_pretrained(job.model),
@@ -32,14 +34,10 @@ def quantize(job: Job, meter: Meter) -> Quantized:
             num_calibration_samples=ids.shape[0],
             max_seq_length=ids.shape[1],
             shuffle_calibration_samples=False,
+            output_dir=folder,
         )
-    with torch.no_grad():
-        for layer in linears(model).values():
-            scheme: Any = layer.quantization_scheme
-            order = getattr(layer, "weight_g_idx", None)
-            zero = getattr(layer, "weight_zero_point", None)
-            layer.weight.copy_(fake_quantize(layer.weight, layer.weight_scale, zero, scheme.weights, order))
-    return Quantized(tensors(model), version("llmcompressor"), bits_of(model, job.group_size))
+    ModelCompressor.from_pretrained_model(model).decompress_model(model)  # saving has packed it
+    return Quantized(tensors(model), version("llmcompressor"), size)
 
 
 def recipe(job: Job) -> list[Any]:
