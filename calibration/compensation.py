@@ -157,6 +157,7 @@ class Solved:
             self.order = chained.in_words(self.order)
         self.damping = options.damping
         self.factor = self._factor(self.order) if options.compensate else None
+        self._told: Tensor | None = None  # the damped matrix as products take it
         self.last = False  # whether the layer that comes is the last: the factors then go as soon as it is rounded
         self._more: list[tuple[Tensor, Tensor]] = []  # further orders with their factors, made when a layer wants them
 
@@ -170,10 +171,11 @@ class Solved:
         last_first = last_first.flip(0)
         for _ in range(RETRIES):
             with self.hessian.under(self.damping) as damped:
-                turned = damped[last_first.unsqueeze(1), last_first]
+                turned = triangles.ordered(damped, last_first)
             found = triangles.inverse_factor(turned)
             if found is not None:
-                return found
+                with products.rough():
+                    return products.halved(found, columns=True)
             self.damping *= 10
         raise NumericError(f"A Hessian of {len(self.matrix)} inputs is singular even with damping {self.damping:g}.")
 
@@ -205,6 +207,9 @@ class Solved:
         orders, stretches = starts.count(weight.shape[0], weight.shape[1], self.options.starts)
         sweeps = [partial(round_in_order, *each, scheme) for each in self._orders(orders)]
         with self.hessian.under(self.damping) as matrix, products.rough():
+            if self._told is None:
+                self._told = products.halved(matrix)
+            matrix = self._told
             refit = starts.affordable(*weight.shape) > 1
             begin = partial(
                 starts.best, matrix=matrix, scheme=scheme, sweeps=sweeps, stretches=stretches, fold=fold, refit=refit
@@ -252,7 +257,7 @@ class Solved:
             found = chained.integers(weight, steps.float())
         else:
             order = torch.arange(k, device=weight.device) if self.order is None else self.order
-            found = chained.round_in_order(weight, self.factor, steps.float(), order)
+            found = chained.round_in_order(weight, self.factor.float(), steps.float(), order)
         quantized = QuantizedWeight(found, steps / chained.STEP)  # a power of two: exact
         if self.factor is None or not self.options.refine:
             return quantized
@@ -265,7 +270,8 @@ class Solved:
         Of many outputs it is taken on random combinations, as for the aim: within a few percent of itself.
         """
         mix = combinations(len(weight), REPORTED).to(weight)
-        lost, total = (((each @ self.matrix) * each).sum() for each in (mix @ gap, mix @ weight))
+        with products.rough():
+            lost, total = (((each @ self.matrix) * each).sum() for each in (mix @ gap, mix @ weight))
         return float(lost / total) if total > 0 else 0.0
 
 
@@ -282,7 +288,7 @@ def round_in_order(order: Tensor, factor: Tensor, scheme: Scheme, weight: Tensor
 
     Args:
         order: int64 [k] permutation of the inputs.
-        factor: float32 [k, k], upper Cholesky factor of the inverse Hessian, rows and columns in ``order``.
+        factor: float32 [k, k], or ``products.halved``: upper Cholesky factor of the inverse Hessian in ``order``.
         scheme: gives group size and code range.
         weight: float32 [n, k].
         scales: [n, groups], fixed.
@@ -292,22 +298,22 @@ def round_in_order(order: Tensor, factor: Tensor, scheme: Scheme, weight: Tensor
     """
     n, k = weight.shape
     size = k if scheme.group_size == CHANNEL else scheme.group_size
-    work = weight[:, order].T.contiguous()  # [k, n]: a column of the weight is a contiguous row here
+    work = weight.T.contiguous().index_select(0, order)  # [k, n]: a column of the weight is a contiguous row here
     steps = scales.float().T  # [groups, n]
     groups = order // size
     codes = torch.empty(k, n, dtype=torch.int8, device=weight.device)
-    diagonal = factor.diagonal().unsqueeze(1)
+    diagonal = factor.diagonal().float().unsqueeze(1)
     for first, last in columns.spans(k):
         errors = work.new_empty(last - first, n)
-        for start in range(first, last, COLUMNS):  # as in ``sweep``, with nothing but what rounding needs
-            here = slice(start, min(start + COLUMNS, last))
-            spread = factor[here, here] / diagonal[here]
+        for start, stop, end in columns.steps(first, last, COLUMNS):
+            here = slice(start, stop)
+            if end > stop:
+                products.add(work[stop:end], factor[here, stop:end].T, errors[start - first : stop - first], alpha=-1.0)
+                continue
+            spread = factor[here, here].float() / diagonal[here]
             codes[here], lost = columns.rounded(work[here], steps, groups[here], spread, scheme.code_range)
-            error = torch.div(lost, diagonal[here], out=errors[start - first : here.stop - first])
-            rest = slice(columns.behind(here.stop, first), last)
-            work[rest].addmm_(factor[here, rest].T, error, alpha=-1.0)
+            torch.div(lost, diagonal[here], out=errors[start - first : stop - first])
+        told = errors.to(factor.dtype)
         for begin, end in columns.spans(k, last):
-            work[begin:end].addmm_(factor[first:last, begin:end].T, errors, alpha=-1.0)
-    result = torch.empty(n, k, dtype=torch.int8, device=weight.device)
-    result[:, order] = codes.T
-    return result
+            products.add(work[begin:end], factor[first:last, begin:end].T, told, alpha=-1.0)
+    return codes[torch.argsort(order)].T.contiguous()

@@ -73,7 +73,8 @@ class Moments:
             first = sum(len(each) for each in self.weights[:index])
             own = self._shift[first : first + len(weight)]
             return own.clone() if rows is None else rows @ own
-        found = (weight if rows is None else rows @ weight) @ self._shift
+        with products.rough():
+            found = (weight if rows is None else rows @ weight) @ self._shift
         if self._drift is not None:
             found += self._drift if rows is None else rows @ self._drift
         return found

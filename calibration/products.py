@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
 EXACT, RELAXED = "highest", "medium"  # PyTorch's names
 SHAPE = (256, 512, 256)  # of the product that is looked at: large enough for oneDNN
@@ -59,6 +60,36 @@ def rough() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(EXACT)
+
+
+def halved(matrix: Tensor, columns: bool = False) -> Tensor:
+    """Return ``matrix`` in bfloat16 where its products may be ``rough``, elsewhere itself: for ``times`` and ``add``.
+
+    oneDNN is up to three times as fast with such factors as with those that it has to round first. ``columns`` are
+    dense afterwards, instead of rows, for a matrix whose transpose is multiplied.
+    """
+    if not (_rounds.get() and _precision() == RELAXED):
+        return matrix
+    if not columns:
+        return matrix.bfloat16()
+    found = torch.empty(matrix.T.shape, dtype=torch.bfloat16, device=matrix.device)
+    for part, rows in zip(found.split(SHAPE[1], dim=1), matrix.split(SHAPE[1]), strict=True):
+        part.copy_(rows.bfloat16().T.contiguous())
+    return found.T
+
+
+def times(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right`` in float32; where one of them is ``halved``, the other becomes so and so does the sum."""
+    if left.dtype == right.dtype == torch.float32:
+        return left @ right
+    return (left.bfloat16() @ right.bfloat16()).float()
+
+
+def add(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """Add ``alpha * left @ right``, multiplied as in ``times``, to float32 ``total`` in its place."""
+    if left.dtype == right.dtype == torch.float32:
+        return total.addmm_(left, right, alpha=alpha)
+    return total.add_(left.bfloat16() @ right.bfloat16(), alpha=alpha)
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qtoolkit import columns
+from qtoolkit.calibration import products
 from qtoolkit.calibration.folded import stored
 from qtoolkit.calibration.grid import SMALLEST, groups
 from qtoolkit.scheme import Scheme
@@ -32,7 +33,7 @@ def refined(
 
     Args:
         weight: float32 [n, k], the target.
-        matrix: float32 [k, k], the damped Hessian; positive definite.
+        matrix: float32 [k, k], the damped Hessian; positive definite; or ``products.halved``.
         start: what compensation gave; the scales' dtype is kept.
         scheme: gives the code range.
         rounds: of new scales, then new codes.
@@ -45,7 +46,7 @@ def refined(
         for left in reversed(range(rounds)):
             best = QuantizedWeight(descend(matrix, best, scheme, slope, follow=left > 0), best.scales)
         return best
-    product = weight @ matrix
+    product = products.times(weight, matrix)
     for _ in range(rounds):
         scaled = QuantizedWeight(best.codes, refitted_scales(weight, matrix, best, scheme, fold, product))
         slope = gradient(weight, matrix, scaled)
@@ -55,7 +56,7 @@ def refined(
 
 def gradient(weight: Tensor, matrix: Tensor, quantized: QuantizedWeight) -> Tensor:
     """Return H (Q - W)^T, float32 [k, n]."""
-    return matrix @ quantized.dequantize().sub_(weight).T
+    return products.times(matrix, quantized.dequantize().sub_(weight).T)
 
 
 def refitted_scales(
@@ -76,10 +77,10 @@ def refitted_scales(
     gram = weight.new_empty(n, count, count)
     for index in range(count):  # the half that the other half repeats
         first = index * size
-        part = codes[:, index] @ matrix[first : first + size, first:]  # [n, the rest of k]
+        part = products.times(codes[:, index], matrix[first : first + size, first:])  # [n, the rest of k]
         gram[:, index, index:] = part.view(n, -1, size).mul_(codes[:, index:]).sum(dim=2)
         gram[:, index:, index] = gram[:, index, index:]
-    product = weight @ matrix if product is None else product
+    product = products.times(weight, matrix) if product is None else product
     right = (product.view(n, count, size) * codes).sum(dim=2)
     before = start.scales.to(weight.dtype)
 
@@ -108,26 +109,29 @@ def descend(matrix: Tensor, start: QuantizedWeight, scheme: Scheme, slope: Tenso
     ``follow`` only as far as the columns to come need it. Columns of one scale go together.
     """
     k = len(matrix)
-    steps = start.scales.to(slope.dtype).T.contiguous()  # [groups, n]
-    size = k // steps.shape[0]
-    codes = start.codes.T.to(slope.dtype).contiguous()  # [k, n]
+    widths = start.scales.to(slope.dtype).T.contiguous()  # [groups, n]
+    size = k // widths.shape[0]
+    codes = start.codes.T.contiguous().to(slope.dtype)  # [k, n]
     code_range = scheme.code_range
     for first, last in columns.spans(k):
         moved = slope.new_empty(last - first, codes.shape[1])
-        column = first
-        while column < last:
-            stop = min(column + COLUMNS, (column // size + 1) * size, last)  # columns of one scale
-            here, rest = slice(column, stop), slice(first if follow else columns.behind(stop, first), last)
-            part = columns.descended(slope[here], steps[column // size], matrix[here, here], codes[here], code_range)
-            slope[rest].addmm_(matrix[rest, here], part)
-            moved[column - first : stop - first] = part
-            column = stop
-        for begin, end in [*(columns.spans(first) if follow else []), *columns.spans(k, last)]:
-            slope[begin:end].addmm_(matrix[begin:end, first:last], moved)
-    return codes.T.to(torch.int8).contiguous()
+        before = slope[first:last].clone() if follow else None
+        for column, stop, end in columns.steps(first, last, COLUMNS, size):  # columns of one scale
+            here, part = slice(column, stop), moved[column - first : stop - first]
+            if end > stop:
+                products.add(slope[stop:end], matrix[stop:end, here], part)
+                continue
+            bend = matrix[here, here].float()
+            part.copy_(columns.descended(slope[here], widths[column // size], bend, codes[here], code_range))
+        if before is not None:
+            slope[first:last] = before
+        told = moved.to(matrix.dtype)
+        for begin, end in columns.spans(k, 0 if follow else last):
+            products.add(slope[begin:end], matrix[begin:end, first:last], told)
+    return codes.to(torch.int8).T.contiguous()
 
 
 def errors(weight: Tensor, matrix: Tensor, quantized: QuantizedWeight) -> Tensor:
     """Return (q - w) H (q - w)^T of every row: [n]."""
     difference = quantized.dequantize() - weight
-    return ((difference @ matrix) * difference).sum(dim=1)
+    return (products.times(difference, matrix) * difference).sum(dim=1)

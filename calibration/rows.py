@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from qtoolkit.calibration import products
 from qtoolkit.calibration.refine import descend
-from qtoolkit.calibration.triangles import inverse_factor
+from qtoolkit.calibration.triangles import inverse_factor, ordered
 from qtoolkit.errors import NumericError
 from qtoolkit.scheme import Scheme
 from qtoolkit.stages import QuantizedWeight
@@ -51,8 +52,7 @@ def rounded(
         NumericError: the metric is singular.
     """
     order = torch.cat(list(several))
-    last_first = order.flip(0)
-    factor = inverse_factor(metric[last_first.unsqueeze(1), last_first])  # G^-1 = F^T F
+    factor = inverse_factor(ordered(metric, order.flip(0)))  # G^-1 = F^T F
     if factor is None:
         raise NumericError(f"The metric of {len(metric)} outputs is singular.")
     work, found, start = weight[order], [], 0
@@ -79,11 +79,12 @@ def refined(
     """
     codes = start.codes.clone()
     lost = start.dequantize().sub_(weight)
+    told = products.halved(lost)
     for rows in several:
         inside = metric[rows][:, rows]
         rest = torch.linalg.solve(inside, metric[rows].index_fill(1, rows, 0.0))  # [rows, n]
-        gap = torch.addmm(lost[rows], rest, lost)  # from what is best
-        pull = gap @ matrix
+        gap = products.add(lost[rows], rest, told)  # from what is best
+        pull = products.times(gap, matrix)
         scales = start.scales[rows]
         moving = pull.T.contiguous()
         after = descend(matrix, QuantizedWeight(codes[rows], scales), scheme, moving)
@@ -91,6 +92,8 @@ def refined(
         if ((inside @ moving.T) * (gap + step)).sum() < ((inside @ pull) * gap).sum():
             codes[rows] = after
             lost[rows] += step
+            if told is not lost:
+                told[rows] = lost[rows].to(told.dtype)
     return QuantizedWeight(codes, start.scales)
 
 

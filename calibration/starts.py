@@ -61,7 +61,7 @@ def best(
     Args:
         weight: float32 [n, k].
         scales: [n, groups] to begin with, in the dtype they are stored in.
-        matrix: float32 [k, k], the damped Hessian.
+        matrix: float32 [k, k], the damped Hessian, or ``products.halved``.
         scheme: gives the code range.
         rounds: of refinement after each start.
         sweeps: one for every order: takes weight and scales, returns int8 codes.

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 512  # columns that are factored and solved by the library
+from qtoolkit.calibration import products
+
+BLOCK = 512  # columns that are factored and solved by the library, for so many rows at a time: it is fast in caches
 SOLVED = 128  # rows of a triangular matrix that are inverted by a solver
 
 
@@ -25,7 +27,7 @@ def factor(matrix: Tensor) -> bool:
         if failed or not found.isfinite().all():
             return False
         here.copy_(found + here.triu(1))
-        below.copy_(torch.linalg.solve_triangular(found.T, below, upper=True, left=False))
+        _divide(below, found)
         for start, stop in spans(k, last):
             right = matrix[start:stop, first:last].T
             matrix[start:stop, start:stop].sub_((matrix[start:stop, first:last] @ right).tril_())
@@ -53,16 +55,34 @@ def solved(lower: Tensor, right: Tensor) -> Tensor:
     """Return ``right (L L^T)^-1`` [m, k] in the place of ``right``, for L in the lower triangle of ``lower`` [k, k]."""
     blocks = spans(len(lower))
     for place, (first, last) in enumerate(blocks):
-        part, corner = right[:, first:last], lower[first:last, first:last]
-        for start, stop in blocks[:place]:
-            part.addmm_(right[:, start:stop], lower[first:last, start:stop].T, alpha=-1.0)
-        part.copy_(torch.linalg.solve_triangular(corner.tril().T, part, upper=True, left=False))
-    for place, (first, last) in reversed(list(enumerate(blocks))):
-        part, corner = right[:, first:last], lower[first:last, first:last]
+        part = right[:, first:last]
+        _divide(part, lower[first:last, first:last].tril())
+        told = products.halved(part)
         for start, stop in blocks[place + 1 :]:
-            part.addmm_(right[:, start:stop], lower[start:stop, first:last], alpha=-1.0)
-        part.copy_(torch.linalg.solve_triangular(corner.tril(), part, upper=False, left=False))
+            products.add(right[:, start:stop], told, lower[start:stop, first:last].T, alpha=-1.0)
+    for place, (first, last) in reversed(list(enumerate(blocks))):
+        part = right[:, first:last]
+        _divide(part, lower[first:last, first:last].tril(), transposed=False)
+        told = products.halved(part)
+        for start, stop in blocks[:place]:
+            products.add(right[:, start:stop], told, lower[first:last, start:stop], alpha=-1.0)
     return right
+
+
+def _divide(right: Tensor, lower: Tensor, transposed: bool = True) -> None:
+    """Put ``right L^-T`` in the place of ``right`` [m, k], or ``right L^-1``, for triangular L [k, k]."""
+    divisor = lower.T if transposed else lower
+    for part in right.split(BLOCK):
+        part.copy_(torch.linalg.solve_triangular(divisor, part, upper=transposed, left=False))
+
+
+def ordered(matrix: Tensor, order: Tensor) -> Tensor:
+    """Return ``matrix`` [k, k] with rows and columns in ``order`` int64 [k]."""
+    found = torch.empty_like(matrix)
+    for first in range(0, len(matrix), SOLVED):  # rows that caches hold
+        rows = order[first : first + SOLVED]
+        torch.index_select(matrix[rows], 1, order, out=found[first : first + SOLVED])
+    return found
 
 
 def inverse_factor(matrix: Tensor) -> Tensor | None:
@@ -86,12 +106,23 @@ def _reversed(matrix: Tensor) -> Tensor:
 
 
 def _inverse(lower: Tensor) -> Tensor:
-    """Invert a lower triangular matrix in its place, half by half, in products that are as fast as any."""
+    """Invert a lower triangular matrix in its place, block by block of columns from the last on."""
+    k = len(lower)
+    for first, last in reversed(spans(k)):
+        corner = _inverse_corner(lower[first:last, first:last])
+        column = lower[last:, first:last] @ corner
+        for start, stop in spans(k, last):
+            torch.mm(lower[start:stop, last:stop], column[: stop - last], out=lower[start:stop, first:last]).neg_()
+    return lower
+
+
+def _inverse_corner(lower: Tensor) -> Tensor:
+    """Invert a small lower triangular matrix in its place, half by half, in products that are as fast as any."""
     k = len(lower)
     if k <= SOLVED:
         return lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(k, device=lower.device), upper=False))
     half = k // 2
-    first, last = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
+    first, last = _inverse_corner(lower[:half, :half]), _inverse_corner(lower[half:, half:])
     corner = lower[half:, :half]
     corner.addmm_(last, corner @ first, beta=0, alpha=-1.0)
     return lower

@@ -5,13 +5,14 @@ Here, and not among the calibration stage's files, which do without kernels: as 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from qtoolkit.kernels.cpu.rounding import library as native
 
 TOGETHER = 1024  # columns decided before those behind them are told, in products of one size
-HALF = TOGETHER // 2
 
 
 def spans(k: int, first: int = 0) -> list[tuple[int, int]]:
@@ -19,12 +20,29 @@ def spans(k: int, first: int = 0) -> list[tuple[int, int]]:
     return [(start, min(start + TOGETHER, k)) for start in range(first, k, TOGETHER)]
 
 
-def behind(column: int, first: int) -> int:
-    """Return from where on columns are told what those of a stretch from ``first`` on, up to ``column``, have left.
+def steps(first: int, last: int, most: int, size: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Yield in which order the columns of a stretch are decided and told what others have left.
 
-    It is at most ``column``: decided columns may be told, too, so that products have one of few sizes.
+    (a, b, b) says to decide the columns from a on up to b, (a, b, c) to tell those from b on up to c of those. Halves
+    are told of halves, their halves of each other: as little work as column by column, in few and large products.
+
+    Args:
+        first: the stretch's first column.
+        last: behind its last one.
+        most: columns that are decided at once.
+        size: of a group, no two of which are decided at once; 0: there are none.
     """
-    return first + (column - first) // HALF * HALF
+    count, width = last - first, most
+    border = (first // size + 1) * size if size else last
+    if count <= most and border >= last:
+        yield first, last, last
+        return
+    while 2 * width < count:
+        width *= 2
+    middle = first + width if count > most else border
+    yield from steps(first, middle, most, size)
+    yield first, middle, last
+    yield from steps(middle, last, most, size)
 
 
 def rounded(

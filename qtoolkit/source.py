@@ -110,10 +110,11 @@ class Source:
     def digest(self) -> str:
         """Return 12 hex digits of the content of config.json and every weight file."""
         state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        chunk = memoryview(bytearray(1 << 20))
         for path in sorted(set(self.files.values())):
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    state.update(chunk)
+            with path.open("rb", buffering=0) as file:
+                while count := file.readinto(chunk):
+                    state.update(chunk[:count])
         return state.hexdigest()[:12]
 
 

@@ -74,3 +74,24 @@ def test_what_the_library_cannot_read_is_refused() -> None:
     many = torch.zeros(native.MOST_COLUMNS + 1, 8)
     with pytest.raises(ValueError, match="columns, more than 256"):
         native.round_columns(many, steps, torch.zeros(len(many), dtype=torch.int64), torch.eye(len(many)), RANGE)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "size"), [(1024, 128, 0), (768, 128, 32), (300, 128, 96), (77, 10, 24), (5, 8, 0)]
+)
+def test_the_order_decides_every_column_once_and_tells_each_of_all_before(count: int, most: int, size: int) -> None:
+    first = 3 * size  # a stretch begins with a group
+    told = torch.zeros(count, count, dtype=torch.int64)
+    decided: list[int] = []
+    for start, stop, end in columns.steps(first, first + count, most, size):
+        here = slice(start - first, stop - first)
+        if end == stop:
+            assert stop - start <= most
+            assert not size or start // size == (stop - 1) // size
+            assert decided == list(range(start - first))
+            assert (told[here, : start - first] == 1).all()
+            decided += range(start - first, stop - first)
+        else:
+            told[stop - first : end - first, here] += 1
+    assert decided == list(range(count))
+    assert told.max() <= 1

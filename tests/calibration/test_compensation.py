@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qtoolkit import columns
-from qtoolkit.calibration import compensation, grid
+from qtoolkit.calibration import compensation, grid, products, refine
 from qtoolkit.calibration.compensation import CompensateOptions, Solved
 from qtoolkit.calibration.hessian import Hessian
 from qtoolkit.calibration.options import read
@@ -55,7 +55,6 @@ def test_codes_equal_those_of_the_exact_formulation(
 ) -> None:
     if stretches:  # as with thousands of inputs: several stretches, of several blocks each
         monkeypatch.setattr(columns, "TOGETHER", 20)
-        monkeypatch.setattr(columns, "HALF", 10)
         monkeypatch.setattr(compensation, "COLUMNS", 6)
     hessian, _ = made(48)
     scheme = Scheme(group_size=group_size)
@@ -79,6 +78,25 @@ def test_shrinkage_is_compensation_under_the_shrunk_matrix() -> None:
     assert (quantized.codes != expected).float().mean() < 0.01
     unshrunk = optimal_brain(weight, hessian.matrix, quantized.scales, scheme, damping=0.01)
     assert (quantized.codes != unshrunk).float().mean() > 0.05
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_rough_products_round_as_well_as_exact_ones(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forced here, so on a CPU without units for bfloat16, too; a narrow model's products stay exact."""
+    hessian, _ = made(304)
+    scheme = Scheme(group_size=152)
+    weight = torch.randn(64, 304, generator=torch.Generator().manual_seed(4))
+    options = CompensateOptions(fold=False, starts=1)
+    plain = Solved(hessian, options).quantize(weight, scheme, torch.bfloat16)
+    monkeypatch.setattr(products, "exact", lambda: False)
+    with products.fast(torch.device("cpu"), products.WIDE if wide else products.WIDE - 1):
+        solved = Solved(hessian, options)
+        rough = solved.quantize(weight, scheme, torch.bfloat16)
+    assert solved.factor is not None
+    assert solved.factor.dtype == (torch.bfloat16 if wide else torch.float32)
+    before, after = (float(refine.errors(weight, hessian.matrix, each).sum()) for each in (plain, rough))
+    assert before * 0.98 < after < before * 1.02
+    assert torch.equal(plain.codes, rough.codes) != wide
 
 
 def test_wide_matrices_cross_the_lazy_block_boundary_unharmed() -> None:

@@ -39,6 +39,27 @@ def test_sums_over_tokens_may_round_where_other_products_must_not(monkeypatch: p
         assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_a_matrix_is_halved_only_where_products_may_be_rough(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, right = torch.randn(70, 30), torch.randn(30, 20)
+    assert products.halved(matrix) is matrix
+    assert torch.equal(products.times(matrix, right), matrix @ right)
+    monkeypatch.setattr(products, "exact", lambda: False)
+    with products.fast(CPU, products.WIDE):
+        assert products.halved(matrix) is matrix
+        with products.rough():
+            halved, turned = products.halved(matrix), products.halved(matrix, columns=True)
+    assert halved.dtype == turned.dtype == torch.bfloat16
+    assert torch.equal(halved, turned)
+    assert turned.T.is_contiguous()
+    exact = matrix @ right
+    found = products.times(halved, right)
+    assert found.dtype == torch.float32
+    assert 0 < (found - exact).norm() < 1e-2 * exact.norm()
+    total = torch.ones(70, 20)
+    assert products.add(total, halved, right, alpha=-2.0) is total
+    assert (total - 1 + 2 * exact).norm() < 1e-2 * exact.norm()
+
+
 def test_a_sum_over_tokens_stays_near_the_exact_one_and_positive() -> None:
     x = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0)) @ torch.rand(256, 256)
     wanted = x.double().T @ x.double()

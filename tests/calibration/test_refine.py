@@ -34,7 +34,6 @@ def test_no_row_gets_worse_and_together_they_get_better(
 ) -> None:
     if stretches:  # as with thousands of inputs: they end within groups of 32, and have several blocks each
         monkeypatch.setattr(columns, "TOGETHER", 48)
-        monkeypatch.setattr(columns, "HALF", 24)
         monkeypatch.setattr(refine, "COLUMNS", 10)
     weight, matrix = made(40, 160)  # 160: more than one part of the descent
     scheme = Scheme(group_size=group_size)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qtoolkit.calibration import losses, target
 from qtoolkit.calibration.capture import round_tokens
+from qtoolkit.calibration.hessian import Hessian
 from qtoolkit.calibration.moments import HeldOut, Moments, Seen
 from qtoolkit.calibration.twin import Inputs
 
@@ -43,6 +44,12 @@ def _filled(found: Any, inputs: Inputs, parts: int) -> Any:
     return found
 
 
+def full_step(found: Moments, damping: float) -> Tensor:
+    with found.hessian.factored(damping) as factor:
+        assert factor is not None
+        return target.solved(factor, found.pull(0))
+
+
 @pytest.mark.parametrize("drift", [True, False])
 def test_the_full_step_is_least_squares_over_the_tokens(drift: bool) -> None:
     inputs, weight = made(400, 0.5, drift=drift)
@@ -53,7 +60,7 @@ def test_the_full_step_is_least_squares_over_the_tokens(drift: bool) -> None:
     ridge = damping * len(x) / 2 * torch.eye(K, dtype=torch.float64)
     # least squares of W* x = wanted with the damping pulling W* towards W
     expected = torch.linalg.solve(x.T @ x + ridge, x.T @ wanted + ridge @ weight.double().T).T
-    found = weight + target.solve(moments(inputs, [weight]), 0, 0.01)
+    found = weight + full_step(moments(inputs, [weight]), 0.01)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -65,7 +72,7 @@ def test_the_choice_is_the_least_error_on_tokens_that_were_not_fitted() -> None:
     (choice,) = target.choose(fit, check)
 
     def error(damping: float, strength: float) -> float:
-        aim = weight + strength * target.solve(fit, 0, damping)
+        aim = weight + strength * full_step(fit, damping)
         assert fresh.drift is not None
         lack = fresh.served @ aim.T - fresh.wanted @ weight.T - fresh.drift
         return float(lack.double().square().sum())
@@ -73,6 +80,17 @@ def test_the_choice_is_the_least_error_on_tokens_that_were_not_fitted() -> None:
     every = {(d, s): error(d, s) for d in target.DAMPINGS for s in (*target.STRENGTHS, 0.0)}
     assert (choice.damping, choice.strength) == min(every, key=lambda pair: every[pair])
     assert every[choice.damping, choice.strength] < 0.9 * error(0.001, 1.0)
+
+
+def test_more_damping_is_not_tried_where_the_full_step_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, weight = made(4000, 0.1)
+    fresh, _ = made(4000, 0.1, seed=1)
+    tried: list[float] = []
+    factored = Hessian.factored
+    monkeypatch.setattr(Hessian, "factored", lambda self, damping: tried.append(damping) or factored(self, damping))
+    (choice,) = target.choose(moments(inputs, [weight]), held_out(fresh, [weight]))
+    assert choice == target.Choice(target.DAMPINGS[0], 1.0)
+    assert tried == [target.DAMPINGS[0]]
 
 
 def test_no_step_is_taken_where_none_helps() -> None:
