@@ -7,8 +7,8 @@ is rounded, in the dtype they are stored in, and refitted afterwards together wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtoolkit import columns, memory
-from qtoolkit.calibration import chained, folded, grid, losses, outputs, products, rows, starts, triangles, twin
+from qtoolkit.calibration import chained, folded, grid, halves, losses, outputs, products, rows, starts, triangles, twin
 from qtoolkit.calibration.hessian import Hessian, shared_inputs
 from qtoolkit.calibration.moments import Seen
 from qtoolkit.calibration.options import Options
@@ -104,7 +104,9 @@ class Compensate:
                 report |= {name: losses.inherited(sample, originals[name], aimed[i][0]) for i, name in enumerate(names)}
             if not waiting:
                 originals.clear()
+            memory.trim()
             solved = Solved(hessian, self.options)
+            del hessian  # it goes as soon as nobody needs it
             for name in names:
                 aim, choice = aimed.pop(0)
                 solved.last = not aimed
@@ -131,7 +133,9 @@ class Compensate:
                 block.quantized[name] = quantized
                 del aim, gap
                 stack.enter_context(twin.packed(block.linear(name), quantized))
-            del solved, hessian
+                if name in originals:  # from now on the float network alone multiplies with it
+                    originals[name] = originals[name].to(halves.dtype(block.linear(name)))
+            del solved
             needed = {name for names in waiting.values() for name in names}
             for name in [each for each in originals if each not in needed and twin.left_behind(stream, each)]:
                 del originals[name]
@@ -148,17 +152,16 @@ class Solved:
 
     def __init__(self, hessian: Hessian, options: CompensateOptions) -> None:
         self.options = options
-        self.matrix = hessian.matrix
-        diagonal = self.matrix.diagonal()
-        self.hessian = hessian
+        self.hessian: Hessian | None = hessian
+        self.diagonal = hessian.matrix.diagonal().clone()
         self.dead = hessian.dead  # nothing is known of these inputs, so nothing is compensated there
-        self.order = torch.argsort(diagonal, descending=True, stable=True) if options.activation_order else None
-        if options.chained and self.order is not None and len(diagonal) % chained.WORD == 0:
+        self.order = torch.argsort(self.diagonal, descending=True, stable=True) if options.activation_order else None
+        if options.chained and self.order is not None and len(self.diagonal) % chained.WORD == 0:
             self.order = chained.in_words(self.order)
         self.damping = options.damping
         self.factor = self._factor(self.order) if options.compensate else None
-        self._told: Tensor | None = None  # the damped matrix as products take it
-        self.last = False  # whether the layer that comes is the last: the factors then go as soon as it is rounded
+        self._halved: Tensor | None = None  # the damped matrix, where products are rough
+        self.last = False  # whether the layer that comes is the last: what it needs no more then goes at once
         self._more: list[tuple[Tensor, Tensor]] = []  # further orders with their factors, made when a layer wants them
 
     def _factor(self, order: Tensor | None) -> Tensor:
@@ -167,9 +170,10 @@ class Solved:
         Raises:
             NumericError: it is singular even with a large damping.
         """
-        last_first = torch.arange(len(self.matrix), device=self.matrix.device) if order is None else order
+        last_first = torch.arange(len(self.diagonal), device=self.diagonal.device) if order is None else order
         last_first = last_first.flip(0)
         for _ in range(RETRIES):
+            assert self.hessian is not None
             with self.hessian.under(self.damping) as damped:
                 turned = triangles.ordered(damped, last_first)
             found = triangles.inverse_factor(turned)
@@ -177,7 +181,7 @@ class Solved:
                 with products.rough():
                     return products.halved(found, columns=True)
             self.damping *= 10
-        raise NumericError(f"A Hessian of {len(self.matrix)} inputs is singular even with damping {self.damping:g}.")
+        raise NumericError(f"A Hessian of {len(self.diagonal)} inputs is singular even with damping {self.damping:g}.")
 
     def quantize(
         self,
@@ -194,22 +198,19 @@ class Solved:
         """
         weight = weight.masked_fill(self.dead, 0.0) if self.dead.any() else weight
         if self.options.scale_search:
-            scales = grid.searched_scales(weight, self.matrix.diagonal(), scheme, dtype)
+            scales = grid.searched_scales(weight, self.diagonal, scheme, dtype)
         else:
             scales = grid.minmax_scales(weight, scheme, dtype)
         fold = self.options.fold and scheme.weight_bits == 4 and scheme.group_size >= FOLDED
         if fold:
-            costs = grid.stiffness(weight, self.matrix.diagonal(), scales, scheme)
+            costs = grid.stiffness(weight, self.diagonal, scales, scheme)
             scales = folded.stored(scales, dtype, fold, costs)
         if not self.options.compensate:
             return QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
         rounds = self.options.refine
         orders, stretches = starts.count(weight.shape[0], weight.shape[1], self.options.starts)
         sweeps = [partial(round_in_order, *each, scheme) for each in self._orders(orders)]
-        with self.hessian.under(self.damping) as matrix, products.rough():
-            if self._told is None:
-                self._told = products.halved(matrix)
-            matrix = self._told
+        with self._damped() as matrix:
             refit = starts.affordable(*weight.shape) > 1
             begin = partial(
                 starts.best, matrix=matrix, scheme=scheme, sweeps=sweeps, stretches=stretches, fold=fold, refit=refit
@@ -227,13 +228,30 @@ class Solved:
                 self.factor, self._more = None, []
             return rows.refined(weight, matrix, metric, several, found, scheme)
 
+    @contextmanager
+    def _damped(self) -> Iterator[Tensor]:
+        """Inside, products may be rough; the damped matrix is given as they take it."""
+        with products.rough(), ExitStack() as stack:
+            if self._halved is None:
+                assert self.hessian is not None
+                matrix = stack.enter_context(self.hessian.under(self.damping))
+                made = products.halved(matrix)
+                if made is matrix:
+                    yield matrix
+                    return
+                self._halved = made
+                stack.close()
+                del matrix
+            if self.last:
+                self.hessian = None
+            yield self._halved
+
     def _orders(self, wanted: int) -> list[tuple[Tensor, Tensor]]:
         """Return so many orders of the inputs with the factor in each."""
         assert self.factor is not None
-        diagonal = self.matrix.diagonal()
         if len(self._more) < wanted - 1:
-            self._more = [(order, self._factor(order)) for order in starts.orders(diagonal, wanted - 1)]
-        own = torch.arange(len(diagonal), device=diagonal.device) if self.order is None else self.order
+            self._more = [(order, self._factor(order)) for order in starts.orders(self.diagonal, wanted - 1)]
+        own = torch.arange(len(self.diagonal), device=self.diagonal.device) if self.order is None else self.order
         return [(own, self.factor), *self._more[: wanted - 1]]
 
     def quantize_chained(self, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
@@ -250,7 +268,7 @@ class Solved:
             )
         weight = weight.masked_fill(self.dead, 0.0)
         if self.options.scale_search:
-            steps = grid.searched_scales(weight, self.matrix.diagonal(), scheme, dtype, chained.rounded)
+            steps = grid.searched_scales(weight, self.diagonal, scheme, dtype, chained.rounded)
         else:
             steps = grid.minmax_scales(weight, scheme, dtype)
         if self.factor is None:
@@ -261,7 +279,7 @@ class Solved:
         quantized = QuantizedWeight(found, steps / chained.STEP)  # a power of two: exact
         if self.factor is None or not self.options.refine:
             return quantized
-        with self.hessian.under(self.damping) as matrix:
+        with self._damped() as matrix:
             return QuantizedWeight(found, refitted_scales(weight, matrix, quantized, INT8))
 
     def relative_error(self, weight: Tensor, gap: Tensor) -> float:
@@ -270,8 +288,12 @@ class Solved:
         Of many outputs it is taken on random combinations, as for the aim: within a few percent of itself.
         """
         mix = combinations(len(weight), REPORTED).to(weight)
+        matrix = self._halved if self.hessian is None else self.hessian.matrix
+        assert matrix is not None
+        added = matrix.diagonal() - self.diagonal  # the damping, where it is there
         with products.rough():
-            lost, total = (((each @ self.matrix) * each).sum() for each in (mix @ gap, mix @ weight))
+            several = (mix @ gap, mix @ weight)
+            lost, total = ((products.times(each, matrix) * each - each.square() * added).sum() for each in several)
         return float(lost / total) if total > 0 else 0.0
 
 

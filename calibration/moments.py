@@ -12,7 +12,7 @@ from qtoolkit.calibration.hessian import Hessian
 from qtoolkit.calibration.twin import Inputs
 
 HELD_OUT = 4  # the last token in so many of every batch checks what the others were fitted to
-CHECKED = 4096  # tokens held out at most: they are kept as they are
+CHECKED = 2048  # tokens held out at most: they are kept as they are
 SAMPLE = 128  # held-out tokens kept in float, to split the error into its parts
 
 

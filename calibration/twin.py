@@ -28,7 +28,7 @@ class Inputs:
     """What one layer receives in one batch, all float32.
 
     Attributes:
-        seen: [tokens, k] in the quantized network, before rounding.
+        seen: [tokens, k] in the quantized network, before rounding; of every batch but the first, after it.
         served: [tokens, k], the same rounded per token as it will be served.
         wanted: [tokens, k] in the float network.
         drift: [tokens, n], what the hidden stream the layer adds to lacks (float minus quantized); None elsewhere.
@@ -93,7 +93,9 @@ def inputs(
                 assert carried is not None
                 put(stream.batches, number, carried)
                 zeros = {module: found.zeros[module] for module in modules[:place]}
+            del found
             served = round_tokens(seen, bits)
+            seen = seen if not number else served  # a sample is taken of the first: no other is kept beside the float's
             if both:
                 with weights(block, originals), without(block, stream.floats_way.passed):
                     right = _reach(block, name, norm, exact.to(hidden), kwargs, behind, modules if through else [])
@@ -106,7 +108,7 @@ def inputs(
                 del right, lack
             else:
                 made = Inputs(seen, served, seen, None)
-        del seen, served, carried, found, hidden, exact  # nobody but the caller keeps them through the next batch
+        del seen, served, carried, hidden, exact  # nobody but the caller keeps them through the next batch
         yield made
         del made
     if onwards:
