@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qtoolkit import memory
 from qtoolkit.architecture import Skeleton
-from qtoolkit.calibration import capture, experts, grid, trial
+from qtoolkit.calibration import capture, experts, grid, halves, trial
 from qtoolkit.calibration.rotation import Rotated
 from qtoolkit.calibration.smoothing import Smooth
 from qtoolkit.checkpoint import Choice
@@ -122,7 +122,7 @@ def _measured(
     """Return every candidate's divergence, summed over the blocks at ``places``, each quantized alone by ``treat``."""
     carried: dict[tuple[str, int], Stream] = {}
     for index in range(len(skeleton.blocks)):
-        block = load(source, index)
+        block = halves.narrow(load(source, index))
         carried = trial.advance_all(block, carried)
         behind = capture.advance(block, fit) if index < places[-1] else fit
         held_behind = capture.advance(block, held)

@@ -59,12 +59,14 @@ class Gradients:
             return
         for index in range(count):
             self._save(_before(index), stream.batches)
-            stream = capture.advance(self.load(self.source, index), stream, spent=True)
+            stream = capture.advance(halves.narrow(self.load(self.source, index)), stream, spent=True)
         found = at_the_end(self.skeleton, self.source, stream)
         for index in reversed(range(count)):
             self._save(_behind(index), found)
             if index:
-                found = [each[0] for each in backward(self.load(self.source, index), self.probe(index), ())]
+                block = halves.narrow(self.load(self.source, index))
+                found = [each[0] for each in backward(block, self.probe(index), ())]
+                del block
 
     def probe(self, index: int) -> Probe:
         """Return the probe of block ``index``."""

@@ -6,6 +6,8 @@ served in bfloat16 rounds as much, and int8 inputs round much more away.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -50,6 +52,28 @@ def halve(block: Block) -> Block:
 def dtype(layer: nn.Linear) -> torch.dtype:
     """Return in which dtype ``layer`` multiplies: its weight may be given in that one."""
     return torch.bfloat16 if isinstance(layer, _Halved) else torch.float32
+
+
+def narrow(block: Block) -> Block:
+    """Let ``block``, which nobody changes any more, hold weights as they are multiplied: not rounded in every pass."""
+    for layer in block.module.modules():
+        if isinstance(layer, _Halved):
+            layer.weight.data = layer.weight.data.to(dtype(layer))
+    return block
+
+
+@contextmanager
+def narrowed(module: nn.Module, but: Collection[nn.Linear] = ()) -> Iterator[None]:
+    """Inside, layers of ``module`` hold weights as they are multiplied, all ``but`` some."""
+    layers = [each for each in module.modules() if isinstance(each, _Halved) and not any(each is one for one in but)]
+    before = [(layer, layer.weight.data) for layer in layers]
+    for layer, weight in before:
+        layer.weight.data = weight.to(dtype(layer))
+    try:
+        yield
+    finally:
+        for layer, weight in before:
+            layer.weight.data = weight
 
 
 @cache

@@ -24,7 +24,8 @@ from qtoolkit.calibration.options import Options
 from qtoolkit.source import Source
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-ROWS = 1024  # rows, or columns, of a weight that are held in float64 at once
+ROWS = 128  # rows, or columns, of a weight that are turned at once: they stay in caches
+HALVES = (torch.bfloat16, torch.float16)  # stored in these, a weight is turned in float32, else in float64
 
 
 class RotateOptions(Options):
@@ -100,9 +101,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotated(Source):
-    """A float model read rotated: tensor by tensor, in float64, rounded once. Tied embeddings are untied.
+    """A float model read rotated: tensor by tensor, in more digits than are stored, rounded once.
 
-    Blocks come in float32; what is outside them in the dtype that is stored, so that the stream sees what is served.
+    Tied embeddings are untied. Blocks come in float32; what is outside them in the dtype that is stored, so that the
+    stream sees what is served.
     """
 
     float_source: Source
@@ -198,19 +200,20 @@ class Rotated(Source):
         if part is None:
             return stored
         dtype = torch.float32 if block else stored_dtype(self.float_source)
+        exact = torch.float32 if block and stored.dtype in HALVES else torch.float64
         if part.ones:
             return torch.ones_like(stored, dtype=dtype)
         if kind == "bias":
-            return (part.outputs.turn(stored.double()) if part.outputs else stored).to(dtype)
-        gain = self.float_source.read(f"{block}{part.gain}.weight").double() if part.gain else None
+            return (part.outputs.turn(stored.to(exact)) if part.outputs else stored).to(dtype)
+        gain = self.float_source.read(f"{block}{part.gain}.weight").to(exact) if part.gain else None
         # a part of the rows at a time: in float64 the embedding of a large vocabulary is the largest thing of all
-        rows = (_columns(part, some.double(), gain) for some in stored.split(ROWS))
+        rows = (_columns(part, some.to(exact), gain) for some in stored.split(ROWS))
         if part.outputs is None:
             return torch.cat([some.to(dtype) for some in rows])
         whole = torch.cat(tuple(rows)) if part.inputs or part.gain else stored
         made = torch.empty_like(whole, dtype=dtype)
         for some, to in zip(whole.split(ROWS, dim=1), made.split(ROWS, dim=1), strict=True):
-            to.copy_(part.outputs.turn(some.double().T).T)
+            to.copy_(part.outputs.turn(some.to(exact).T).T)
         return made
 
 

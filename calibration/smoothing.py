@@ -54,7 +54,8 @@ class Smooth:
         """Smooth every group of ``block`` in place; return threshold, losses and the largest scale per group."""
         report = {}
         groups = [group for group in block.groups if not any(name in block.refused for name in group.consumers)]
-        ranges = input_ranges(block, groups, stream)  # folding a group changes no other's
+        with halves.narrowed(block.module):
+            ranges = input_ranges(block, groups, stream)  # folding a group changes no other's
         for group in groups:
             scales, report[group.name] = self._search(block, group, ranges[group.name], stream, context)
             fold(block, group, scales)
@@ -64,6 +65,7 @@ class Smooth:
         self, block: Block, group: ChannelGroup, largest: Tensor, stream: Stream, context: Context
     ) -> tuple[Tensor, dict[str, float]]:
         calls = record(block, group, stream, self.options.tokens)
+        consumers = [block.linear(name) for name in group.consumers]
         start = float(largest.max())
         steps = max(self.options.grid, int(start / 0.5))
         lowest = min(LOWEST, start / 100)
@@ -73,9 +75,10 @@ class Smooth:
             return (largest / (start - (start - lowest) * step / steps)).clamp_min(1.0)
 
         def judge(some: Iterable[int]) -> int:
-            for step in some:
-                if step not in losses and 0 <= step < steps:
-                    losses[step] = group_loss(block, group, calls, scales_at(step), context)
+            with halves.narrowed(block.layer(group.inside or group.consumers[0]), but=consumers):
+                for step in some:
+                    if step not in losses and 0 <= step < steps:
+                        losses[step] = group_loss(block, group, calls, scales_at(step), context)
             return min(losses, key=lambda step: (losses[step], step))
 
         some = coarse(start, lowest, steps)
