@@ -4,7 +4,7 @@ PyTorch asks oneDNN only where products may be less precise than float32. oneDNN
 for it (AMX), whose products of factors rounded to bfloat16 take a third of the time; on the others its float32 products
 are what they were, at twice the speed (Zen 5, AVX-512). Which it is shows in a product. Rounded factors are good enough
 for sums over thousands of tokens, for what only makes a choice, and for corrections of a weight that is rounded to
-int4 next; factors and solutions of linear systems stay exact.
+int4 next, the solution of a linear system among them; the system's factor stays exact: it may not exist otherwise.
 """
 
 from __future__ import annotations

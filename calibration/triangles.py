@@ -106,13 +106,13 @@ def _reversed(matrix: Tensor) -> Tensor:
 
 
 def _inverse(lower: Tensor) -> Tensor:
-    """Invert a lower triangular matrix in its place, block by block of columns from the last on."""
+    """Invert a lower triangular matrix in its place, by blocks of columns from the last on."""
     k = len(lower)
     for first, last in reversed(spans(k)):
         corner = _inverse_corner(lower[first:last, first:last])
         column = lower[last:, first:last] @ corner
         for start, stop in spans(k, last):
-            torch.mm(lower[start:stop, last:stop], column[: stop - last], out=lower[start:stop, first:last]).neg_()
+            lower[start:stop, first:last] = -(lower[start:stop, last:stop] @ column[: stop - last])
     return lower
 
 
