@@ -104,7 +104,7 @@ class Compensate:
                 report |= {name: losses.inherited(sample, originals[name], aimed[i][0]) for i, name in enumerate(names)}
             if not waiting:
                 originals.clear()
-            memory.trim()
+                memory.trim()
             solved = Solved(hessian, self.options)
             del hessian  # it goes as soon as nobody needs it
             for name in names:

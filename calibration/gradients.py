@@ -123,8 +123,10 @@ def drawn(odds: Tensor, draw: torch.Generator) -> Tensor:
     return torch.searchsorted(reached, level, right=True).clamp_max(odds.shape[1] - 1)
 
 
-def backward(block: Block, probe: Probe, names: tuple[str, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Yield, batch by batch, the gradient at the block's input and at the output of every layer in ``names``."""
+def backward(
+    block: Block, probe: Probe, names: tuple[str, ...], *, inputs: bool = True
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield, batch by batch, the gradient at the block's ``inputs`` and at the output of every layer in ``names``."""
     caught: dict[str, Tensor] = {}
 
     def catch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -141,7 +143,7 @@ def backward(block: Block, probe: Probe, names: tuple[str, ...]) -> Iterator[tup
                 leaf = hidden.clone().requires_grad_()
                 out = functional_call(block.module, own, (leaf,), _cloned(kwargs))
                 out = out[0] if isinstance(out, tuple) else out
-                wanted = [leaf, *(caught[name] for name in names)]
+                wanted = [*([leaf] if inputs else []), *(caught[name] for name in names)]
                 yield torch.autograd.grad(out, wanted, grad_outputs=gradient.to(out, copy=True))
     finally:
         for handle in handles:

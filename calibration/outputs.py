@@ -33,7 +33,7 @@ def metrics(block: Block) -> dict[str, Tensor]:
     names = tuple(name for name, layer in block.linears() if 1 < layer.out_features <= LARGEST)
     sums: dict[str, Tensor] = {}
     tokens = dict.fromkeys(names, 0)
-    for _, *found in backward(block, block.probe, names):
+    for found in backward(block, block.probe, names, inputs=False):
         for name, gradient in zip(names, found, strict=True):
             flat = gradient.flatten(0, -2)
             tokens[name] += len(flat)
