@@ -65,8 +65,8 @@ def rough() -> Iterator[None]:
 def halved(matrix: Tensor, columns: bool = False) -> Tensor:
     """Return ``matrix`` in bfloat16 where its products may be ``rough``, elsewhere itself: for ``times`` and ``add``.
 
-    oneDNN is up to three times as fast with such factors as with those that it has to round first. ``columns`` are
-    dense afterwards, instead of rows, for a matrix whose transpose is multiplied.
+    oneDNN is faster with such factors than with those that it has to round in every product. ``columns`` are dense
+    afterwards, instead of rows, for a matrix whose transpose is multiplied.
     """
     if not (_rounds.get() and _precision() == RELAXED):
         return matrix

@@ -16,7 +16,7 @@ from qtoolkit.calibration.grid import SMALLEST, groups
 from qtoolkit.scheme import Scheme
 from qtoolkit.stages import QuantizedWeight
 
-COLUMNS = 128  # columns visited before the rest of the gradient is updated in one product
+COLUMNS = 128  # columns visited before any other is told in a product
 RIDGE = 1e-6  # relative to a row's mean diagonal: groups that hold only zero codes leave their scale undetermined
 
 

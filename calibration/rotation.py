@@ -200,20 +200,20 @@ class Rotated(Source):
         if part is None:
             return stored
         dtype = torch.float32 if block else stored_dtype(self.float_source)
-        exact = torch.float32 if block and stored.dtype in HALVES else torch.float64
+        working = torch.float32 if block and stored.dtype in HALVES else torch.float64
         if part.ones:
             return torch.ones_like(stored, dtype=dtype)
         if kind == "bias":
-            return (part.outputs.turn(stored.to(exact)) if part.outputs else stored).to(dtype)
-        gain = self.float_source.read(f"{block}{part.gain}.weight").to(exact) if part.gain else None
+            return (part.outputs.turn(stored.to(working)) if part.outputs else stored).to(dtype)
+        gain = self.float_source.read(f"{block}{part.gain}.weight").to(working) if part.gain else None
         # a part of the rows at a time: in float64 the embedding of a large vocabulary is the largest thing of all
-        rows = (_columns(part, some.to(exact), gain) for some in stored.split(ROWS))
+        rows = (_columns(part, some.to(working), gain) for some in stored.split(ROWS))
         if part.outputs is None:
             return torch.cat([some.to(dtype) for some in rows])
         whole = torch.cat(tuple(rows)) if part.inputs or part.gain else stored
         made = torch.empty_like(whole, dtype=dtype)
         for some, to in zip(whole.split(ROWS, dim=1), made.split(ROWS, dim=1), strict=True):
-            to.copy_(part.outputs.turn(some.to(exact).T).T)
+            to.copy_(part.outputs.turn(some.to(working).T).T)
         return made
 
 

@@ -91,8 +91,7 @@ def combinations(n: int, wanted: int = OUTPUTS) -> Tensor:
 def solved(factor: Tensor, pull: Tensor) -> Tensor:
     """Return the full step W* - W of a layer, float32 [n, k], in the place of its ``pull``.
 
-    Products may be rough: what that adds to a step is lost in what the step gains (less than 0.3 % of it, where inputs
-    have little but their mean).
+    Products may be rough: what that takes from a step's gain is small, even where inputs have little but their mean.
     """
     with products.rough():
         return triangles.solved(factor, pull)
