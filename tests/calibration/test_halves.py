@@ -152,3 +152,16 @@ def test_a_hessian_made_in_inference_mode_is_read_outside() -> None:
         hessian = Hessian(200)
         hessian.update(torch.randn(50, 200))
     assert torch.equal(hessian.matrix, hessian.matrix.T)
+
+
+def test_weights_are_held_as_they_are_multiplied_and_given_back() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.Linear(128, 128), torch.nn.Linear(128, 2))
+    for layer in module[:2]:
+        layer.__class__ = halves._Halved
+    before = [layer.weight.data for layer in module]
+    x = torch.randn(3, 128)
+    expected = module(x)
+    with halves.narrowed(module, but=[module[1]]):
+        assert [layer.weight.dtype for layer in module] == [torch.bfloat16, torch.float32, torch.float32]
+        assert torch.equal(module(x), expected)
+    assert all(layer.weight.data.data_ptr() == weight.data_ptr() for layer, weight in zip(module, before, strict=True))
