@@ -69,7 +69,7 @@ class Compensate:
         """
         originals = {name: layer.weight.data for name, layer in block.linears()}
         metrics = outputs.metrics(block) if self.reads_gradients else {}
-        block.probe = None  # it has been asked
+        block.metrics, block.probe = {}, None  # whatever is used up goes
         with ExitStack() as stack:
             return self._solve_all(block, stream, context, originals, metrics, stack)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from qtoolkit.calibration.backward import backward
 from qtoolkit.calibration.capture import quantized_activations
-from qtoolkit.calibration.gradients import backward
 from qtoolkit.errors import NumericError, RequestError
 from qtoolkit.stages import Block, Context, Probe, Stream, Transform
 

@@ -7,15 +7,15 @@ drawn so, the gradient's second moment is the Fisher information, the curvature 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from qtoolkit.architecture import Skeleton
-from qtoolkit.calibration import capture, halves, trial
+from qtoolkit.calibration import capture, halves, outputs, trial
+from qtoolkit.calibration.backward import backward
 from qtoolkit.source import Source
 from qtoolkit.stages import Block, Probe, Stream
 
@@ -25,7 +25,7 @@ LOGITS = 1 << 23  # that are held at once
 
 
 class Store(Protocol):
-    """Where the probes wait for their blocks: a job."""
+    """Where what was measured waits for its block: a job."""
 
     def has(self, part: str) -> bool:
         """Tell whether ``part`` is there."""
@@ -39,9 +39,17 @@ class Store(Protocol):
         """Return what was kept."""
         ...
 
+    def drop(self, part: str) -> None:
+        """Keep ``part`` no longer."""
+        ...
+
 
 class Gradients:
-    """The probes of all blocks of a float model, two bfloat16 numbers a token and channel, in a store."""
+    """What the loss of a float model asks of all its blocks, in a store.
+
+    Of a block that is a whole these are its metrics, float32; of one with experts, which see the tokens that are routed
+    to them when it is quantized, the probe itself, two bfloat16 numbers a token and channel.
+    """
 
     def __init__(
         self, skeleton: Skeleton, source: Source, load: Callable[[Source, int], Block], tokens: Tensor, store: Store
@@ -55,23 +63,48 @@ class Gradients:
         """Run forward and backward once, unless a run before this one has."""
         count = len(self.skeleton.blocks)
         stream, self._batches = Stream(self._batches, self.kwargs, device=self.skeleton.device), []
-        if self.store.has(_behind(0)):
+        if self.store.has(_asked(0)):
             return
         for index in range(count):
             self._save(_before(index), stream.batches)
-            stream = capture.advance(halves.narrow(self.load(self.source, index)), stream, spent=True)
+            block = halves.narrow(self.load(self.source, index))
+            stream = capture.advance(block, stream, spent=True)
+            if index + 1 < count:
+                del block  # before the next is read
         found = at_the_end(self.skeleton, self.source, stream)
+        del stream
         for index in reversed(range(count)):
-            self._save(_behind(index), found)
-            if index:
+            if index + 1 < count:
                 block = halves.narrow(self.load(self.source, index))
-                found = [each[0] for each in backward(block, self.probe(index), ())]
-                del block
+            found = self._ask(index, block, found)
+            del block
+
+    def tell(self, block: Block, index: int) -> None:
+        """Give ``block``, the one of that ``index``, what was measured of it."""
+        if block.experts:
+            block.probe = self.probe(index)
+        else:
+            kept = self.store.tensors(_asked(index))
+            block.metrics = {name: metric.to(self.skeleton.device) for name, metric in kept.items()}
 
     def probe(self, index: int) -> Probe:
-        """Return the probe of block ``index``."""
-        stream = Stream(self._read(_before(index)), self.kwargs, device=self.skeleton.device)
-        return Probe(stream, self._read(_behind(index)))
+        """Return the probe of block ``index``, one with experts."""
+        return Probe(self._before(index), self._read(_asked(index)))
+
+    def _ask(self, index: int, block: Block, behind: list[Tensor]) -> list[Tensor]:
+        """Keep what the loss asks of ``block``, by the gradients ``behind`` it; return those before it, if any is."""
+        probe = Probe(self._before(index), behind)
+        if block.experts:
+            found = [each[0] for each in backward(block, probe, ())] if index else []
+            self._save(_asked(index), behind)
+        else:
+            found, metrics = outputs.measured(block, probe, inputs=index > 0)
+            self.store.save(_asked(index), {name: metric.cpu() for name, metric in metrics.items()})
+            self.store.drop(_before(index))
+        return found
+
+    def _before(self, index: int) -> Stream:
+        return Stream(self._read(_before(index)), self.kwargs, device=self.skeleton.device)
 
     def _save(self, part: str, batches: Iterable[Tensor]) -> None:
         self.store.save(part, {f"{i:05d}": batch.to("cpu", torch.bfloat16) for i, batch in enumerate(batches)})
@@ -123,50 +156,9 @@ def drawn(odds: Tensor, draw: torch.Generator) -> Tensor:
     return torch.searchsorted(reached, level, right=True).clamp_max(odds.shape[1] - 1)
 
 
-def backward(
-    block: Block, probe: Probe, names: tuple[str, ...], *, inputs: bool = True
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield, batch by batch, the gradient at the block's ``inputs`` and at the output of every layer in ``names``."""
-    caught: dict[str, Tensor] = {}
-
-    def catch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            caught[name] = out
-
-        return hook
-
-    handles = [block.layer(name).register_forward_hook(catch(name)) for name in names]
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            own = {name: _kept(tensor) for name, tensor in block.module.state_dict().items()}
-            for (hidden, kwargs), gradient in zip(probe.stream.calls(), probe.gradients, strict=True):
-                leaf = hidden.clone().requires_grad_()
-                out = functional_call(block.module, own, (leaf,), _cloned(kwargs))
-                out = out[0] if isinstance(out, tuple) else out
-                wanted = [*([leaf] if inputs else []), *(caught[name] for name in names)]
-                yield torch.autograd.grad(out, wanted, grad_outputs=gradient.to(out, copy=True))
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` as autograd may keep it: what was made in inference mode must be copied."""
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
 def _before(index: int) -> str:
     return f"probe-{index:05d}"
 
 
-def _behind(index: int) -> str:
-    return f"gradient-{index:05d}"
-
-
-def _cloned(value: Any) -> Any:
-    """Return tensors that autograd may keep, in whatever they are."""
-    if isinstance(value, Tensor):
-        return _kept(value)
-    if isinstance(value, dict):
-        return {name: _cloned(part) for name, part in value.items()}
-    return tuple(_cloned(part) for part in value) if isinstance(value, tuple) else value
+def _asked(index: int) -> str:
+    return f"asked-{index:05d}"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qtoolkit.calibration import products
-from qtoolkit.calibration.gradients import backward
-from qtoolkit.stages import Block
+from qtoolkit.calibration.backward import backward
+from qtoolkit.stages import Block, Probe
 
 LARGEST = 4096  # outputs of a layer that gets a metric: it is as large as the Hessian of so many inputs
 DAMPING = 0.01  # added to the diagonal, as a part of its mean, beside what so few tokens leave uncertain
@@ -27,20 +27,28 @@ def heads(block: Block, name: str) -> int:
 
 
 def metrics(block: Block) -> dict[str, Tensor]:
-    """Return the metric of every target, float32 [n, n] with a mean diagonal of 1, damped; none without a probe."""
-    if block.probe is None:
-        return {}
+    """Return the metric of every target of ``block``: what it has, or what its probe says; none without either."""
+    return block.metrics or (measured(block, block.probe, inputs=False)[1] if block.probe is not None else {})
+
+
+def measured(block: Block, probe: Probe, *, inputs: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return the gradients at the block's ``inputs`` if asked for, batch by batch, and the metric of every target.
+
+    A metric is float32 [n, n], damped; its diagonal's mean is 1 without the damping.
+    """
     names = tuple(name for name, layer in block.linears() if 1 < layer.out_features <= LARGEST)
     sums: dict[str, Tensor] = {}
     tokens = dict.fromkeys(names, 0)
-    for found in backward(block, block.probe, names, inputs=False):
-        for name, gradient in zip(names, found, strict=True):
+    before: list[Tensor] = []
+    for found in backward(block, probe, names, inputs=inputs):
+        before += found[:1] if inputs else ()
+        for name, gradient in zip(names, found[inputs:], strict=True):
             flat = gradient.flatten(0, -2)
             tokens[name] += len(flat)
             with products.rough():
                 part = flat.T @ flat
             sums[name] = sums[name].add_(part) if name in sums else part
-    return {name: _scaled(total, DAMPING + len(total) / tokens[name]) for name, total in sums.items()}
+    return before, {name: _scaled(total, DAMPING + len(total) / tokens[name]) for name, total in sums.items()}
 
 
 def _scaled(total: Tensor, damping: float) -> Tensor:

@@ -220,3 +220,5 @@ def fold(block: Block, group: ChannelGroup, scales: Tensor) -> None:
     for name in group.producers:
         for parameter in block.layer(name).parameters():  # a linear layer's rows, a norm's gain, either's bias
             parameter.data.div_(scales.view(-1, *[1] * (parameter.dim() - 1)))
+        if name in block.metrics:  # the loss asks more of what is smaller now
+            block.metrics[name] = block.metrics[name] * (scales * scales.unsqueeze(1))  # it may lie on the disk

@@ -100,6 +100,10 @@ class Job:
 
         return load_file(self.file(part))
 
+    def drop(self, part: str) -> None:
+        """Remove a part that nobody asks for any more."""
+        self.file(part).unlink(missing_ok=True)
+
     def facts(self, part: str) -> dict[str, Any]:
         """Return a finished part's facts."""
         from safetensors import safe_open

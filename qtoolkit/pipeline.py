@@ -194,7 +194,8 @@ class Run:
                 block.schemes |= {name: Scheme.named(kind) for name, kind in job.facts(_part(index))["schemes"].items()}
                 self._restore(block, job.tensors(_part(index)))
             else:
-                block.probe = gradients.probe(index) if gradients else None
+                if gradients:
+                    gradients.tell(block, index)
                 steady = not self._round_floats(block) and len(self.transforms) == 1
                 stream.way, stream.floats_way = Way(moves=True), Way(moves=compared and steady)
                 figures = self._transform(block, stream)

@@ -87,7 +87,8 @@ class Block:
         schemes: targets that become something else than the recipe's scheme.
         residual: targets whose output is added to the hidden stream, with the norm that read it before.
         experts: name of the module whose children see a part of the tokens each; their layers are targets too.
-        probe: what the model's loss asks of the block's output, where that was measured.
+        metrics: how errors of a target's outputs add up in the model's loss [n, n], where that was measured.
+        probe: in a block with experts what ``metrics`` are made of, once it is known which tokens an expert gets.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Block:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     residual: dict[str, str] = field(default_factory=dict)
     experts: str = ""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
     probe: Probe | None = None
 
     def layer(self, name: str) -> nn.Module:

@@ -16,8 +16,8 @@ import qtoolkit
 from qtoolkit import architecture, checkpoint
 from qtoolkit.architecture import Skeleton
 from qtoolkit.calibration import capture, experts, smoothing
+from qtoolkit.calibration.backward import backward
 from qtoolkit.calibration.compensation import Compensate, CompensateOptions
-from qtoolkit.calibration.gradients import backward
 from qtoolkit.errors import ModelError, RequestError
 from qtoolkit.experts import Experts
 from qtoolkit.scheme import Scheme

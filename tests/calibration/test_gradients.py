@@ -11,8 +11,9 @@ from tests_support import save_random
 from torch import Tensor
 
 from qtoolkit import architecture
-from qtoolkit.calibration import gradients, outputs
+from qtoolkit.calibration import capture, experts, gradients, outputs, smoothing
 from qtoolkit.source import resolve
+from qtoolkit.stages import Probe
 
 LAYER = "self_attn.k_proj"
 
@@ -28,20 +29,24 @@ class Memory:
 
     def save(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         assert part not in self.parts
-        self.parts[part] = dict(tensors)
+        self.parts[part] = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         return self.parts[part]
 
+    def drop(self, part: str) -> None:
+        del self.parts[part]
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_moe"])
 def test_probes_and_metrics_are_those_of_autograd_through_the_model(tmp_path: Any, model_type: str) -> None:
     from transformers import AutoModelForCausalLM
 
     source = resolve(save_random(tmp_path / "model", model_type))
     skeleton = architecture.skeleton(source)
     tokens = torch.randint(2, 250, (3, 16), generator=torch.Generator().manual_seed(1))
-    found = gradients.Gradients(skeleton, source, lambda s, i: skeleton.block(i, s), tokens, Memory())
+    store = Memory()
+    found = gradients.Gradients(skeleton, source, lambda s, i: skeleton.block(i, s), tokens, store)
     found.measure()
     found.measure()  # what is there is not measured again: the store would refuse
 
@@ -63,18 +68,54 @@ def test_probes_and_metrics_are_those_of_autograd_through_the_model(tmp_path: An
         keys, behind = (each.grad for each in caught[2 * index : 2 * index + 2])
         assert keys is not None
         assert behind is not None
-        probe = found.probe(index)
-        # stored in bfloat16, and what comes from a later block's bfloat16 gradient is off by as much again
-        torch.testing.assert_close(
-            torch.cat(probe.gradients).float(), behind, rtol=0.03, atol=0.01 * float(behind.abs().max())
-        )
         block = skeleton.block(index, source)
-        block.probe = probe
-        metric = outputs.metrics(block)[LAYER]
+        found.tell(block, index)
+        if block.experts:  # stored in bfloat16, and what comes from a later block's gradient is off by as much again
+            probe = found.probe(index)
+            torch.testing.assert_close(
+                torch.cat(probe.gradients).float(), behind, rtol=0.03, atol=0.01 * float(behind.abs().max())
+            )
+            assert not block.metrics
+        else:
+            assert block.probe is None
+            assert {*block.metrics} == {name for name, _ in block.linears()}
+        metric = outputs.metrics(experts.around(block))[LAYER]
         flat = keys.flatten(0, 1).double()
         gram = flat.T @ flat
         wanted = gram / gram.diagonal().mean() + (outputs.DAMPING + len(gram) / 48) * torch.eye(len(gram))
         torch.testing.assert_close(metric.double(), wanted, rtol=0.05, atol=0.03)
+    if model_type != "qwen3_moe":
+        assert len(store.parts) == len(blocks)  # hidden states wait no longer than they are needed
+
+
+def test_smoothing_takes_the_metrics_along(tmp_path: Any) -> None:
+    source = resolve(save_random(tmp_path / "model", "qwen2"))  # whose layers have biases
+    skeleton = architecture.skeleton(source)
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randint(2, 250, (4, 64), generator=draw)
+    stream = capture.embed(skeleton, source, tokens)
+    probe = Probe(stream, [torch.randn(batch.shape, generator=draw) for batch in stream.batches])
+    block = skeleton.block(0, source)
+    block.metrics = outputs.measured(block, probe, inputs=False)[1]
+    before, applied = dict(block.metrics), {}
+    for group in block.groups:
+        rows = (
+            block.linear(group.producers[0]).out_features
+            if group.heads
+            else block.linear(group.consumers[0]).in_features
+        )
+        scales = torch.rand(rows, generator=draw).add_(0.5)
+        applied |= dict.fromkeys(group.producers, scales)
+        if group.heads:  # every query head that reads a value head has its scales
+            scales = scales.view(-1, block.head_dim).repeat_interleave(block.kv_repeats, dim=0).flatten()
+        smoothing.fold(block, group, scales)
+    for name, metric in outputs.measured(block, probe, inputs=False)[1].items():
+        damping = (outputs.DAMPING + len(metric) / tokens.numel()) * torch.eye(len(metric))
+        scales = applied.get(name, torch.ones(len(metric)))
+        torch.testing.assert_close(block.metrics[name], before[name] * torch.outer(scales, scales))
+        found = (before[name] - damping) * torch.outer(scales, scales)
+        torch.testing.assert_close(found / found.diagonal().mean() + damping, metric, rtol=1e-3, atol=1e-4)
+    assert {*applied} >= {"self_attn.v_proj", "mlp.up_proj"}
 
 
 def test_tokens_are_drawn_as_often_as_their_odds_say() -> None:
@@ -100,6 +141,7 @@ def test_few_sequences_of_a_long_text_are_probed(tmp_path: Any, monkeypatch: pyt
     monkeypatch.setattr(gradients, "TOKENS", 64)
     monkeypatch.setattr(gradients, "AT_ONCE", 32)
     tokens = torch.randint(2, 250, (16, 16), generator=torch.Generator().manual_seed(1))
-    found = gradients.Gradients(skeleton, source, lambda s, i: skeleton.block(i, s), tokens, Memory())
-    found.measure()
-    assert found.probe(0).stream.shapes() == [(2, 16), (2, 16)]
+    store, sequences = Memory(), []
+    monkeypatch.setattr(store, "drop", lambda part: sequences.append([x.shape[:2] for x in store.parts[part].values()]))
+    gradients.Gradients(skeleton, source, lambda s, i: skeleton.block(i, s), tokens, store).measure()
+    assert sequences == [[(2, 16), (2, 16)]] * len(skeleton.blocks)
