@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.architecture import Skeleton
-from qtoolkit.calibration.sections import without
+from qtoolkit.calibration.sections import outputs, without
 from qtoolkit.errors import NumericError
 from qtoolkit.source import Source
 from qtoolkit.stages import Block, Stream, put
@@ -78,18 +78,21 @@ def fits(numbers: int, device: torch.device) -> bool:
 
 
 @torch.inference_mode()
-def advance(block: Block, stream: Stream, *, spent: bool = False) -> Stream:
+def advance(block: Block, stream: Stream, *, bits: int = 0, spent: bool = False) -> Stream:
     """Return the stream behind ``block``; if ``stream`` is ``spent``, its batches are overwritten.
 
-    Sections that it has passed do not run again.
+    With ``bits`` inputs are rounded as when served. Sections that the stream has passed do not run again, and of those
+    that it has passed but for their last layer, only that layer does.
 
     Raises:
         NumericError: an output is NaN or Inf.
     """
     batches = []
     for number, (hidden, kwargs) in enumerate(stream.calls()):
-        with without(block, stream.way.passed):
+        given = outputs(block, stream.way, number)
+        with quantized_activations(block, bits) if bits else nullcontext(), without(block, given):
             out = block.module(hidden, **kwargs)
+        del given
         out = out[0] if isinstance(out, tuple) else out
         if not finite(out):
             raise NumericError(
@@ -155,8 +158,14 @@ def finite(x: Tensor) -> bool:
 
 def round_tokens(x: Tensor, bits: int = 8) -> Tensor:
     """Return x [..., k] rounded to ``bits`` integers per token (last dimension), symmetric, scale from its absmax."""
+    codes, scale = token_codes(x, bits)
+    return codes.mul_(scale)
+
+
+def token_codes(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Return the integers of ``round_tokens``, in x's dtype [..., k], and their scales [..., 1]."""
     top = float((1 << (bits - 1)) - 1)
     largest = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True))  # aminmax: 20 times as long
     scale = largest / top
     scale = torch.where(scale > 0, scale, 1.0)  # of zeros any will do
-    return (x / scale).round_().clamp_(-top, top).mul_(scale)
+    return (x / scale).round_().clamp_(-top, top), scale

@@ -1,7 +1,8 @@
 """The sections of a block, one behind another: each reads the hidden stream through its norm and adds to it once.
 
 A decoder layer has two, attention and the MLP. A stream that has passed a section carries what it gave, so that the
-layers behind it can be looked at without running it again: in its place come zeros.
+layers behind it can be looked at without running it again: in its place come zeros. Where only the last layer of one
+was still to be quantized, what that layer was given waits as it will be served, int8, and the layer alone runs again.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qtoolkit.stages import Block
+from qtoolkit.stages import Block, Way
+from qtoolkit.waiting import Waiting
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,41 @@ def nothing(out: Any) -> Any:
     return tuple(nothing(part) if isinstance(part, Tensor) else None for part in out)
 
 
+class Kept:
+    """What the last layer of a section is given, batch by batch, rounded per token; it waits on the disk."""
+
+    def __init__(self, writer: str, form: Any, folder: Path) -> None:
+        """Take the layer's name, the form of the section's output (``nothing``), and where to wait."""
+        self.writer, self.form = writer, form
+        self._codes, self._scales = Waiting(folder, dtype=torch.int8), Waiting(folder)
+
+    def append(self, codes: Tensor, scales: Tensor) -> None:
+        """Add a batch: codes int8 [sequences, tokens, k] and scales float32 [sequences, tokens, 1]."""
+        self._codes.append(codes)
+        self._scales.append(scales)
+
+    def output(self, block: Block, number: int) -> Any:
+        """Return what the section gives for a batch, with the layer's weight of now."""
+        layer = block.linear(self.writer)
+        codes, scales = (waiting[number].to(layer.weight.device) for waiting in (self._codes, self._scales))
+        out = layer(codes.to(torch.float32).mul_(scales))
+        return out if isinstance(self.form, Tensor) else (out, *self.form[1:])
+
+
+def outputs(block: Block, way: Way, number: int) -> dict[str, Any]:
+    """Return what sections of ``block`` give for a batch without running, by name: nothing any more, or what is kept.
+
+    It is to be asked where nobody rounds the inputs of layers.
+    """
+    return way.passed | {name: kept.output(block, number) for name, kept in way.kept.items()}
+
+
 @contextmanager
-def without(block: Block, passed: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, the ``passed`` sections of ``block`` give zeros: the stream has what they gave."""
+def without(block: Block, given: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, sections of ``block`` do not run: they give what is ``given``."""
     with ExitStack() as stack:
-        for name, zeros in passed.items():
+        for name, out in given.items():
             module = block.layer(name)
-            module.forward = lambda *args, zeros=zeros, **kwargs: zeros
+            module.forward = lambda *args, out=out, **kwargs: out
             stack.callback(delattr, module, "forward")
         yield

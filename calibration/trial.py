@@ -43,8 +43,7 @@ def spread(blocks: int, wanted: int) -> list[int]:
 
 def served(block: Block, stream: Stream, bits: int) -> Stream:
     """Return the stream behind a quantized block that rounds its inputs as when served."""
-    with capture.quantized_activations(block, bits):
-        return capture.advance(block, stream)
+    return capture.advance(block, stream, bits=bits)
 
 
 def advance_all(block: Block, streams: Mapping[K, Stream]) -> dict[K, Stream]:

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.calibration import halves
-from qtoolkit.calibration.capture import finite, quantized_activations, round_tokens
-from qtoolkit.calibration.sections import nothing, section_of, sections, without
+from qtoolkit.calibration.capture import finite, quantized_activations, token_codes
+from qtoolkit.calibration.sections import Kept, Section, nothing, outputs, section_of, sections, without
 from qtoolkit.errors import NumericError
 from qtoolkit.stages import Block, QuantizedWeight, Stream, put
+from qtoolkit.waiting import Waiting
 
 BEHIND = "behind"  # the block: no norm of it reads what comes out
+
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ def inputs(
     """Yield what layer ``name`` receives, batch by batch; the block stops at the layer.
 
     A stream that moves is brought on: past the parts of the block that hold none of the ``waiting`` layers, and in the
-    float network, which waits for nothing, past the part whose last layer ``name`` is.
+    float network, which waits for nothing, past the part whose last layer ``name`` is. In the quantized network, if all
+    of that part but this layer is quantized, what it receives is kept.
 
     Args:
         block: some of its targets are quantized already.
@@ -80,30 +84,43 @@ def inputs(
     done = waiting is not None and not any(known[i].holds(each) for i in range(place) for each in waiting)
     onwards = stream.way.moves and done and bool(known) and len(stream.way.passed) < place
     through = stream.floats_way.moves and both and bool(known) and waiting is not None and known[place].writer == name
-    behind = known[place + 1].norm if through and place + 1 < len(known) else BEHIND if through else ""
-    modules = [section.module for section in known]
+    ending = known[place + 1].norm if place + 1 < len(known) else BEHIND
+    behind = ending if through else ""
+    left = [each for each in waiting or () if known and known[place].holds(each)]
+    keeps = stream.way.moves and left == [name] == [known[place].writer]
+    folder = stream.batches.folder if keeps and isinstance(stream.batches, Waiting) else None
+    kept: Kept | None = None
     zeros: dict[str, Any] = {}
     exacts = stream.floats or stream.batches
     for number, ((hidden, kwargs), exact) in enumerate(zip(stream.calls(), exacts, strict=True)):
         with torch.inference_mode():  # as a decorator it would keep a batch until the next is there
-            with quantized_activations(block, bits), without(block, stream.way.passed):
-                found = _reach(block, name, norm, hidden, kwargs, watched=modules if onwards else [])
+            ready = outputs(block, stream.way, number)
+            looks = folder is not None and not number  # on, to where the section ends
+            with quantized_activations(block, bits), without(block, ready):
+                watched = known if onwards or looks else []
+                found = _reach(block, name, norm, hidden, kwargs, ending if looks else "", watched)
             seen, carried = found.seen, found.carried
             if onwards:
                 assert carried is not None
                 put(stream.batches, number, carried)
-                zeros = {module: found.zeros[module] for module in modules[:place]}
-            del found
-            served = round_tokens(seen, bits)
+                zeros = {each.module: found.zeros[each.module] for each in known[:place]}
+            if folder and looks and known[place].module in found.ends:
+                kept = Kept(name, found.zeros[known[place].module], folder)
+            del found, ready
+            codes, scale = token_codes(seen, bits)
+            if kept is not None:
+                kept.append(*(part.view(*hidden.shape[:-1], -1) for part in (codes.to(torch.int8), scale)))
+            served = codes.mul_(scale)
+            del codes, scale
             seen = seen if not number else served  # a sample is taken of the first: no other is kept beside the float's
             if both:
                 with weights(block, originals), without(block, stream.floats_way.passed):
-                    right = _reach(block, name, norm, exact.to(hidden), kwargs, behind, modules if through else [])
+                    right = _reach(block, name, norm, exact.to(hidden), kwargs, behind, known if through else [])
                 lack = right.carried - carried if drifts and right.carried is not None and carried is not None else None
                 if through:
                     assert right.behind is not None
                     put(stream.floats, number, right.behind)
-                    passed = {module: right.zeros[module] for module in modules[: place + 1]}
+                    passed = {each.module: right.zeros[each.module] for each in known[: place + 1]}
                 made = Inputs(seen, served, right.seen, None if lack is None else lack.flatten(0, -2))
                 del right, lack
             else:
@@ -112,7 +129,9 @@ def inputs(
         yield made
         del made
     if onwards:
-        stream.way.passed = zeros
+        stream.way.passed, stream.way.kept = zeros, {}
+    if kept is not None:
+        stream.way.kept = {known[place].module: kept}
     if through:
         stream.floats_way.passed, stream.floats_way.behind = passed, behind == BEHIND
 
@@ -176,12 +195,16 @@ class _Reached(Exception):
 
 @dataclass
 class _Found:
-    """What a pass saw: the layer's input [tokens, k], and the hidden stream before and behind its section."""
+    """What a pass saw: the layer's input [tokens, k], and the hidden stream before and behind its section.
+
+    Of watched sections it has zeros in the form of their outputs, and ``ends``, those that give what their writer does.
+    """
 
     seen: Tensor
     carried: Tensor | None
     behind: Tensor | None
     zeros: dict[str, Any]
+    ends: set[str]
 
 
 def _reach(
@@ -191,15 +214,16 @@ def _reach(
     hidden: Tensor,
     kwargs: dict[str, Any],
     behind: str = "",
-    watched: Sequence[str] = (),
+    watched: Sequence[Section] = (),
 ) -> _Found:
     """Return the layer's input before any rounding, what ``norm`` read, and the stream ``behind`` the layer's section.
 
-    ``behind`` is the next norm, or ``BEHIND`` the block; empty: the pass ends at the layer. Of ``watched`` modules the
-    forms of their outputs are written down.
+    ``behind`` is the next norm, or ``BEHIND`` the block; empty: the pass ends at the layer. Of ``watched`` sections
+    what they give is looked at.
     """
     caught: dict[str, Tensor] = {}
     zeros: dict[str, Any] = {}
+    ends: set[str] = set()
 
     def catch(key: str, last: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -220,8 +244,9 @@ def _reach(
             watch(norm, "stream", False)
         if behind and behind != BEHIND:
             watch(behind, "behind", True)
-        for module in watched:
-            stack.callback(block.layer(module).register_forward_hook(_note(zeros, module)).remove)
+        for section in watched:
+            for hooked, hook in zip((section.writer, section.module), _note(section, zeros, ends), strict=True):
+                stack.callback(block.layer(hooked).register_forward_hook(hook).remove)
         try:
             out = block.module(hidden, **kwargs)
             caught["behind"] = out[0] if isinstance(out, tuple) else out
@@ -232,11 +257,19 @@ def _reach(
             f"The input of {block.name}.{name} holds NaN or Inf on the calibration text.",
             "The weights or the calibration data are damaged.",
         )
-    return _Found(caught["input"].flatten(0, -2), caught.get("stream"), caught.get("behind"), zeros)
+    return _Found(caught["input"].flatten(0, -2), caught.get("stream"), caught.get("behind"), zeros, ends)
 
 
-def _note(zeros: dict[str, Any], name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        zeros[name] = nothing(out)
+def _note(section: Section, zeros: dict[str, Any], ends: set[str]) -> tuple[Hook, Hook]:
+    """Return hooks for the section's writer and module, which write down what ``_Found`` has of it."""
+    written: list[Any] = []
 
-    return hook
+    def writer(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        written.append(out)
+
+    def whole(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        zeros[section.module] = nothing(out)
+        if written and written.pop() is (out[0] if isinstance(out, tuple) else out):
+            ends.add(section.module)
+
+    return writer, whole

@@ -204,8 +204,7 @@ class Run:
                 errors = [row["error"] for row in figures["layers"].values()]
                 self.progress.block(block.name, sum(errors) / len(errors) if errors else 0.0)
             behind, stream.floats = stream.floats_way.behind, []
-            with capture.quantized_activations(block, self.recipe.scheme.activation_bits):
-                stream = capture.advance(block, stream, spent=True)
+            stream = capture.advance(block, stream, bits=self.recipe.scheme.activation_bits, spent=True)
             del block  # before the next is read
             memory.trim()
             if compared and not behind and index + 1 < self.blocks:  # a stream in memory costs more than reading again

@@ -127,11 +127,13 @@ class Way:
     Attributes:
         moves: whoever quantizes the block may bring the stream on, in its place.
         passed: parts whose outputs have been added to the stream, each with zeros of the form of its output.
+        kept: parts of which all but the last layer has run, each with what that layer is given (``sections.Kept``).
         behind: the stream is behind the block.
     """
 
     moves: bool = False
     passed: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
     behind: bool = False
 
 

@@ -16,19 +16,17 @@ from torch import Tensor
 
 from qtoolkit.job import disk_errors
 
-WIDTH = 4  # bytes of a number
-
 
 class Waiting(Sequence[Tensor]):
-    """Float32 batches as a list has them, each read anew from the disk when it is asked for."""
+    """Batches of one dtype as a list has them, each read anew from the disk when it is asked for."""
 
-    def __init__(self, folder: Path, batches: Iterable[Tensor] = ()) -> None:
+    def __init__(self, folder: Path, batches: Iterable[Tensor] = (), dtype: torch.dtype = torch.float32) -> None:
         """Write ``batches`` to a file in ``folder``; more may be appended.
 
         Raises:
             QToolkitError: the disk is full, or does not take it.
         """
-        self.folder = folder
+        self.folder, self.dtype = folder, dtype
         self.shapes: list[torch.Size] = []
         self._places = [0]  # where each batch begins, and the next one will
         with disk_errors(folder):
@@ -39,7 +37,7 @@ class Waiting(Sequence[Tensor]):
     def append(self, batch: Tensor) -> None:
         """Write one more batch."""
         self.shapes.append(batch.shape)
-        self._places.append(self._places[-1] + WIDTH * batch.numel())
+        self._places.append(self._places[-1] + self.dtype.itemsize * batch.numel())
         self[len(self) - 1] = batch
 
     def __len__(self) -> int:
@@ -52,7 +50,7 @@ class Waiting(Sequence[Tensor]):
     def __getitem__(self, number: int | slice) -> Tensor | list[Tensor]:
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
-        batch = torch.empty(self.shapes[number], dtype=torch.float32, device="cpu")
+        batch = torch.empty(self.shapes[number], dtype=self.dtype, device="cpu")
         with disk_errors(self.folder):
             self._file.seek(self._places[:-1][number])
             self._file.readinto(_bytes(batch))
@@ -61,7 +59,7 @@ class Waiting(Sequence[Tensor]):
     def __setitem__(self, number: int, batch: Tensor) -> None:
         with disk_errors(self.folder):
             self._file.seek(self._places[:-1][number])
-            self._file.write(_bytes(batch.to("cpu", torch.float32).contiguous()))
+            self._file.write(_bytes(batch.to("cpu", self.dtype).contiguous()))
 
 
 def _bytes(batch: Tensor) -> memoryview:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests_support import save_random
+from torch import Tensor, nn
 
 from qtoolkit import architecture
-from qtoolkit.calibration import capture, twin
+from qtoolkit.calibration import capture, halves, twin
 from qtoolkit.calibration.compensation import Compensate, CompensateOptions
 from qtoolkit.scheme import Scheme
 from qtoolkit.source import resolve
 from qtoolkit.stages import Block, Context, Stream, Way
+from qtoolkit.waiting import Waiting
 
+TOKENS = torch.randint(2, 250, (6, 24), generator=torch.Generator().manual_seed(1))
 CONTEXT = Context(Scheme(group_size=64), torch.bfloat16, print)
 
 
@@ -21,8 +26,7 @@ def block_and_stream(tmp_path_factory: pytest.TempPathFactory) -> tuple[Block, S
     """The first block of a random model, and a stream that has drifted from the float one."""
     source = resolve(save_random(tmp_path_factory.mktemp("model") / "llama"))
     skeleton = architecture.skeleton(source)
-    tokens = torch.randint(2, 258, (6, 24), generator=torch.Generator().manual_seed(1))
-    stream = capture.embed(skeleton, source, tokens)
+    stream = capture.embed(skeleton, source, TOKENS)
     stream.floats = [batch * 1.05 for batch in stream.batches]
     return skeleton.block(0, source), stream
 
@@ -62,8 +66,7 @@ def test_after_compensation_the_block_is_nearer_to_the_float_one(block_and_strea
         for name, weight in originals.items():
             block.linear(name).weight.data = weight
         report = Compensate(CompensateOptions(aim=aim)).apply(block, stream, CONTEXT)
-        with capture.quantized_activations(block, 8):
-            out = capture.advance(block, stream).batches[0]
+        out = capture.advance(block, stream, bits=8).batches[0]
         lost[aim] = float((out - float_out).square().sum())
     assert lost[True] < 0.8 * lost[False]
     assert max(figures["aim_strength"] for figures in report.values()) > 0
@@ -83,27 +86,50 @@ def test_the_same_stream_gives_the_same_codes(block_and_stream: tuple[Block, Str
     assert all(torch.equal(codes[0][name], codes[1][name]) for name in originals)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["its last layer's output", "more than that"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_a_stream_that_moves_ends_where_one_does_that_starts_anew_for_every_layer(
-    block_and_stream: tuple[Block, Stream],
+    tmp_path: Path, model_type: str, whole: bool
 ) -> None:
-    block, stream = block_and_stream
+    """And what an MLP's last layer is given is kept where that layer's output is the MLP's."""
+    source = resolve(save_random(tmp_path / "model", model_type))
+    skeleton = architecture.skeleton(source)
+    stream = capture.embed(skeleton, source, TOKENS)
+    stream.floats = [batch * 1.01 for batch in stream.batches]
+    block = halves.halve(skeleton.block(0, source))
+    if not whole:
+        scale(block.layer("mlp"))
     originals = {name: layer.weight.data for name, layer in block.linears()}
     floats_behind = capture.advance(block, Stream(stream.floats, stream.kwargs)).batches
     codes, behind = [], []
-    for moves in (False, True):
+    for moves, waits in ((False, False), (True, False), (True, True)):
         for name, weight in originals.items():
             block.linear(name).weight.data = weight
         batches, floats = ([batch.clone() for batch in some] for some in (stream.batches, stream.floats))
-        own = Stream(batches, stream.kwargs, floats, way=Way(moves), floats_way=Way(moves))
+        own = Stream(Waiting(tmp_path, batches) if waits else batches, stream.kwargs, floats)
+        own.way, own.floats_way = Way(moves), Way(moves)
         Compensate(CompensateOptions()).apply(block, own, CONTEXT)
         codes.append({name: weight.codes.clone() for name, weight in block.quantized.items()})
         assert list(own.way.passed) == (["self_attn"] if moves else [])
+        assert list(own.way.kept) == (["mlp"] if waits and whole else [])
         assert own.floats_way.behind is moves
         assert torch.equal(own.floats[0], floats_behind[0] if moves else stream.floats[0])
-        with capture.quantized_activations(block, 8):
-            behind.append(capture.advance(block, own, spent=True).batches[0])
-    assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
-    assert torch.equal(*behind)
+        behind.append(torch.cat(list(capture.advance(block, own, bits=8, spent=True).batches)))
+    for others in codes[1:]:
+        assert all(torch.equal(codes[0][name], others[name]) for name in codes[0])
+    assert torch.equal(behind[0], behind[1])
+    assert torch.equal(behind[0], behind[2])
+
+
+def scale(module: nn.Module) -> None:
+    """Let ``module`` give half of what it gave."""
+    kind = type(module)
+
+    class Scaled(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden: Tensor) -> Tensor:
+            return 0.5 * super().forward(hidden)
+
+    module.__class__ = Scaled
 
 
 def test_the_float_network_lets_go_of_the_parts_that_it_has_passed() -> None:
