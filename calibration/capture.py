@@ -53,7 +53,8 @@ def embed(
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         batches.append(args[0].to(waits) if waits else args[0])
-        stream.kwargs.append({**kwargs, "use_cache": False, "past_key_values": None})
+        kwargs = {**kwargs, "use_cache": False, "past_key_values": None}
+        stream.kwargs.append(shared(kwargs, stream.kwargs[-1]) if stream.kwargs else kwargs)
         raise _Reached
 
     handle = skeleton.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
@@ -67,6 +68,18 @@ def embed(
         handle.remove()
         embedding.weight = empty
     return stream
+
+
+def shared(value: Any, before: Any) -> Any:
+    """Return ``value`` with the tensors of ``before`` that are equal: rotary tables, which most batches share."""
+    if isinstance(value, Tensor):
+        same = isinstance(before, Tensor) and value.dtype == before.dtype and torch.equal(value, before)
+        return before if same else value
+    if isinstance(value, dict) and isinstance(before, dict):
+        return {name: shared(part, before.get(name)) for name, part in value.items()}
+    if isinstance(value, tuple) and isinstance(before, tuple) and len(value) == len(before):
+        return tuple(shared(part, old) for part, old in zip(value, before, strict=True))
+    return value
 
 
 def fits(numbers: int, device: torch.device) -> bool:

@@ -119,7 +119,7 @@ def at_the_end(skeleton: Skeleton, source: Source, stream: Stream) -> list[Tenso
     draw = torch.Generator("cpu").manual_seed(0)
     found = []
     with torch.inference_mode(False), torch.enable_grad():
-        rows = max(1, LOGITS // len(head))
+        rows = min(AT_ONCE, max(1, LOGITS // len(head)))
         for hidden, _ in stream.calls():
             found.append(torch.cat([_drawn(norm, head, part, draw) for part in hidden.flatten(0, -2).split(rows)]))
             found[-1] = found[-1].view(hidden.shape)

@@ -13,6 +13,7 @@ from qtoolkit.calibration.twin import Inputs
 
 HELD_OUT = 4  # the last token in so many of every batch checks what the others were fitted to
 CHECKED = 2048  # tokens held out at most: they are kept as they are
+AT_ONCE = 512  # of them that are taken to float32 at once
 SAMPLE = 128  # held-out tokens kept in float, to split the error into its parts
 
 
@@ -81,26 +82,41 @@ class Moments:
 
 
 class HeldOut:
-    """Tokens held out, as they are: inputs as int8 with a scale each, what they lack in bfloat16."""
+    """Tokens held out, as they are: inputs as int8 with a scale each, what they lack in bfloat16.
 
-    def __init__(self, moments: Moments) -> None:
-        """Take the moments that these tokens check and then join."""
-        self.moments = moments
+    They have one place from the first on: pieces that stay, between those that come and go, would hold memory apart.
+    """
+
+    def __init__(self, moments: Moments, room: int) -> None:
+        """Take the moments that these tokens check and then join, and about how many will come."""
+        self.moments, self.room = moments, max(1, room)
         self.tokens = 0
-        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        self._kept: list[Tensor] = []
 
     def update(self, x: Tensor, wanted: Tensor, drift: Tensor | None) -> None:
         """Add tokens as ``Moments.update`` has them; x is rounded per token to at most 8 bits."""
         scale = (x.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(x.dtype).tiny)
         lack, drift = self.moments.lack(x, wanted, drift)
-        codes = (x / scale).round_().to(torch.int8)
-        self._parts.append((codes, scale, lack.bfloat16(), None if drift is None else drift.bfloat16()))
+        found = [
+            (x / scale).round_().to(torch.int8),
+            scale,
+            lack.bfloat16(),
+            *([] if drift is None else [drift.bfloat16()]),
+        ]
+        if self.tokens + len(x) > self.room or not self._kept:
+            self.room = max(self.room, self.tokens + len(x))
+            before, self._kept = self._kept, [part.new_empty(self.room, part.shape[1]) for part in found]
+            for kept, old in zip(self._kept, before, strict=False):  # nothing was there at first
+                kept[: self.tokens] = old[: self.tokens]
+        for kept, part in zip(self._kept, found, strict=True):
+            kept[self.tokens : self.tokens + len(x)] = part
         self.tokens += len(x)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield inputs, what they lack, and the drift, in float32."""
-        for codes, scale, lack, drift in self._parts:
-            yield codes * scale, lack.float(), None if drift is None else drift.float()
+        for first in range(0, self.tokens, AT_ONCE):
+            codes, scale, lack, *drift = (kept[first : min(first + AT_ONCE, self.tokens)] for kept in self._kept)
+            yield codes * scale, lack.float(), drift[0].float() if drift else None
 
     def pull(self, index: int, rows: Tensor) -> Tensor:
         """Return what ``Moments.pull`` does, for combinations ``rows`` [m, n] of a layer's outputs: [m, k]."""
@@ -123,7 +139,7 @@ class HeldOut:
         """Add these tokens to the moments; they are gone here afterwards."""
         for part in self.batches():
             self.moments.add(*part)
-        self.tokens, self._parts = 0, []
+        self.tokens, self._kept = 0, []
 
 
 class Seen:
@@ -142,7 +158,7 @@ class Seen:
         Where nothing is ``lacking``, only the Hessian is summed.
         """
         self.fit = Moments(weights, shrinkage)
-        self.check = HeldOut(self.fit)
+        self.check = HeldOut(self.fit, min(CHECKED, tokens // HELD_OUT) if lacking else 0)
         self.sample: Inputs | None = None
         for part in batches:
             count = len(part.served)

@@ -34,26 +34,29 @@ def metrics(block: Block) -> dict[str, Tensor]:
 def measured(block: Block, probe: Probe, *, inputs: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Return the gradients at the block's ``inputs`` if asked for, batch by batch, and the metric of every target.
 
-    A metric is float32 [n, n], damped; its diagonal's mean is 1 without the damping.
+    Gradients are bfloat16 [sequences, tokens, hidden]. A metric is float32 [n, n], damped; its diagonal's mean is 1
+    without the damping.
     """
     names = tuple(name for name, layer in block.linears() if 1 < layer.out_features <= LARGEST)
     sums: dict[str, Tensor] = {}
     tokens = dict.fromkeys(names, 0)
     before: list[Tensor] = []
     for found in backward(block, probe, names, inputs=inputs):
-        before += found[:1] if inputs else ()
+        before += [found[0].bfloat16()] if inputs else []
         for name, gradient in zip(names, found[inputs:], strict=True):
             flat = gradient.flatten(0, -2)
             tokens[name] += len(flat)
+            if name not in sums:
+                sums[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
             with products.rough():
-                part = flat.T @ flat
-            sums[name] = sums[name].add_(part) if name in sums else part
+                sums[name].addmm_(flat.T, flat)
     return before, {name: _scaled(total, DAMPING + len(total) / tokens[name]) for name, total in sums.items()}
 
 
 def _scaled(total: Tensor, damping: float) -> Tensor:
+    """Return ``total`` in its place over its mean diagonal, and damped."""
     mean = float(total.diagonal().mean())
-    unit = torch.eye(len(total), device=total.device)
     if not 0 < mean < torch.inf:  # nobody reads these outputs: any metric does
-        return unit
-    return total / mean + damping * unit
+        return torch.eye(len(total), device=total.device)
+    total.div_(mean).diagonal().add_(damping)
+    return total

@@ -34,7 +34,7 @@ def moments(inputs: Inputs, weights: list[Tensor], parts: int = 3) -> Moments:
 
 
 def held_out(inputs: Inputs, weights: list[Tensor], parts: int = 3) -> HeldOut:
-    return _filled(HeldOut(Moments(weights)), inputs, parts)
+    return _filled(HeldOut(Moments(weights), len(inputs.served)), inputs, parts)
 
 
 def _filled(found: Any, inputs: Inputs, parts: int) -> Any:
@@ -104,9 +104,13 @@ def test_no_step_is_taken_where_none_helps() -> None:
     assert never.strength == 0.0
 
 
+@pytest.mark.parametrize("room", [10, 41])
 @pytest.mark.parametrize("outputs", [N, 3 * N])
-def test_tokens_held_out_join_the_others_as_if_they_had_been_there(outputs: int) -> None:
+def test_tokens_held_out_join_the_others_as_if_they_had_been_there(
+    outputs: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With fewer outputs than inputs the lack itself is summed, with more the shift of the inputs."""
+    monkeypatch.setattr("qtoolkit.calibration.moments.AT_ONCE", 16)
     inputs, weight = made(101, 0.5)
     inputs = Inputs(inputs.seen, round_tokens(inputs.seen), inputs.wanted, inputs.drift)
     weight = weight.repeat(outputs // N, 1)
@@ -114,8 +118,8 @@ def test_tokens_held_out_join_the_others_as_if_they_had_been_there(outputs: int)
     assert drift is not None
     inputs = Inputs(inputs.seen, inputs.served, inputs.wanted, drift.repeat(1, outputs // N))
     whole, fit = moments(inputs, [weight]), Moments([weight])
-    check = HeldOut(fit)
-    for kind, rows in ((fit, slice(0, 60)), (check, slice(60, None))):
+    check = HeldOut(fit, room)  # more come than were expected, or as many
+    for kind, rows in ((fit, slice(0, 60)), (check, slice(60, 68)), (check, slice(68, None))):
         assert inputs.drift is not None
         kind.update(inputs.served[rows], inputs.wanted[rows], inputs.drift[rows])
     mix = torch.randn(4, outputs, generator=torch.Generator().manual_seed(3))

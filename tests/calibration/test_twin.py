@@ -121,6 +121,20 @@ def test_a_stream_that_moves_ends_where_one_does_that_starts_anew_for_every_laye
     assert torch.equal(behind[0], behind[2])
 
 
+def test_batches_share_what_is_the_same_for_all(tmp_path: Path) -> None:
+    source = resolve(save_random(tmp_path / "model"))
+    stream = capture.embed(architecture.skeleton(source), source, TOKENS, at_once=48)  # three batches
+    first, *others = (kwargs["position_embeddings"] for kwargs in stream.kwargs)
+    assert len(others) == 2
+    assert all(mine is theirs for each in others for mine, theirs in zip(each, first, strict=True))
+    changed = {"ids": torch.zeros(3), "many": (torch.ones(2), None), "cache": False}
+    before = {"ids": torch.zeros(3), "many": (torch.zeros(2), None), "cache": True}
+    found = capture.shared(changed, before)
+    assert found["ids"] is before["ids"]
+    assert found["many"][0] is changed["many"][0]
+    assert found["cache"] is False
+
+
 def scale(module: nn.Module) -> None:
     """Let ``module`` give half of what it gave."""
     kind = type(module)
