@@ -1,8 +1,8 @@
 """Hessian compensation (GPTQ): round one input's weights at a time and let the inputs still to come make up for it.
 
-Sources: GPTQ (Frantar et al. 2022, algorithm 1), in activation order with static groups, so that the packed layout
-needs no permutation; the weight it aims at is that of ``target``. The grid's scales are fixed before the first column
-is rounded, in the dtype they are stored in, and refitted afterwards together with the codes (``refine``).
+Sources: GPTQ (Frantar et al. 2022, algorithm 1), with static groups, so that the packed layout needs no permutation
+whatever the order of the inputs; the weight it aims at is that of ``target``. The grid's scales are fixed before the
+first column is rounded, in the dtype they are stored in, and refitted afterwards together with the codes (``refine``).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CompensateOptions(Options):
     scale_search: bool = Field(True, description="search each scale by Hessian-weighted error; false: absmax / 7")
     damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a part of its mean")
     shrinkage: float = Field(0.25, ge=0, lt=1, description="of what inputs have in common, against other text: 0 to 1")
-    activation_order: bool = Field(True, description="round the inputs with the largest Hessian diagonal first")
+    activation_order: bool = Field(False, description="round the inputs with the largest Hessian diagonal first")
     sequential: bool = Field(True, description="a layer sees its block's earlier layers quantized; false: in float")
     aim: bool = Field(True, description="aim at the float network's outputs, as far as held-out tokens support it")
     refine: int = Field(2, ge=0, description="rounds of new scales and new codes after compensation")

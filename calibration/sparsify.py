@@ -91,6 +91,4 @@ def prune_in_order(weight: Tensor, factor: Tensor, kept: int, size: int) -> Tens
 
 
 def _options(options: SparsifyOptions) -> CompensateOptions:
-    return CompensateOptions(
-        compensate=options.compensate, scale_search=False, damping=options.damping, activation_order=False
-    )
+    return CompensateOptions(compensate=options.compensate, scale_search=False, damping=options.damping)

@@ -85,7 +85,8 @@ def combinations(n: int, wanted: int = OUTPUTS) -> Tensor:
     if n <= OUTPUTS:
         return torch.eye(n, device="cpu")
     draw = torch.Generator("cpu").manual_seed(0)
-    return (torch.randint(0, 2, (wanted, n), generator=draw, device="cpu") * 2 - 1) / wanted**0.5
+    signs = torch.randint(0, 2, (wanted, n), generator=draw, device="cpu", dtype=torch.float32).mul_(2).sub_(1)
+    return signs.div_(wanted**0.5)
 
 
 def solved(factor: Tensor, pull: Tensor) -> Tensor:

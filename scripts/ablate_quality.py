@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no shrinkage of the Hessian": {"gptq.shrinkage": 0},
     "no refinement": {"gptq.refine": 0},
     "min-max scales": {"gptq.scale_search": False},
-    "columns in their own order": {"gptq.activation_order": False},
+    "columns in activation order": {"gptq.activation_order": True},
     "plain compensation (GPTQ)": {
         "gptq.aim": False,
         "gptq.sequential": False,

@@ -26,7 +26,9 @@ def made(k: int, tokens: int = 400, seed: int = 0) -> tuple[Hessian, Tensor]:
     return hessian, x
 
 
-def optimal_brain(weight: Tensor, matrix: Tensor, scales: Tensor, scheme: Scheme, damping: float) -> Tensor:
+def optimal_brain(
+    weight: Tensor, matrix: Tensor, scales: Tensor, scheme: Scheme, damping: float, largest_first: bool = False
+) -> Tensor:
     """Round one input after another, solving exactly for all inputs still to come (OBS), in float64.
 
     GPTQ's Cholesky form is algebraically this: after fixing a column, the rest takes the least-squares update that the
@@ -34,7 +36,8 @@ def optimal_brain(weight: Tensor, matrix: Tensor, scales: Tensor, scheme: Scheme
     """
     w, h = weight.double().clone(), matrix.double()
     h = h + torch.eye(len(h), dtype=torch.float64) * damping * h.diagonal().mean()
-    order = torch.argsort(matrix.diagonal(), descending=True, stable=True).tolist()
+    keys = matrix.diagonal() if largest_first else torch.zeros(len(matrix))
+    order = torch.argsort(keys, descending=True, stable=True).tolist()
     size = weight.shape[1] // scales.shape[1]
     codes = torch.zeros(weight.shape, dtype=torch.int8)
     for place, column in enumerate(order):
@@ -48,10 +51,11 @@ def optimal_brain(weight: Tensor, matrix: Tensor, scales: Tensor, scheme: Scheme
     return codes
 
 
+@pytest.mark.parametrize("largest_first", [False, True])
 @pytest.mark.parametrize("stretches", [False, True])
 @pytest.mark.parametrize("group_size", [16, -1])
 def test_codes_equal_those_of_the_exact_formulation(
-    group_size: int, stretches: bool, monkeypatch: pytest.MonkeyPatch
+    group_size: int, stretches: bool, largest_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if stretches:  # as with thousands of inputs: several stretches, of several blocks each
         monkeypatch.setattr(columns, "TOGETHER", 20)
@@ -59,9 +63,9 @@ def test_codes_equal_those_of_the_exact_formulation(
     hessian, _ = made(48)
     scheme = Scheme(group_size=group_size)
     weight = torch.randn(20, 48, generator=torch.Generator().manual_seed(3))
-    plain = CompensateOptions(scale_search=False, refine=0, starts=1)
+    plain = CompensateOptions(scale_search=False, refine=0, starts=1, activation_order=largest_first)
     quantized = Solved(hessian, plain).quantize(weight, scheme, torch.float32)
-    expected = optimal_brain(weight, hessian.matrix, quantized.scales, scheme, damping=0.01)
+    expected = optimal_brain(weight, hessian.matrix, quantized.scales, scheme, 0.01, largest_first)
     differing = (quantized.codes != expected).float().mean()
     assert differing < 0.01  # a value next to a rounding tie may fall either way in fp32, and its successors follow
 

@@ -26,7 +26,8 @@ EVERYTHING = [
     {"outliers.method": "rotate"},
     {"outliers.method": "auto", "outliers.blocks": 1},
     {"budget.bits": 5.0},
-    {"gptq.compensate": False, "gptq.activation_order": False},
+    {"gptq.compensate": False, "gptq.activation_order": True},
+    {"gptq.activation_order": True, "gptq.starts": 1},
     {"scheme.group_size": "channel", "gptq.chained": True},
 ]
 
