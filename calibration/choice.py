@@ -132,6 +132,7 @@ def _measured(
                 carried[name, index] = _tried(candidate, load(candidate.weights, index), fit, held, context, treat)
                 memory.trim()
         fit, held = behind, held_behind
+    memory.trim()
     found = trial.divergence(skeleton, source, held, carried)
     return {name: sum(found[name, index] for index in places) for name in candidates}
 

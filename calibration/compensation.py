@@ -90,6 +90,7 @@ class Compensate:
                 unfinished = [name for names in waiting.values() for name in names] if self.options.sequential else None
                 batches = twin.inputs(block, first, stream, originals, bits, both=self.reads_floats, waiting=unfinished)
                 weights = [originals[name] for name in names]
+                memory.trim()  # what the layers before have left in pieces
                 seen = Seen(weights, batches, tokens, self.options.shrinkage, lacking=self.reads_floats)
                 del weights
             memory.trim()  # what batches have left in pieces

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from qtoolkit import memory
 from qtoolkit.architecture import Skeleton
 from qtoolkit.calibration import capture, halves, outputs, trial
 from qtoolkit.calibration.backward import backward
@@ -74,6 +75,7 @@ class Gradients:
         found = at_the_end(self.skeleton, self.source, stream)
         del stream
         for index in reversed(range(count)):
+            memory.trim()  # what the passes before have left in pieces
             if index + 1 < count:
                 block = halves.narrow(self.load(self.source, index))
             found = self._ask(index, block, found)

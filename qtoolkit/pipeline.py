@@ -180,6 +180,7 @@ class Run:
         self.progress.start(self.blocks, done)
         gradients = None
         if any(getattr(transform, "reads_gradients", False) for transform in self.transforms.values()):
+            memory.trim()
             gradients = Gradients(self.skeleton, self.weights, self._block, tokens, job)
             gradients.measure()
         memory.trim()
