@@ -89,6 +89,12 @@ class Gradients:
             kept = self.store.tensors(_asked(index))
             block.metrics = {name: metric.to(self.skeleton.device) for name, metric in kept.items()}
 
+    def forget(self, index: int) -> None:
+        """Keep no longer what was measured of block ``index``, which is done; the first one's says that all was."""
+        if index:
+            self.store.drop(_before(index))
+            self.store.drop(_asked(index))
+
     def probe(self, index: int) -> Probe:
         """Return the probe of block ``index``, one with experts."""
         return Probe(self._before(index), self._read(_asked(index)))

@@ -38,6 +38,8 @@ def measured(block: Block, probe: Probe, *, inputs: bool) -> tuple[list[Tensor],
     without the damping.
     """
     names = tuple(name for name, layer in block.linears() if 1 < layer.out_features <= LARGEST)
+    if not names and not inputs:
+        return [], {}
     sums: dict[str, Tensor] = {}
     tokens = dict.fromkeys(names, 0)
     before: list[Tensor] = []

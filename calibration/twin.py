@@ -59,7 +59,7 @@ def inputs(
     both: bool = True,
     waiting: Collection[str] | None = None,
 ) -> Iterator[Inputs]:
-    """Yield what layer ``name`` receives, batch by batch; the block stops at the layer.
+    """Yield what layer ``name`` receives, batch by batch; the block runs no further than it must.
 
     A stream that moves is brought on: past the parts of the block that hold none of the ``waiting`` layers, and in the
     float network, which waits for nothing, past the part whose last layer ``name`` is. In the quantized network, if all
@@ -87,7 +87,7 @@ def inputs(
     ending = known[place + 1].norm if place + 1 < len(known) else BEHIND
     behind = ending if through else ""
     left = [each for each in waiting or () if known and known[place].holds(each)]
-    keeps = stream.way.moves and left == [name] == [known[place].writer]
+    keeps = done and stream.way.moves and left == [name] == [known[place].writer]
     folder = stream.batches.folder if keeps and isinstance(stream.batches, Waiting) else None
     kept: Kept | None = None
     zeros: dict[str, Any] = {}
@@ -254,7 +254,7 @@ def _reach(
             pass
     if not all(finite(each) for key, each in caught.items() if key != "stream"):
         raise NumericError(
-            f"The input of {block.name}.{name} holds NaN or Inf on the calibration text.",
+            f"The input of {block.name}.{name}, or what comes of it, holds NaN or Inf on the calibration text.",
             "The weights or the calibration data are damaged.",
         )
     return _Found(caught["input"].flatten(0, -2), caught.get("stream"), caught.get("behind"), zeros, ends)

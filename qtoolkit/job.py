@@ -102,7 +102,8 @@ class Job:
 
     def drop(self, part: str) -> None:
         """Remove a part that nobody asks for any more."""
-        self.file(part).unlink(missing_ok=True)
+        with disk_errors(self.file(part)):
+            self.file(part).unlink(missing_ok=True)
 
     def facts(self, part: str) -> dict[str, Any]:
         """Return a finished part's facts."""

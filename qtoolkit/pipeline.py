@@ -202,6 +202,8 @@ class Run:
                 figures = self._transform(block, stream)
                 block.probe = None
                 job.save(_part(index), self._pack(block), figures)
+                if gradients:
+                    gradients.forget(index)
                 errors = [row["error"] for row in figures["layers"].values()]
                 self.progress.block(block.name, sum(errors) / len(errors) if errors else 0.0)
             behind, stream.floats = stream.floats_way.behind, []

@@ -28,14 +28,14 @@ class Memory:
         return part in self.parts
 
     def save(self, part: str, tensors: Mapping[str, Tensor]) -> None:
-        assert part not in self.parts
+        assert part not in self.parts, "it is there already"
         self.parts[part] = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         return self.parts[part]
 
     def drop(self, part: str) -> None:
-        del self.parts[part]
+        self.parts.pop(part, None)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_moe"])
@@ -86,6 +86,35 @@ def test_probes_and_metrics_are_those_of_autograd_through_the_model(tmp_path: An
         torch.testing.assert_close(metric.double(), wanted, rtol=0.05, atol=0.03)
     if model_type != "qwen3_moe":
         assert len(store.parts) == len(blocks)  # hidden states wait no longer than they are needed
+    for index in range(len(blocks)):
+        found.forget(index)
+    found.measure()  # the first block's part is still there, and says that all was measured
+    assert all(part.endswith("00000") for part in store.parts)
+
+
+@pytest.mark.parametrize("why", ["too many outputs", "all stay in float"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_a_block_may_have_no_layer_with_a_metric(
+    tmp_path: Any, model_type: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve(save_random(tmp_path / "model", model_type))
+    skeleton = architecture.skeleton(source)
+    tokens = torch.randint(2, 250, (3, 16), generator=torch.Generator().manual_seed(1))
+
+    def load(source: Any, index: int) -> Any:
+        block = skeleton.block(index, source)
+        if why == "all stay in float":
+            block.refused |= dict.fromkeys(block.targets, why)
+        return block
+
+    if why == "too many outputs":
+        monkeypatch.setattr(outputs, "LARGEST", 1)
+    found = gradients.Gradients(skeleton, source, load, tokens, Memory())
+    found.measure()
+    for index in range(len(skeleton.blocks)):
+        block = load(source, index)
+        found.tell(block, index)
+        assert outputs.metrics(experts.around(block)) == {}
 
 
 def test_smoothing_takes_the_metrics_along(tmp_path: Any) -> None:
