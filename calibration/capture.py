@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ TOKENS = 1024  # tokens that go through a block at once: bounds the memory of ac
 STREAMS = 4  # that exist at once: float and quantized, before and behind a block
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the first block."""
+class Reached(Exception):
+    """Ends a forward pass at a module behind which nothing is wanted."""
 
 
 @torch.inference_mode()
@@ -55,14 +55,14 @@ def embed(
         batches.append(args[0].to(waits) if waits else args[0])
         kwargs = {**kwargs, "use_cache": False, "past_key_values": None}
         stream.kwargs.append(shared(kwargs, stream.kwargs[-1]) if stream.kwargs else kwargs)
-        raise _Reached
+        raise Reached
 
     handle = skeleton.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
     try:
         for batch in tokens.split(max(1, at_once // tokens.shape[1])):
             try:
                 decoder(input_ids=batch.to(device), use_cache=False)
-            except _Reached:
+            except Reached:
                 continue
     finally:
         handle.remove()
@@ -120,11 +120,13 @@ def advance(block: Block, stream: Stream, *, bits: int = 0, spent: bool = False)
 
 
 @torch.inference_mode()
-def layer_inputs(block: Block, stream: Stream, seen: dict[str, Callable[[Tensor], None]], *, raw: bool = False) -> None:
+def layer_inputs(
+    block: Block, stream: Stream, seen: Mapping[str, Callable[[Tensor], None]], *, raw: bool = False, once: bool = False
+) -> None:
     """Run ``block`` over ``stream`` and hand every input of the named layers to its callback as [tokens, in].
 
     A convolution's tokens are its output places, and what one sees is a kernel's patch; ``raw`` hands over the
-    input as it is.
+    input as it is. ``once``: no layer runs twice in a pass, which therefore ends where all have been seen.
 
     Raises:
         NumericError: an input holds NaN or Inf; the layer is named.
@@ -138,14 +140,20 @@ def layer_inputs(block: Block, stream: Stream, seen: dict[str, Callable[[Tensor]
                     "The weights or the calibration data are damaged.",
                 )
             to(args[0] if raw else Geometry.of(module).patches(args[0]))
+            left.discard(name)
+            if once and not left:
+                raise Reached
 
         return hook
 
+    left: set[str] = set()
     with ExitStack() as stack:
         for name, callback in seen.items():
             stack.callback(block.layer(name).register_forward_pre_hook(watcher(name, callback)).remove)
         for hidden, kwargs in stream.calls():
-            block.module(hidden, **kwargs)
+            left.update(seen)
+            with suppress(Reached):
+                block.module(hidden, **kwargs)
 
 
 @contextmanager

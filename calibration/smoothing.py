@@ -7,7 +7,7 @@ to t, and t is searched for each group of layers so that the quantized group's o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,12 +17,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qtoolkit.calibration import grid, halves
-from qtoolkit.calibration.capture import layer_inputs, round_tokens
+from qtoolkit.calibration.capture import Reached, layer_inputs, round_tokens
 from qtoolkit.calibration.options import Options
 from qtoolkit.stages import Block, ChannelGroup, Context, Stream
 
 COARSE = 16  # thresholds, each the same part of the one before, that the search tries before it nears the best of them
 LOWEST = 0.1  # the official search stops at this threshold; models with smaller activations go lower
+BIAS, MANTISSA = 127, 23  # of a float32's exponent, and bits behind it
 
 
 class SmoothOptions(Options):
@@ -45,6 +46,7 @@ class Smooth:
     """The transform: for each channel group search the scales, then fold them into producers and consumers."""
 
     Options = SmoothOptions
+    keeps_function = True  # what the block computes in float stays, bit for bit
 
     def __init__(self, options: SmoothOptions) -> None:
         self.options = options
@@ -72,7 +74,7 @@ class Smooth:
         losses: dict[int, float] = {}
 
         def scales_at(step: int) -> Tensor:
-            return (largest / (start - (start - lowest) * step / steps)).clamp_min(1.0)
+            return powers((largest / (start - (start - lowest) * step / steps)).clamp_min(1.0))
 
         def judge(some: Iterable[int]) -> int:
             with halves.narrowed(block.layer(group.inside or group.consumers[0]), but=consumers):
@@ -122,7 +124,8 @@ def input_ranges(block: Block, groups: Sequence[ChannelGroup], stream: Stream) -
         torch.maximum(found[name], torch.maximum(tokens.amax(dim=0), -tokens.amin(dim=0)), out=found[name])
 
     if groups:
-        layer_inputs(block, stream, {reader: partial(update, name) for name, reader in readers.items()}, raw=True)
+        seen = {reader: partial(update, name) for name, reader in readers.items()}
+        layer_inputs(block, stream, seen, raw=True, once=True)
     for group in groups:
         if group.heads:
             heads = found[group.name].view(-1, block.kv_repeats, block.head_dim)  # [kv heads, repeats, head_dim]
@@ -141,10 +144,12 @@ def record(block: Block, group: ChannelGroup, stream: Stream, tokens: int) -> li
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorded.append((args, kwargs))
+        raise Reached
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     for hidden, kwargs in sequences(stream, tokens):
-        block.module(hidden, **kwargs)
+        with suppress(Reached):
+            block.module(hidden, **kwargs)
     handle.remove()
     return [Call(args, kwargs, observe(block, group, args, kwargs)) for args, kwargs in recorded]
 
@@ -176,8 +181,14 @@ def observe(block: Block, group: ChannelGroup, args: tuple[Any, ...], kwargs: di
     if not group.observe:
         return module(*args, **kwargs)
     seen: list[Tensor] = []
-    handle = block.layer(group.observe).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    module(*args, **kwargs)
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise Reached
+
+    handle = block.layer(group.observe).register_forward_pre_hook(hook)
+    with suppress(Reached):
+        module(*args, **kwargs)
     handle.remove()
     return seen[0]
 
@@ -206,6 +217,15 @@ def smoothed_and_rounded(block: Block, group: ChannelGroup, scales: Tensor, cont
             hook = layer.register_forward_pre_hook(lambda module, args: (round_tokens(args[0] / scales, bits),))
             stack.callback(hook.remove)
         yield
+
+
+def powers(scales: Tensor) -> Tensor:
+    """Return the powers of two nearest to positive float32 ``scales``, by their ratio.
+
+    Folded in and multiplied, they move exponents only: the float block computes the same bits, and gains are stored
+    exactly.
+    """
+    return ((scales.log2().round().to(torch.int32) + BIAS) << MANTISSA).view(torch.float32)
 
 
 def fold(block: Block, group: ChannelGroup, scales: Tensor) -> None:

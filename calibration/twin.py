@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.calibration import halves
-from qtoolkit.calibration.capture import finite, quantized_activations, token_codes
+from qtoolkit.calibration.capture import Reached, finite, quantized_activations, token_codes
 from qtoolkit.calibration.sections import Kept, Section, nothing, outputs, section_of, sections, without
 from qtoolkit.errors import NumericError
 from qtoolkit.stages import Block, QuantizedWeight, Stream, put
@@ -189,10 +189,6 @@ def packed(layer: nn.Linear, weight: QuantizedWeight) -> Iterator[None]:
         layer.weight.data = weight.dequantize(halves.dtype(layer))
 
 
-class _Reached(Exception):
-    """Ends the block's forward pass at the layer that is looked at."""
-
-
 @dataclass
 class _Found:
     """What a pass saw: the layer's input [tokens, k], and the hidden stream before and behind its section.
@@ -229,7 +225,7 @@ def _reach(
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             caught[key] = args[0]
             if last:
-                raise _Reached
+                raise Reached
 
         return hook
 
@@ -250,7 +246,7 @@ def _reach(
         try:
             out = block.module(hidden, **kwargs)
             caught["behind"] = out[0] if isinstance(out, tuple) else out
-        except _Reached:
+        except Reached:
             pass
     if not all(finite(each) for key, each in caught.items() if key != "stream"):
         raise NumericError(

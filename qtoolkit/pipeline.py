@@ -186,6 +186,8 @@ class Run:
         memory.trim()
         stream = capture.embed(self.skeleton, self.weights, tokens, folder=job.folder)
         compared = any(getattr(transform, "reads_floats", False) for transform in self.transforms.values())
+        before_last = [*self.transforms.values()][:-1]
+        kept = all(getattr(transform, "keeps_function", False) for transform in before_last)
         own = _copied(stream.batches) if compared else []  # both are overwritten on their way
         floats = Stream(own, stream.kwargs, device=stream.device)
         for index in range(self.blocks):
@@ -197,7 +199,7 @@ class Run:
             else:
                 if gradients:
                     gradients.tell(block, index)
-                steady = not self._round_floats(block) and len(self.transforms) == 1
+                steady = kept and not self._round_floats(block)  # what it computes in float is the float network's
                 stream.way, stream.floats_way = Way(moves=True), Way(moves=compared and steady)
                 figures = self._transform(block, stream)
                 block.probe = None
@@ -311,7 +313,8 @@ class Run:
                     layers[name] |= figures
                 else:
                     groups.append({"name": name, "step": step, "figures": figures})
-            self._round_floats(block)
+            if self._round_floats(block):
+                stream.floats_way.moves = False
         shapes = {name: list(block.quantized[name].codes.shape) for name in layers}
         schemes = {name: scheme.name for name, scheme in block.schemes.items()}
         return {"layers": layers, "shapes": shapes, "groups": groups, "refused": block.refused, "schemes": schemes}

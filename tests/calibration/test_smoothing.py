@@ -90,6 +90,25 @@ def test_the_search_never_ends_worse_than_no_smoothing(block_and_stream: tuple[B
         assert figures["largest_scale"] >= 1.0
 
 
+def test_smoothing_changes_no_bit_of_what_the_block_computes(block_and_stream: tuple[Block, Stream]) -> None:
+    block, stream = block_and_stream
+    for group in block.groups:
+        scales = torch.ones(block.linear(group.consumers[0]).in_features)
+        scales[:: block.head_dim] = 1 / 50  # outliers; of values in every head, since heads share them
+        smoothing.fold(block, group, scales)
+    before = outputs(block, stream)
+    weights = {name: parameter.clone() for name, parameter in block.module.named_parameters()}
+    figures = smoothing.Smooth(smoothing.SmoothOptions(grid=60)).apply(block, stream, CONTEXT)
+    assert max(group["largest_scale"] for group in figures.values()) > 8
+    assert any(not torch.equal(weights[name], parameter) for name, parameter in block.module.named_parameters())
+    assert torch.equal(outputs(block, stream), before)
+
+
+def test_powers_of_two_are_the_nearest_by_ratio() -> None:
+    scales = torch.tensor([1.0, 1.41, 1.42, 2.0, 2.9, 1e6, 0.3])
+    assert smoothing.powers(scales).tolist() == [1.0, 1.0, 2.0, 2.0, 4.0, 2.0**20, 0.25]
+
+
 def test_rounding_errs_by_half_a_step_at_most() -> None:
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     rounded = grid.rounded(weight, CONTEXT.scheme)
