@@ -37,12 +37,11 @@ class Hessian:
         """Add inputs x [tokens, k]."""
         seen = self.tokens + x.shape[0]
         k = len(self._matrix)
-        rows = max(PART, k // PARTS) if k < NARROW else k
+        rows = max(PART, k // PARTS) if k < NARROW and not products.skips_lower() else k
         for first in range(0, k, rows):  # nothing below the diagonal: half the work
             here = slice(first, first + rows)
-            part = self._matrix[here, first:]
-            with products.rough():
-                part.addmm_(x[:, here].T, x[:, first:], beta=self.tokens / seen, alpha=2.0 / seen)
+            part, kept = self._matrix[here, first:], self.tokens / seen
+            products.accumulated(part, x[:, here].T, x[:, first:], keep=kept, share=2.0 / seen, upper=True)
         self._whole = False
         self.mean.mul_(self.tokens / seen).add_(x.sum(dim=0), alpha=1.0 / seen)
         self.tokens = seen

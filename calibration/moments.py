@@ -49,8 +49,10 @@ class Moments:
         """Return what is summed of tokens beside their inputs: lack of the outputs, or of the inputs, and the drift."""
         lack = wanted - x
         if self.whole:
-            with products.rough():
-                lack = torch.cat([lack @ weight.T for weight in self.weights], dim=1)
+            given = lack.new_empty(len(lack), sum(len(weight) for weight in self.weights))
+            for part, weight in zip(given.split([*map(len, self.weights)], dim=1), self.weights, strict=True):
+                products.accumulated(part, lack, weight.T, keep=0.0)
+            lack = given
             return (lack if drift is None else lack.add_(drift)), None
         return lack, drift
 
@@ -181,7 +183,6 @@ class Seen:
 
 def _added(total: Tensor | None, keep: float, left: Tensor, right: Tensor, share: float) -> Tensor:
     """Return ``keep * total + share * left^T right``, in the total's place."""
-    with products.rough():
-        if total is None:
-            return (left.T @ right).mul_(share)
-        return total.mul_(keep).addmm_(left.T, right, alpha=share)
+    if total is None:
+        total, keep = left.new_empty(left.shape[1], right.shape[1]), 0.0
+    return products.accumulated(total, left.T, right, keep=keep, share=share)

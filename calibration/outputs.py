@@ -50,8 +50,7 @@ def measured(block: Block, probe: Probe, *, inputs: bool) -> tuple[list[Tensor],
             tokens[name] += len(flat)
             if name not in sums:
                 sums[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
-            with products.rough():
-                sums[name].addmm_(flat.T, flat)
+            products.accumulated(sums[name], flat.T, flat)
     return before, {name: _scaled(total, DAMPING + len(total) / tokens[name]) for name, total in sums.items()}
 
 

@@ -5,16 +5,19 @@ for it (AMX), whose products of factors rounded to bfloat16 take a third of the 
 are what they were, at twice the speed (Zen 5, AVX-512). Which it is shows in a product. Rounded factors are good enough
 for sums over thousands of tokens, for what only makes a choice, and for corrections of a weight that is rounded to
 int4 next, the solution of a linear system among them; the system's factor stays exact: it may not exist otherwise.
+Sums over tokens are made by our own code then (``qtoolkit.sums``), for narrow models, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+from qtoolkit import sums
 
 EXACT, RELAXED = "highest", "medium"  # PyTorch's names
 SHAPE = (256, 512, 256)  # of the product that is looked at: large enough for oneDNN
@@ -22,18 +25,29 @@ WIDE = 1024  # channels of a hidden state from which it pays: oneDNN's code take
 ERROR = 4e-6  # relative, of float32 sums of so many products; bfloat16's would be 2e-3
 
 _rounds = ContextVar("_rounds", default=False)  # whether oneDNN's products are quicker for being less than exact
+_native = ContextVar("_native", default=False)  # whether sums may be those of ``qtoolkit.sums``, which round factors
 
 
 @contextmanager
 def fast(device: torch.device, width: int) -> Iterator[None]:
     """Inside, float32 products on a CPU are oneDNN's, if these are exact here and nobody has asked for others.
 
-    Where they are not, only those are that may be ``rough``.
-    ``width`` is that of the model's hidden states; below ``WIDE`` nothing changes.
+    Where they are not, only those are that may be ``rough``, and what is ``accumulated`` is summed by our own code.
+    ``width`` is that of the model's hidden states; below ``WIDE`` no product is oneDNN's.
     """
-    if device.type != "cpu" or width < WIDE or _precision() != EXACT:
+    if device.type != "cpu" or _precision() != EXACT:
         yield
         return
+    own = _native.set(sums.native_on(device))
+    try:
+        with _onednn() if width >= WIDE else nullcontext():
+            yield
+    finally:
+        _native.reset(own)
+
+
+@contextmanager
+def _onednn() -> Iterator[None]:
     torch.set_float32_matmul_precision(RELAXED)
     rounds = _rounds.set(not exact())
     try:
@@ -60,6 +74,24 @@ def rough() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(EXACT)
+
+
+def accumulated(
+    total: Tensor, left: Tensor, right: Tensor, *, keep: float = 1.0, share: float = 1.0, upper: bool = False
+) -> Tensor:
+    """Return ``keep * total + share * left @ right`` in the total's place [m, n], all float32; it may be rough.
+
+    With ``keep`` 0 what the total holds is not read; ``upper``: what is below its diagonal may stay as it is.
+    """
+    if _native.get():
+        return sums.accumulated(total, left, right, keep, share, upper=upper)
+    with rough():
+        return total.addmm_(left, right, beta=keep, alpha=share)
+
+
+def skips_lower() -> bool:
+    """Tell whether ``accumulated`` saves the work below a diagonal where only the upper half is wanted."""
+    return _native.get()
 
 
 def halved(matrix: Tensor, columns: bool = False) -> Tensor:

@@ -61,7 +61,8 @@ def test_a_matrix_is_halved_only_where_products_may_be_rough(monkeypatch: pytest
 
 
 def test_a_sum_over_tokens_stays_near_the_exact_one_and_positive() -> None:
-    x = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0)) @ torch.rand(256, 256)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 256, generator=draw) @ torch.rand(256, 256, generator=draw)
     wanted = x.double().T @ x.double()
     with products.fast(CPU, products.WIDE), products.rough():
         found = (x.T @ x).double()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 from tests_support import save_random
@@ -102,6 +105,18 @@ def test_smoothing_changes_no_bit_of_what_the_block_computes(block_and_stream: t
     assert max(group["largest_scale"] for group in figures.values()) > 8
     assert any(not torch.equal(weights[name], parameter) for name, parameter in block.module.named_parameters())
     assert torch.equal(outputs(block, stream), before)
+
+
+def test_channels_that_are_always_zero_are_left_alone(block_and_stream: tuple[Block, Stream]) -> None:
+    block, stream = block_and_stream
+    block = replace(block, module=deepcopy(block.module))
+    block.linear("mlp.up_proj").weight.data.zero_()
+    before = block.linear("mlp.down_proj").weight.clone()
+    figures = smoothing.Smooth(smoothing.SmoothOptions(grid=12)).apply(block, stream, CONTEXT)["down_proj"]
+    assert figures == {
+        "threshold": 0.0, "largest_input": 0.0, "loss": 0.0, "loss_unsmoothed": 0.0, "largest_scale": 1.0,
+    }  # fmt: skip
+    assert torch.equal(block.linear("mlp.down_proj").weight, before)
 
 
 def test_powers_of_two_are_the_nearest_by_ratio() -> None:

@@ -1,4 +1,4 @@
-// Runs the rounding loops on random blocks and weights in vectors of exactly the size that they say.
+// Runs the rounding loops and sums on random blocks and weights in vectors of exactly the size that they say.
 //
 // Compiled with AddressSanitizer and UndefinedBehaviorSanitizer. Every code must be in range, and what is left of an
 // entry must be less than half a step unless its code is at an end; in absmax scaling none is.
@@ -16,6 +16,9 @@ void qtr_round(int path, const Rounding* job);
 void qtr_descend(int path, const Descent* job);
 void qtr_nearest(int path, const Nearest* job);
 void qtr_trials(int path, const Trials* job);
+int qtr_sums_supported();
+int64_t qtr_sums_scratch(const Sum* job);
+void qtr_sum(const Sum* job);
 }
 
 namespace {
@@ -84,6 +87,24 @@ void run_grid(int path) {
   for (const float each : errors) expect(each >= 0.0f && each <= float(size) * 0.0157f);  // codes end at 1.75
 }
 
+// Factors of ones, lying in either way: every sum is the number of steps.
+void run_sum() {
+  const int64_t m = 1 + upto(90), n = 1 + upto(90), steps = 1 + upto(1400), stride = n + upto(9);
+  const bool left_by_line = upto(1), right_by_line = upto(1);
+  const std::vector<float> left(size_t(m * steps), 1.0f), right(size_t(n * steps), 1.0f);
+  const auto lies = [&](const std::vector<float>& numbers, int64_t lines, bool by_line) {
+    return Factor{numbers.data(), lines, by_line ? steps : 1, by_line ? 1 : lines};
+  };
+  std::vector<float> total(size_t((m - 1) * stride + n), 3.0f);
+  Sum job{lies(left, m, left_by_line), lies(right, n, right_by_line), steps, 2.0f, 0.5f, total.data(), stride, 0, nullptr};
+  job.scratch = static_cast<char*>(std::aligned_alloc(64, size_t(qtr_sums_scratch(&job))));
+  qtr_sum(&job);
+  std::free(job.scratch);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < stride && i * stride + j < int64_t(total.size()); ++j)
+      expect(total[size_t(i * stride + j)] == (j < n ? 6.0f + 0.5f * float(steps) : 3.0f));
+}
+
 }  // namespace
 
 int main() {
@@ -93,5 +114,6 @@ int main() {
       run(path);
       run_grid(path);
     }
+  for (int i = 0; qtr_sums_supported() && i < 50; ++i) run_sum();
   std::printf("%d runs\n", runs);
 }

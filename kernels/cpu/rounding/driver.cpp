@@ -43,6 +43,16 @@ void run(const Job& job, int64_t n, int64_t size, void (*tile)(const Job&, int64
   parallel(int(std::min<int64_t>(tiles / 2, max_threads())), body);
 }
 
+// Tasks 0..n, one at a time.
+template <class Task>
+void share(int64_t n, const Task& task) {
+  std::atomic<int64_t> next{0};
+  auto body = [&](int, int) {
+    for (int64_t i; (i = next.fetch_add(1)) < n;) task(i);
+  };
+  parallel(int(std::min<int64_t>(n, max_threads())), body);
+}
+
 }  // namespace
 
 #define PUBLIC extern "C" __attribute__((visibility("default")))
@@ -63,3 +73,31 @@ PUBLIC void qtr_descend(int path, const Descent* job) { run(*job, job->n, LANES,
 PUBLIC void qtr_nearest(int path, const Nearest* job) { run(*job, job->grid.n, ROWS, CHOICES[path].grids->nearest); }
 
 PUBLIC void qtr_trials(int path, const Trials* job) { run(*job, job->grid.n, ROWS, CHOICES[path].grids->trials); }
+
+#if defined(__x86_64__) && !defined(WITHOUT_SUMS)
+PUBLIC int qtr_sums_supported() { return sums_supported(); }
+
+PUBLIC int64_t qtr_sums_scratch(const Sum* job) {
+  const int64_t depth = (std::min(job->steps, SUMS_STEPS) + 31) / 32;
+  return (sums_tiles(job->left) + sums_tiles(job->right)) * depth * 1024;
+}
+
+PUBLIC void qtr_sum(const Sum* given) {
+  Sum job = *given;
+  const int64_t down = (job.left.lines + SUMS_AT_ONCE - 1) / SUMS_AT_ONCE;
+  const int64_t across = (job.right.lines + SUMS_AT_ONCE - 1) / SUMS_AT_ONCE;
+  for (int64_t step = 0; step < job.steps; step += SUMS_STEPS, job.keep = 1) {
+    const int64_t steps = std::min(SUMS_STEPS, job.steps - step);
+    const int64_t left = sums_packs(job.left, steps), right = sums_shared(job) ? 0 : sums_packs(job.right, steps);
+    share(left + right, [&](int64_t i) { sums_pack(job, i >= left, i < left ? i : i - left, step, steps); });
+    share(down * across, [&](int64_t i) {
+      if (!job.upper || i % across >= i / across)
+        sums_multiply(job, i / across * SUMS_AT_ONCE, i % across * SUMS_AT_ONCE, steps);
+    });
+  }
+}
+#else
+PUBLIC int qtr_sums_supported() { return 0; }
+PUBLIC int64_t qtr_sums_scratch(const Sum*) { return 0; }
+PUBLIC void qtr_sum(const Sum*) {}
+#endif

@@ -66,6 +66,41 @@ struct Trials {
 constexpr int64_t MOST_TRIALS = 16;
 constexpr int64_t ROWS = 8;  // of a grid that a thread takes at once
 
+// A factor of a product: lines (rows of the left one, columns of the right one) of numbers that are summed over, step by step.
+struct Factor {
+  const float* numbers;
+  int64_t lines, line_stride, step_stride;  // one of the strides is 1
+};
+
+// total = keep total + share left right, factors rounded to bfloat16: for CPUs with AMX, which multiplies such.
+struct Sum {
+  Factor left, right;
+  int64_t steps;
+  float keep, share;
+  float* total;          // [left's lines, right's lines], rows total_stride apart; what it held is not read if keep is 0
+  int64_t total_stride;
+  int64_t upper;         // 1: blocks below the diagonal are left as they are
+  char* scratch;         // sums_scratch bytes, aligned to 64
+};
+
+constexpr int64_t SUMS_AT_ONCE = 64;    // rows and columns that a thread takes at once
+constexpr int64_t SUMS_STEPS = 1024;    // that are packed at once
+
+inline int64_t sums_tiles(const Factor& factor) { return (factor.lines + 31) / 32 * 2; }
+
+// Whether the factors are one matrix, which then is packed once.
+inline bool sums_shared(const Sum& job) {
+  return job.left.numbers == job.right.numbers && job.left.lines == job.right.lines &&
+         job.left.line_stride == job.right.line_stride && job.left.step_stride == job.right.step_stride;
+}
+
+// Packs a part of a factor, of `sums_packs` parts, for `steps` steps from `step` on.
+int64_t sums_packs(const Factor& factor, int64_t steps);
+void sums_pack(const Sum& job, bool right, int64_t part, int64_t step, int64_t steps);
+// Adds the sums over the packed steps of SUMS_AT_ONCE rows and columns, from these on.
+void sums_multiply(const Sum& job, int64_t row, int64_t column, int64_t steps);
+bool sums_supported();
+
 // What a code path fills, one table for each source.
 struct ColumnLoops {
   void (*round)(const Rounding& job, int64_t first, int64_t count);  // LANES outputs at most, from `first` on

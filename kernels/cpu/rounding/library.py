@@ -74,6 +74,24 @@ class Trials(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Factor(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("numbers", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("lines", "line_stride", "step_stride")),
+    ]  # fmt: skip
+
+
+class Sum(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("left", Factor), ("right", Factor), ("steps", ctypes.c_int64), ("keep", ctypes.c_float),
+        ("share", ctypes.c_float), ("total", ctypes.c_void_p), ("total_stride", ctypes.c_int64),
+        ("upper", ctypes.c_int64), ("scratch", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 def units() -> tuple[build.Unit, ...]:
     """Return what the library is made of on this architecture; each instruction set is an object file of its own."""
 
@@ -91,12 +109,13 @@ def units() -> tuple[build.Unit, ...]:
     own = (*path("portable", optional=False), build.Unit("driver", FOLDER / "driver.cpp"))
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return own
-    return (*path("avx512", *vision.AVX512), *path("avx2", *linear.AVX2), *own)
+    sums = build.Unit("sums", FOLDER / "sums.cpp", (*linear.AVX512_BFLOAT16, "-mamx-tile", "-mamx-bf16"), optional=True)
+    return (*path("avx512", *vision.AVX512), *path("avx2", *linear.AVX2), sums, *own)
 
 
 def headers() -> tuple[Path, ...]:
     """Return every header that the sources include."""
-    return (*sorted(FOLDER.glob("*.h")), linear.FOLDER / "threads.h")
+    return (*sorted(FOLDER.glob("*.h")), linear.FOLDER / "threads.h", linear.FOLDER / "tiles.h")
 
 
 @lru_cache(maxsize=1)
@@ -115,6 +134,9 @@ def load() -> linear.Library:
     functions.qtr_descend.argtypes, functions.qtr_descend.restype = [small, ctypes.POINTER(Descent)], None
     functions.qtr_nearest.argtypes, functions.qtr_nearest.restype = [small, ctypes.POINTER(Nearest)], None
     functions.qtr_trials.argtypes, functions.qtr_trials.restype = [small, ctypes.POINTER(Trials)], None
+    functions.qtr_sums_supported.argtypes = []
+    functions.qtr_sums_scratch.argtypes, functions.qtr_sums_scratch.restype = [ctypes.POINTER(Sum)], ctypes.c_int64
+    functions.qtr_sum.argtypes, functions.qtr_sum.restype = [ctypes.POINTER(Sum)], None
     paths = linear.supported_paths(functions.qtr_path_name, functions.qtr_path_supported)
     return linear.Library(functions, file, paths, vision.choose(os.environ.get(linear.PATH_VARIABLE), tuple(paths)))
 
@@ -132,6 +154,52 @@ def failure() -> str | None:
 def runs(device: torch.device, columns: int) -> bool:
     """Say whether blocks of ``columns`` columns on ``device`` are its business; the first call may compile it."""
     return device.type == "cpu" and columns <= MOST_COLUMNS and failure() is None
+
+
+@lru_cache(maxsize=1)
+def sums() -> bool:
+    """Say whether ``add_product`` is there: AMX, and no other code path asked for; the first call may compile it."""
+    wanted = os.environ.get(linear.PATH_VARIABLE) or "amx"
+    return wanted == "amx" and failure() is None and bool(load().functions.qtr_sums_supported())
+
+
+def add_product(
+    total: Tensor, left: Tensor, right: Tensor, *, keep: float = 1.0, share: float = 1.0, upper: bool = False
+) -> Tensor:
+    """Return ``keep * total + share * left @ right`` in the total's place, factors rounded to bfloat16.
+
+    The same on any number of threads.
+
+    Args:
+        total: float32 [m, n], its rows dense.
+        left: float32 [m, steps], dense along one dimension.
+        right: float32 [steps, n], dense along one dimension.
+        keep: with 0, what the total holds is not read.
+        share: of the product.
+        upper: what is below the diagonal may stay as it is.
+
+    Raises:
+        ValueError: a shape, stride or dtype is another, or ``sums`` are not there.
+    """
+    check([total, left, right], torch.float32)
+    if not sums():
+        raise ValueError("products of bfloat16 factors need AMX")
+    (m, n), (steps, columns) = total.shape, right.shape
+    dense = all(1 in each.stride() for each in (left, right)) and total.stride(1) == 1
+    if left.shape != (m, steps) or columns != n or not dense:
+        shapes = ", ".join(f"{list(each.shape)} with strides {list(each.stride())}" for each in (total, left, right))
+        raise ValueError(f"no product and its total: {shapes}")
+    if not steps:
+        return total.mul_(keep) if keep else total.zero_()
+    job = Sum(
+        Factor(left.data_ptr(), m, *left.stride()), Factor(right.data_ptr(), n, right.stride(1), right.stride(0)),
+        steps, keep, share, total.data_ptr(), total.stride(0), int(upper), 0,
+    )  # fmt: skip
+    functions = load().functions
+    scratch = torch.empty(functions.qtr_sums_scratch(job) // 4 + 16, device="cpu")
+    job.scratch = scratch.data_ptr() + (-scratch.data_ptr()) % 64
+    functions.qtr_sum(job)
+    return total
 
 
 def round_columns(
