@@ -7,6 +7,7 @@
 #include <numeric>
 #include "scratch.h"
 #include "threads.h"
+#include "tiles.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -19,25 +20,30 @@ constexpr int MAX_THREADS = 1024;
 
 struct Choice {
   const Path* path;
-  bool wide;  // needs AVX512-BF16
+  bool wide;   // needs AVX512-BF16
+  bool tiles;  // needs AMX
 };
 const Choice PATHS[] = {  // best first
 #if defined(__x86_64__)
+#if !defined(WITHOUT_BFLOAT16_AMX)
+    {&AMX_PATH, true, true},
+#endif
 #if !defined(WITHOUT_BFLOAT16_AVX512)
-    {&AVX512_PATH, true},
+    {&AVX512_PATH, true, false},
 #endif
 #if !defined(WITHOUT_BFLOAT16_AVX2)
-    {&AVX2_PATH, false},
+    {&AVX2_PATH, false, false},
 #endif
 #endif
-    {nullptr, false},
+    {nullptr, false, false},
 };
 
-bool supported(bool wide) {
+bool supported(bool wide, bool tiles) {
 #if defined(__x86_64__)
   __builtin_cpu_init();  // these tests include whether the operating system saves the wide registers
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+  if (tiles && !may_use_tiles(TILES_OF_BFLOAT16)) return false;
   return !wide || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                    __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1));
@@ -102,7 +108,7 @@ extern "C" {
 
 const char* qtk_bfloat16_path_name(int path) { return PATHS[path].path ? PATHS[path].path->name : nullptr; }
 
-int qtk_bfloat16_path_supported(int path) { return supported(PATHS[path].wide); }
+int qtk_bfloat16_path_supported(int path) { return supported(PATHS[path].wide, PATHS[path].tiles); }
 
 // weight: bfloat16 [n, k]; out: [panels, steps, 256], see bfloat16.h.
 void qtk_bfloat16_pack(const void* weight, int64_t n, int64_t k, void* out) {

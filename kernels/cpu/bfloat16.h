@@ -13,8 +13,8 @@
 // upper bytes, interleaved in parts of 16, then are the values in order. A list has the values whose upper byte is in no
 // table; they are put in place before anything is multiplied, so products are those of the plain layout, bit for bit.
 //
-// A channel's products are added in float32 in the order of its inputs, so a token's result is the same in every batch
-// and on any number of threads.
+// A channel's products are added in float32 in an order that depends on the path and on nothing else, so a token's result is
+// the same in every batch and on any number of threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -47,7 +47,7 @@ struct Path {
 };
 
 #if defined(__x86_64__)
-extern const Path AVX512_PATH, AVX2_PATH;
+extern const Path AMX_PATH, AVX512_PATH, AVX2_PATH;
 #endif
 
 }  // namespace bfloat16

@@ -15,7 +15,7 @@ from qtoolkit.kernels.cpu.backend import aligned
 PANEL = 64  # output channels a panel
 STEP = 2  # inputs a step; the layout is drawn in bfloat16.h
 # The paths of this product that a code path of the W4A8 kernels allows, best first; the portable one allows none.
-ALLOWED = {"amx": ("avx512", "avx2"), "avx512": ("avx512", "avx2"), "avxvnni": ("avx2",), "avx2": ("avx2",)}
+ALLOWED = {"amx": ("amx", "avx512", "avx2"), "avx512": ("avx512", "avx2"), "avxvnni": ("avx2",), "avx2": ("avx2",)}
 
 
 @lru_cache(maxsize=1)
@@ -67,7 +67,7 @@ def sizes(weight: Tensor) -> tuple[int, int, int, int]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    """Return ``x @ w.T + bias``, added in float32 in the order of the inputs and rounded once.
+    """Return ``x @ w.T + bias``, added in float32 and rounded once.
 
     Args:
         x: bfloat16 [..., k].

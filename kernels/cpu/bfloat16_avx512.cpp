@@ -1,5 +1,6 @@
 // bfloat16 layers with AVX512-BF16: up to 6 tokens by 64 channels at a time, all sums in registers.
 #include <immintrin.h>
+#include "bfloat16_expand.h"
 #include "bfloat16_tile.h"
 
 namespace {
@@ -115,18 +116,6 @@ namespace {
 
 constexpr uint32_t NIBBLE = 0x0f0f0f0f;
 
-void expand(const char* w, const uint8_t* table, char* to) {  // one compressed step
-  const __m512i upper = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
-  const __m512i nibble = _mm512_set1_epi32(int32_t(NIBBLE)), both = _mm512_loadu_si512(w + 128);
-  for (int half = 0; half < 2; ++half) {
-    const __m512i lower = _mm512_loadu_si512(w + 64 * half);
-    const __m512i number = _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, nibble);
-    const __m512i high = _mm512_shuffle_epi8(upper, number);
-    _mm512_store_si512(to + 128 * half, _mm512_unpacklo_epi8(lower, high));
-    _mm512_store_si512(to + 128 * half + 64, _mm512_unpackhi_epi8(lower, high));
-  }
-}
-
 // Compressed steps as runs[0], one step from `plain`, runs[1], ..., runs[count].
 struct CompressedBlock {
   int64_t count, runs[bfloat16::BLOCK_STEPS + 1];
@@ -134,12 +123,13 @@ struct CompressedBlock {
   alignas(64) char plain[bfloat16::BLOCK_STEPS * STEP_BYTES];
 
   void prepare(const Compressed& own) {
+    const Upper upper(own.table);
     int64_t done = 0;
     count = 0, table = own.table;
     for (const int64_t* value = own.rest; value < own.rest_end; ++count) {
       const int64_t step = own.step(value);
       char* to = plain + count * STEP_BYTES;
-      expand(own.w + step * COMPRESSED_BYTES, table, to);
+      for (int half = 0; half < 2; ++half) upper.restore(own.w + step * COMPRESSED_BYTES, half, to + half * STEP_BYTES / 2);
       for (; value < own.rest_end && own.step(value) == step; ++value) put(*value, to);
       runs[count] = step - done, done = step + 1;
     }

@@ -24,6 +24,7 @@ WIDE = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-
 AVX512 = (*WIDE, "-mavx512vnni")
 AMX = (*AVX512, "-mamx-tile", "-mamx-int8")
 AVX512_BFLOAT16 = (*WIDE, "-mavx512bf16")
+AMX_BFLOAT16 = (*AVX512_BFLOAT16, "-mamx-tile", "-mamx-bf16")
 
 FLOAT32, BFLOAT16, FLOAT16, UINT8 = 0, 1, 2, 3  # as in job.h
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}  # of activations
@@ -41,6 +42,7 @@ def units() -> tuple[build.Unit, ...]:
         build.Unit("avxvnni", FOLDER / "avx2.cpp", (*AVX2, "-mavxvnni"), optional=True),
         build.Unit("avx512", FOLDER / "avx512.cpp", AVX512, optional=True),
         build.Unit("amx", FOLDER / "amx.cpp", AMX, optional=True),
+        build.Unit("bfloat16_amx", FOLDER / "bfloat16_amx.cpp", AMX_BFLOAT16, optional=True),
         build.Unit("bfloat16_avx2", FOLDER / "bfloat16_avx2.cpp", AVX2, optional=True),
         build.Unit("bfloat16_avx512", FOLDER / "bfloat16_avx512.cpp", AVX512_BFLOAT16, optional=True),
         *own,

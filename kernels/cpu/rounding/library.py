@@ -109,7 +109,7 @@ def units() -> tuple[build.Unit, ...]:
     own = (*path("portable", optional=False), build.Unit("driver", FOLDER / "driver.cpp"))
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return own
-    sums = build.Unit("sums", FOLDER / "sums.cpp", (*linear.AVX512_BFLOAT16, "-mamx-tile", "-mamx-bf16"), optional=True)
+    sums = build.Unit("sums", FOLDER / "sums.cpp", linear.AMX_BFLOAT16, optional=True)
     return (*path("avx512", *vision.AVX512), *path("avx2", *linear.AVX2), sums, *own)
 
 
