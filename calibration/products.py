@@ -5,7 +5,7 @@ for it (AMX), whose products of factors rounded to bfloat16 take a third of the 
 are what they were, at twice the speed (Zen 5, AVX-512). Which it is shows in a product. Rounded factors are good enough
 for sums over thousands of tokens, for what only makes a choice, and for corrections of a weight that is rounded to
 int4 next, the solution of a linear system among them; the system's factor stays exact: it may not exist otherwise.
-Sums over tokens are made by our own code then (``qtoolkit.sums``), for narrow models, too.
+Sums over tokens are made by our own code then (``qtoolkit.sums``), for narrow models, too; products below 1e-38 are 0.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Source: QQQ (Zhang et al. 2024, section 3.2, "adaptive smoothing"): only channels beyond a threshold t are scaled, down
 to t, and t is searched for each group of layers so that the quantized group's output is nearest to the float one's.
-Scales are rounded to powers of two, so that the smoothed block computes the same bits; it costs nothing measurable.
+Scales are then rounded to powers of two, so that channels end within a factor of 1.4 of t and the smoothed block
+computes the same bits, but for numbers too small for a dtype's normal range.
 """
 
 from __future__ import annotations

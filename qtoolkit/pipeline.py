@@ -199,7 +199,8 @@ class Run:
             else:
                 if gradients:
                     gradients.tell(block, index)
-                steady = kept and not self._round_floats(block)  # what it computes in float is the float network's
+                rounded = self._round_floats(block)
+                steady = kept and not rounded  # what the block computes in float is the float network's
                 stream.way, stream.floats_way = Way(moves=True), Way(moves=compared and steady)
                 figures = self._transform(block, stream)
                 block.probe = None
@@ -208,11 +209,11 @@ class Run:
                     gradients.forget(index)
                 errors = [row["error"] for row in figures["layers"].values()]
                 self.progress.block(block.name, sum(errors) / len(errors) if errors else 0.0)
-            behind, stream.floats = stream.floats_way.behind, []
+            floats.way, stream.floats = stream.floats_way, []
             stream = capture.advance(block, stream, bits=self.recipe.scheme.activation_bits, spent=True)
             del block  # before the next is read
             memory.trim()
-            if compared and not behind and index + 1 < self.blocks:  # a stream in memory costs more than reading again
+            if compared and not floats.way.behind and index + 1 < self.blocks:  # a stream more costs more than reading
                 floats = capture.advance(self._block(self.weights, index), floats, spent=True)
         for name, part in self._rest().items():
             job.save(part, {name: self._stored(name)})

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from qtoolkit.kernels.cpu.rounding import library as native
 
+DENSE = torch.contiguous_format
+
 
 def native_on(device: torch.device) -> bool:
     """Say whether ``accumulated`` rounds factors on ``device``, which it does for speed."""
@@ -30,6 +32,6 @@ def accumulated(
         upper: what is below the diagonal may stay as it is.
     """
     if native_on(total.device):
-        left, right = (each if 1 in each.stride() else each.contiguous() for each in (left, right))
+        left, right = (each if 1 in each.stride() else each.clone(memory_format=DENSE) for each in (left, right))
         return native.add_product(total, left, right, keep=keep, share=share, upper=upper)
     return total.addmm_(left, right, beta=keep, alpha=share)

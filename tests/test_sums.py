@@ -91,6 +91,19 @@ def test_nothing_to_add_keeps_a_part() -> None:
 
 
 @amx
+def test_a_default_dtype_and_strides_of_one_number_are_no_matter() -> None:
+    left, right = factors(200, 300, 500)
+    torch.set_default_dtype(torch.float16)
+    try:
+        found = native.add_product(torch.zeros(200, 300, dtype=torch.float32), left, right)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert away(found, left.bfloat16().double() @ right.bfloat16().double()) < 1e-6
+    odd = torch.full((1,), 3.0).as_strided((1, 1), (7, 3))
+    assert sums.accumulated(torch.ones(1, 1), odd, odd, 1.0, 1.0).item() == 10.0
+
+
+@amx
 def test_what_is_no_product_is_refused() -> None:
     left, right = factors(4, 6, 8)
     for total, first, second in (
@@ -129,10 +142,12 @@ def test_only_who_asks_for_speed_gets_rounded_factors() -> None:
     exact = x.double().T @ x.double()
     assert away(products.accumulated(torch.zeros(96, 96), x.T, x), exact) < 1e-6
     with products.fast(CPU, 96):
+        assert products.skips_lower() == native.sums()
         found = products.accumulated(torch.zeros(96, 96), x.T, x)
         hessian = Hessian(96)
         for part in x.split(512):
             hessian.update(part)
+    assert (away(found, exact) > 1e-6) == native.sums()
     assert away(found, exact) < 1e-4
     assert away(hessian.matrix, exact * 2 / 2048) < 1e-4
     assert torch.equal(hessian.matrix, hessian.matrix.T)

@@ -87,22 +87,44 @@ void run_grid(int path) {
   for (const float each : errors) expect(each >= 0.0f && each <= float(size) * 0.0157f);  // codes end at 1.75
 }
 
-// Factors of ones, lying in either way: every sum is the number of steps.
+// Small whole numbers in factors that lie in either way: sums are exact. A matrix with itself is packed once, and what lies
+// below its diagonal may be left. The scratch ends where nobody may write.
 void run_sum() {
-  const int64_t m = 1 + upto(90), n = 1 + upto(90), steps = 1 + upto(1400), stride = n + upto(9);
-  const bool left_by_line = upto(1), right_by_line = upto(1);
-  const std::vector<float> left(size_t(m * steps), 1.0f), right(size_t(n * steps), 1.0f);
+  const int64_t m = 1 + upto(90), steps = 1 + upto(1400);
+  const bool alone = upto(1), upper = alone && upto(1), left_by_line = upto(1), right_by_line = alone ? left_by_line : upto(1);
+  const int64_t n = alone ? m : 1 + upto(90), stride = n + upto(9);
+  const auto whole = [](int64_t count) {
+    std::vector<float> made(size_t(count), 0.0f);
+    for (float& each : made) each = float(upto(8)) - 4.0f;
+    return made;
+  };
+  const std::vector<float> left = whole(m * steps), other = whole(n * steps);
+  const std::vector<float>& right = alone ? left : other;
   const auto lies = [&](const std::vector<float>& numbers, int64_t lines, bool by_line) {
     return Factor{numbers.data(), lines, by_line ? steps : 1, by_line ? 1 : lines};
   };
-  std::vector<float> total(size_t((m - 1) * stride + n), 3.0f);
-  Sum job{lies(left, m, left_by_line), lies(right, n, right_by_line), steps, 2.0f, 0.5f, total.data(), stride, 0, nullptr};
-  job.scratch = static_cast<char*>(std::aligned_alloc(64, size_t(qtr_sums_scratch(&job))));
+  const float keep = float(upto(2));
+  std::vector<float> total(size_t((m - 1) * stride + n), keep == 0 ? std::nanf("") : 3.0f);
+  const std::vector<float> before = total;
+  Sum job{lies(left, m, left_by_line), lies(right, n, right_by_line), steps, keep, 0.5f, total.data(), stride, upper, nullptr};
+  const int64_t bytes = qtr_sums_scratch(&job), guard = 4096;
+  std::vector<char> scratch(size_t(bytes + guard + 64), 77);
+  job.scratch = scratch.data() + (64 - uintptr_t(scratch.data()) % 64) % 64;
   qtr_sum(&job);
-  std::free(job.scratch);
+  for (int64_t i = 0; i < guard; ++i) expect(job.scratch[bytes + i] == 77);
+  const auto number = [&](const std::vector<float>& numbers, int64_t lines, bool by_line, int64_t line, int64_t step) {
+    return numbers[size_t(by_line ? line * steps + step : step * lines + line)];
+  };
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < stride && i * stride + j < int64_t(total.size()); ++j)
-      expect(total[size_t(i * stride + j)] == (j < n ? 6.0f + 0.5f * float(steps) : 3.0f));
+    for (int64_t j = 0; j < stride && i * stride + j < int64_t(total.size()); ++j) {
+      const float found = total[size_t(i * stride + j)], held = before[size_t(i * stride + j)];
+      float sum = 0.0f;
+      for (int64_t step = 0; j < n && step < steps; ++step)
+        sum += number(left, m, left_by_line, i, step) * number(right, n, right_by_line, j, step);
+      const bool same = found == held || (std::isnan(found) && std::isnan(held));
+      if (j >= n) expect(same);
+      else expect(found == (keep == 0 ? 0.0f : keep * held) + 0.5f * sum || (upper && j < i && same));
+    }
 }
 
 }  // namespace

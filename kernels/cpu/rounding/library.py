@@ -196,7 +196,7 @@ def add_product(
         steps, keep, share, total.data_ptr(), total.stride(0), int(upper), 0,
     )  # fmt: skip
     functions = load().functions
-    scratch = torch.empty(functions.qtr_sums_scratch(job) // 4 + 16, device="cpu")
+    scratch = torch.empty(functions.qtr_sums_scratch(job) + 64, dtype=torch.uint8, device="cpu")
     job.scratch = scratch.data_ptr() + (-scratch.data_ptr()) % 64
     functions.qtr_sum(job)
     return total
@@ -234,7 +234,7 @@ def round_columns(
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     steps, groups, spread = steps.contiguous(), groups.contiguous(), spread.contiguous()
     codes = torch.empty(columns, n, dtype=torch.int8, device="cpu")
-    lost = torch.empty(columns, n, device="cpu")
+    lost = torch.empty(columns, n, dtype=torch.float32, device="cpu")
     job = Rounding(
         Spread(spread.data_ptr(), columns, *code_range), weight.data_ptr(), steps.data_ptr(), groups.data_ptr(),
         n, weight.stride(0), codes.data_ptr(), lost.data_ptr(),
@@ -285,7 +285,7 @@ def descend_columns(
     if not (slope.is_contiguous() and codes.is_contiguous()):
         raise ValueError("slope and codes must be dense")
     step, bend, spread = step.contiguous(), bend.contiguous(), spread.contiguous()
-    moved = torch.empty(columns, n, device="cpu")
+    moved = torch.empty(columns, n, dtype=torch.float32, device="cpu")
     job = Descent(
         Spread(spread.data_ptr(), columns, *code_range), slope.data_ptr(), step.data_ptr(), bend.data_ptr(),
         n, codes.data_ptr(), moved.data_ptr(),
