@@ -55,9 +55,9 @@ void pack(const Factor& factor, int64_t line, int64_t step, int64_t end, char* b
     for (int64_t i = 0; i < TILE; ++i) {
       const float* own = from + i * factor.line_stride;
       const bool there = i < lines;
-      const __m512 begin = _mm512_maskz_loadu_ps(there ? low : __mmask16(0), own);
-      const __m512 end = _mm512_maskz_loadu_ps(there ? high : __mmask16(0), own + TILE);
-      words[i] = __m512i(_mm512_cvtne2ps_pbh(end, begin));
+      const __m512 front = _mm512_maskz_loadu_ps(there ? low : __mmask16(0), own);
+      const __m512 back = _mm512_maskz_loadu_ps(there ? high : __mmask16(0), own + TILE);
+      words[i] = __m512i(_mm512_cvtne2ps_pbh(back, front));
     }
   } else {
     const __mmask16 mask = first(lines);
