@@ -1,5 +1,5 @@
-// The AMX path: 32 rows by 32 channels at a time in tile registers, for as many rows as make unpacking pay; fewer run on
-// the AVX512 path.
+// The AMX path: 32 rows by 32 channels at a time in tile registers, for as many rows as make unpacking pay. Some fewer run on
+// loops of their own, see amx_few.h, and few on the AVX512 path.
 //
 // A tile register holds 16 rows of 64 bytes. A row of operand A is 64 inputs of one token, as the codes lie; a row of
 // operand B is 4 inputs of 16 channels, which is what a 64-byte word of a panel holds in its low, and again in its high
@@ -7,17 +7,12 @@
 // bytes are signed, hence no sum needs a start of its own.
 //
 // Registers: 0..3 sums (rows 0, channels 0; rows 0, channels 1; rows 1, ...), 4 and 5 tokens, 6 and 7 weights.
-#include <immintrin.h>
-#include "rows.h"
+#include "amx_few.h"
+#include "amx_tiles.h"
 #include "scratch.h"
-#include "tiles.h"
 
 namespace {
 
-constexpr int64_t TILE = 16;          // rows of a tile, channels of a tile of weights
-constexpr int64_t DEPTH = 16;         // steps of a tile: 64 inputs
-constexpr int64_t TILE_BYTES = 1024;
-constexpr int64_t SUMS = TILE * TILE;
 // Tiles of inputs that are unpacked at a time. Many rows: as many as L1 holds of a panel, of 32 rows, and of their sums.
 // Up to FEW rows memory is the limit, and multiplying soon after unpacking leaves it no pause.
 constexpr int64_t BLOCK_TILES = 6, FEW_TILES = 2, FEW = 64;
@@ -56,28 +51,21 @@ void unpack_codes(const uint8_t* weight, int64_t first, int64_t count, int64_t t
       });
 }
 
-// Codes times their group's multiple. A 16-bit lane holds two nibbles: their products stay below 256, so no carry passes
-// between them, and minus 8 multiples is right in eight bits, since -8 * 16 and 7 * 16 are.
+// Codes times their group's multiple.
 void unpack_folded(const Tile& tile, int64_t first, int64_t count, int64_t tiles, uint8_t* bytes, int64_t ahead) {
   const __m512i mask = _mm512_set1_epi8(15);
   for (int64_t step = first, stop; step < first + count; step = stop) {
     const int64_t group = step / tile.group_steps;
     stop = std::min(first + count, (group + 1) * tile.group_steps);
-    __m512i times[4], minus[4];
-    for (int i = 0; i < 4; ++i) {
-      const char* own = tile.scales + group * PANEL + i * 16;
-      const __m512i multiples = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(own)));
-      times[i] = _mm512_mullo_epi32(multiples, _mm512_set1_epi32(0x00010001));
-      minus[i] = _mm512_mullo_epi32(multiples, _mm512_set1_epi32(0x08080808));
-    }
+    const Multiples by(tile, group);
     unpack(
         tile.weight, step, stop - step, tiles, step - first, bytes, ahead,
         [&](__m512i word, int64_t half) {
-          return _mm512_sub_epi8(_mm512_mullo_epi16(_mm512_and_si512(word, mask), times[2 * half]), minus[2 * half]);
+          return _mm512_sub_epi8(_mm512_mullo_epi16(_mm512_and_si512(word, mask), by.times[2 * half]), by.minus[2 * half]);
         },
         [&](__m512i word, int64_t half) {
           const __m512i nibbles = _mm512_and_si512(_mm512_srli_epi16(word, 4), mask);
-          return _mm512_sub_epi8(_mm512_mullo_epi16(nibbles, times[2 * half + 1]), minus[2 * half + 1]);
+          return _mm512_sub_epi8(_mm512_mullo_epi16(nibbles, by.times[2 * half + 1]), by.minus[2 * half + 1]);
         });
   }
 }
@@ -125,27 +113,7 @@ inline __attribute__((always_inline)) void multiply_tile(const int8_t* a, int64_
   }
 }
 
-template <int R>
-inline void clear_sums() {
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  if constexpr (R == 2) {
-    TILE_ZERO(2);
-    TILE_ZERO(3);
-  }
-}
-
-// Sums of 16 R rows and 32 channels to or from int32 [R][2][16][16]: tile behind tile.
-template <int R>
-inline void store_sums(int32_t* to) {
-  TILE_STORE(0, to, 64);
-  TILE_STORE(1, to + SUMS, 64);
-  if constexpr (R == 2) {
-    TILE_STORE(2, to + 2 * SUMS, 64);
-    TILE_STORE(3, to + 3 * SUMS, 64);
-  }
-}
-
+// What store_sums stored.
 template <int R>
 inline void load_sums(const int32_t* from) {
   TILE_LOAD(0, from, 64);
@@ -164,12 +132,6 @@ void sum_whole(const int8_t* a, int64_t stride, const uint8_t* b, int64_t tiles,
   else load_sums<R>(totals);
   for (int64_t t = 0; t < tiles; ++t, a += 64, b += 2 * TILE_BYTES) multiply_tile<R>(a, stride, b, ahead, [](auto) {});
   store_sums<R>(totals);
-}
-
-inline __m512 scales_at(const char* scales, Dtype dtype, int64_t i) {
-  if (dtype == FLOAT32) return _mm512_loadu_ps(reinterpret_cast<const float*>(scales) + i);
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + 2 * i));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
 // The sums of a group that wait to be scaled and added to f, float [rows][2][16][16].
@@ -227,20 +189,6 @@ void sum_groups(const int8_t* a, int64_t stride, const uint8_t* b, int64_t tiles
     for (; t < count; ++t) add_tile([](auto) {});
     store_sums<R>(waiting.sums);
     waiting.f = f, waiting.scales = scales, waiting.rows = R;
-  }
-}
-
-// Up to 16 rows of a panel's sums, [2][...][2][16][16] with `apart` between its halves, as the epilogue wants them. Totals over
-// all inputs get a scale a channel here, as in scale_totals.
-void gather_rows(const char* own, int64_t apart, const char* scales, Dtype dtype, bool whole, int64_t rows, float* out) {
-  for (int i = 0; i < 4; ++i) {
-    const char* from = own + i / 2 * apart + i % 2 * SUMS * 4;
-    const __m512 scale = whole ? scales_at(scales, dtype, i * TILE) : _mm512_setzero_ps();
-    for (int64_t r = 0; r < rows; ++r) {
-      const __m512i sum = _mm512_load_si512(from + r * 64);
-      const __m512 scaled = _mm512_add_ps(_mm512_setzero_ps(), _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
-      _mm512_store_ps(out + r * PANEL + i * TILE, whole ? scaled : _mm512_castsi512_ps(sum));
-    }
   }
 }
 
@@ -309,10 +257,16 @@ bool multiply_panels(const Job& job, int64_t panel, int64_t panels, int64_t begi
 }
 
 void multiply(const Job& job, int64_t panel, int64_t panels, int64_t begin, int64_t end, int64_t next) {
-  const bool tiled = job.groups == 1 || job.scale_dtype == UINT8 || job.group_steps % DEPTH == 0;
-  if (end - begin >= ROWS_FROM && tiled && multiply_panels(job, panel, panels, begin, end)) return;
-  for (int64_t p = 0; p < panels; ++p)
-    AVX512_PATH.multiply(job, panel + p, 1, begin, end, p + 1 < panels ? panel + p + 1 : next);
+  const int64_t rows = end - begin;
+  const bool folded = job.scale_dtype == UINT8, whole = folded || job.groups == 1;
+  const bool few = whole && rows >= FEW_FROM && rows <= FEW_ROWS;
+  if (!few && rows >= ROWS_FROM && (whole || job.group_steps % DEPTH == 0) &&
+      multiply_panels(job, panel, panels, begin, end))
+    return;
+  for (int64_t p = 0; p < panels; ++p) {
+    if (few) (folded ? multiply_few<true> : multiply_few<false>)(job, panel + p, begin, end);
+    else AVX512_PATH.multiply(job, panel + p, 1, begin, end, p + 1 < panels ? panel + p + 1 : next);
+  }
 }
 
 double peak(int64_t rounds) {

@@ -160,7 +160,7 @@ void run_rows(const Tile& tile, int rows) {
 }
 
 void multiply(const Job& job, int64_t panel, int64_t, int64_t begin, int64_t end, int64_t next) {
-  multiply_rows<MOST_ROWS>(job, panel, begin, end, next, run_rows);
+  multiply_rows<MOST_ROWS>(job, panel, begin, end, next, stream_ahead(), run_rows);
 }
 
 double peak(int64_t rounds) {

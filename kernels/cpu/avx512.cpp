@@ -121,9 +121,10 @@ namespace {
 // A tile that is alone on its panel streams the weights from memory: two lines a step, into L1 alone, since they are used
 // once and L2 holds what others need. The tiles of a block share the work of bringing the next block there. Where there
 // are no blocks, tiles share the next panel, into L2, and each brings its own weights from there into L1.
-// Where the first two bring lines to is said in stream.h: HINT is nta, or t0 and t1. A block that is only brought to L2 there
-// keeps none of L1's few misses waiting.
-#define STREAM(HINT) "prefetch" HINT " (%[ahead])\nprefetch" HINT " 64(%[ahead])\n"
+// Where the first two bring lines to is said in stream.h. A block that is only brought to L2 (HINT t1, not nta) keeps none of
+// L1's few misses waiting.
+#define STREAM_PAST_L2 "prefetchnta (%[ahead])\nprefetchnta 64(%[ahead])\n"
+#define STREAM "prefetcht1 (%[ahead])\nprefetcht1 64(%[ahead])\nprefetcht0 1024(%[w])\nprefetcht0 1088(%[w])\n"
 #define BLOCK(HINT) "prefetch" HINT " (%[ahead])\n"
 #define SHARE "prefetcht1 (%[ahead])\nprefetcht0 1024(%[w])\nprefetcht0 1088(%[w])\n"
 
@@ -193,8 +194,8 @@ template <int ROWS, Order ORDER, bool PAST_L2, Dtype SCALES>
 inline void sum_group(Group group, int64_t stride, int64_t start_stride, int64_t ahead_stride) {
   const int8_t* a3 = group.a + 3 * stride;
   const char* starts3 = reinterpret_cast<const char*>(group.starts) + 3 * start_stride;
-  if constexpr (ORDER == ALONE && PAST_L2) { FOR_EACH_SCALES(STREAM("nta")) }
-  if constexpr (ORDER == ALONE && !PAST_L2) { FOR_EACH_SCALES(STREAM("t0")) }
+  if constexpr (ORDER == ALONE && PAST_L2) { FOR_EACH_SCALES(STREAM_PAST_L2) }
+  if constexpr (ORDER == ALONE && !PAST_L2) { FOR_EACH_SCALES(STREAM) }
   if constexpr (ORDER == BLOCKS && PAST_L2) { FOR_EACH_SCALES(BLOCK("nta")) }
   if constexpr (ORDER == BLOCKS && !PAST_L2) { FOR_EACH_SCALES(BLOCK("t1")) }
   if constexpr (ORDER == PANELS) { FOR_EACH_SCALES(SHARE) }
@@ -341,8 +342,8 @@ void multiply_channels(const Job& job, int64_t panel, int64_t begin, int64_t end
 
 template <Dtype SCALES>
 void multiply_groups(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next) {
-  if (end - begin <= 6) multiply_rows<6>(job, panel, begin, end, next, run_rows<ALONE, SCALES>);
-  else if (end - begin > MOST_ROWS) multiply_rows<6>(job, panel, begin, end, next, run_rows<PANELS, SCALES>);
+  if (end - begin <= 6) multiply_rows<6>(job, panel, begin, end, next, FAR_AHEAD, run_rows<ALONE, SCALES>);
+  else if (end - begin > MOST_ROWS) multiply_rows<6>(job, panel, begin, end, next, FAR_AHEAD, run_rows<PANELS, SCALES>);
   else if (SCALES != UINT8 && job.groups == 1 && job.steps > LARGE_PANEL) multiply_channels(job, panel, begin, end);
   else multiply_blocks<SCALES>(job, panel, begin, end);
 }

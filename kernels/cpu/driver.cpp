@@ -11,6 +11,7 @@
 #include "tiles.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <xmmintrin.h>
 #endif
 
 namespace {
@@ -71,6 +72,13 @@ constexpr int PATH_COUNT = int(sizeof(PATHS) / sizeof(PATHS[0]));
 thread_local Scratch scratch;
 thread_local std::unique_ptr<Share[]> shares;
 
+// Results that went past the caches (see rows.h) are seen by others from here on.
+void fence_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 void run_block(const Path& path, const Job& job, int threads) {
@@ -100,6 +108,7 @@ void run_block(const Path& path, const Job& job, int threads) {
       work(task, (task + 1) / chunks < spans ? (task + 1) / chunks * span : -1);
     for (int victim = 0; victim < threads; ++victim)
       for (int64_t task; (task = share[victim].steal()) >= 0;) work(task, -1);
+    fence_stores();
   };
   parallel(threads, body);
 }
@@ -206,7 +215,8 @@ double qtk_read(const void* data, int64_t bytes) {
     const int64_t first = bytes / 64 * thread / threads, last = bytes / 64 * (thread + 1) / threads;
     uint64_t seen = 0;
     for (int64_t line = first; line < last; ++line) {
-      __builtin_prefetch(from + line * 64 + stream_ahead());
+      if (past_l2()) __builtin_prefetch(from + line * 64 + stream_ahead());
+      else __builtin_prefetch(from + line * 64 + FAR_AHEAD, 0, 2), __builtin_prefetch(from + line * 64 + NEAR_AHEAD);
       uint64_t words[8];
       std::memcpy(words, from + line * 64, 64);
       seen ^= words[0] ^ words[1] ^ words[2] ^ words[3] ^ words[4] ^ words[5] ^ words[6] ^ words[7];

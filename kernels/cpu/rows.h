@@ -190,13 +190,26 @@ void quantize_rows(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
+// Some rows' results go past Intel's caches: a store that misses them has its line brought first, and the weights' stream waits
+// for that. Fewer rows have few results, and the weights of more rows are in the caches.
+constexpr int64_t STREAMED_FROM = 7, STREAMED_TO = 64;
+
 template <class T>
 void store_row(const Job& job, int64_t row, int64_t channel, int64_t count, const float* sums, const float* bias) {
   typename T::Storage* y = reinterpret_cast<typename T::Storage*>(job.y) + row * job.n + channel;
   const float a = job.token_scales[row];
-  typename T::Storage out[PANEL];
+  alignas(64) typename T::Storage out[PANEL];
   if (bias) for (int i = 0; i < PANEL; ++i) out[i] = T::store(sums[i] * a + bias[i]);
   else for (int i = 0; i < PANEL; ++i) out[i] = T::store(sums[i] * a);
+#if defined(__AVX512BW__)
+  const bool lines = count == PANEL && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+  if (lines && job.m >= STREAMED_FROM && job.m <= STREAMED_TO && !past_l2()) {  // the driver fences
+    __m512i* to = reinterpret_cast<__m512i*>(y);
+    for (size_t i = 0; i < sizeof(out) / 64; ++i)
+      _mm512_stream_si512(to + i, _mm512_load_si512(reinterpret_cast<const __m512i*>(out) + i));
+    return;
+  }
+#endif
   std::memcpy(y, out, size_t(count) * sizeof(out[0]));
 }
 
@@ -281,10 +294,10 @@ inline void share_next(const Job& job, int64_t panel, int64_t next, int64_t t, i
 }
 
 // Rows [begin, end) in balanced tiles of at most `most` rows; `run(tile, rows)` computes one tile's sums.
-// While a panel's tiles run, each brings its share of the next panel into the cache. A single tile instead runs
+// While a panel's tiles run, each brings its share of the next panel into the cache. A single tile instead runs `ahead` bytes
 // ahead of itself, and so into the next panel, which follows in memory.
 template <int most, class Run>
-void multiply_rows(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next, Run run) {
+void multiply_rows(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next, int64_t ahead, Run run) {
   const int64_t tiles = (end - begin + most - 1) / most;
   alignas(64) float sums[most * PANEL], bias[PANEL];
   alignas(64) int32_t totals[most * PANEL];
@@ -296,7 +309,7 @@ void multiply_rows(const Job& job, int64_t panel, int64_t begin, int64_t end, in
     tile.codes = job.codes + row * job.code_stride;
     tile.starts = job.starts + row * job.groups * 2;
     if (tiles > 1) share_next(job, panel, next, t, tiles, tile);
-    else tile.prefetch_stride = STEP_BYTES, tile.prefetch = reinterpret_cast<const char*>(tile.weight) + stream_ahead();
+    else tile.prefetch_stride = STEP_BYTES, tile.prefetch = reinterpret_cast<const char*>(tile.weight) + ahead;
     run(tile, rows);
     epilogue.store(row, rows, sums);
     row += rows;
