@@ -124,9 +124,9 @@ namespace {
 // Where the first two bring lines to is said in stream.h. A block that is only brought to L2 (HINT t1, not nta) keeps none of
 // L1's few misses waiting.
 #define STREAM_PAST_L2 "prefetchnta (%[ahead])\nprefetchnta 64(%[ahead])\n"
-#define STREAM "prefetcht1 (%[ahead])\nprefetcht1 64(%[ahead])\nprefetcht0 1024(%[w])\nprefetcht0 1088(%[w])\n"
+#define STREAM "prefetcht1 (%[ahead])\nprefetcht1 64(%[ahead])\nprefetcht0 %c[near](%[w])\nprefetcht0 %c[near]+64(%[w])\n"
 #define BLOCK(HINT) "prefetch" HINT " (%[ahead])\n"
-#define SHARE "prefetcht1 (%[ahead])\nprefetcht0 1024(%[w])\nprefetcht0 1088(%[w])\n"
+#define SHARE "prefetcht1 (%[ahead])\nprefetcht0 %c[near](%[w])\nprefetcht0 %c[near]+64(%[w])\n"
 
 // `step` as often as %[steps] says, four at a time: counting and advancing take issue slots, which Intel's cores miss where
 // the weights come from L2.
@@ -169,7 +169,7 @@ struct Group {
                  [steps] "+r"(group.steps)                                                           \
                : [stride] "r"(stride), [ahead_stride] "r"(ahead_stride), [starts] "r"(group.starts), \
                  [starts3] "r"(starts3), [start_stride] "r"(start_stride), [f] "r"(group.f),         \
-                 [scales] "r"(group.scales), [low] "m"(LOW_NIBBLES)                                  \
+                 [scales] "r"(group.scales), [low] "m"(LOW_NIBBLES), [near] "i"(NEAR_AHEAD)          \
                : CLOBBERED)
 
 #define FOR_EACH_ROWS(prefetch, scales_, finish)                             \

@@ -1,7 +1,7 @@
 // bfloat16 layers with AMX: up to 16 tokens by the 64 channels of a panel at a time, or up to 32 by half of them.
 //
 // A row of a tile of weights is a step of 16 channels, as it lies: a step is four such rows side by side. Compressed steps are
-// restored to where a tile can be loaded from, a block of them at a time, and stay in L1 for that. Sums are in tiles over
+// restored to where a tile can be loaded from, one tile's at a time. Sums are in tiles over
 // all inputs. An instruction adds the products of 32 inputs, those of even and of odd ones apart, then both to the sum: not the
 // order of the other paths, but the same for every token beside whatever others.
 //
@@ -14,9 +14,17 @@
 namespace {
 
 constexpr int64_t TOKENS = 16, DEPTH = 16;           // rows of a tile: tokens, steps
-constexpr int64_t ROW = 64, BLOCK = bfloat16::BLOCK_STEPS;  // bytes; steps restored at a time, whole tiles
+constexpr int64_t ROW = 64, BLOCK = DEPTH;  // bytes; steps restored at a time: with more, memory waits while they are multiplied
 constexpr int64_t HALF_BYTES = STEP_BYTES / 2, LINE = 64;
-constexpr int64_t AHEAD = 16 * STEP_BYTES;           // of what is multiplied, where it lies plain: one tile
+
+// What comes some KB behind the next `BYTES` bytes, see stream.h.
+template <int64_t BYTES>
+inline void fetch(const char* from) {
+  for (int64_t line = 0; line < BYTES; line += LINE) {
+    _mm_prefetch(from + FAR_AHEAD + line, _MM_HINT_T1);
+    _mm_prefetch(from + NEAR_AHEAD + line, _MM_HINT_T0);
+  }
+}
 
 // Tokens 0..16 in tiles 0 to 3 and 4, or 16 in 0, 1 and 4 and the rest in 2, 3 and 5.
 TileConfiguration configuration(int64_t tokens) {
@@ -80,7 +88,7 @@ const int64_t* restore(const Job& job, int64_t panel, int64_t first, int64_t ste
     const Upper upper(job.tables + panel * bfloat16::ENTRIES);
     for (int64_t i = 0; i < steps; ++i, from += bytes) {
       if (WHOLE || half == 0)  // the other half finds these steps in L2
-        for (int64_t line = 0; line < COMPRESSED_BYTES; line += LINE) _mm_prefetch(from + BLOCK * bytes + line, _MM_HINT_T0);
+        fetch<COMPRESSED_BYTES>(from);
       if (WHOLE) upper.restore(from, 0, to + i * BYTES), upper.restore(from, 1, to + i * BYTES + HALF_BYTES);
       else upper.restore(from, half, to + i * BYTES);
     }
@@ -110,7 +118,7 @@ void sum(const Job& job, int64_t panel, int64_t token, int64_t tokens, int64_t h
     const char* w = job.weight + panel * job.steps * STEP_BYTES + half * HALF_BYTES;
     for (int64_t step = 0; step < whole; step += DEPTH, x += ROW, w += DEPTH * STEP_BYTES) {
       if (WHOLE || half == 0)
-        for (int64_t line = 0; line < DEPTH * STEP_BYTES; line += LINE) _mm_prefetch(w + AHEAD + line, _MM_HINT_T0);
+        fetch<DEPTH * STEP_BYTES>(w);
       add(x, job.x_stride, {w, STEP_BYTES});
     }
   } else {

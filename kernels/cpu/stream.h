@@ -20,4 +20,4 @@ static inline bool past_l2() { return false; }
 
 // Bytes that a tile which is alone on its panel fetches ahead of itself: with one prefetch a line, and with two.
 static inline int64_t stream_ahead() { return past_l2() ? 4096 : 2048; }
-constexpr int64_t NEAR_AHEAD = 1024, FAR_AHEAD = 4096;
+constexpr int64_t NEAR_AHEAD = 768, FAR_AHEAD = 4096;
