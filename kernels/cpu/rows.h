@@ -97,13 +97,20 @@ inline float exponential(float x) {
   return ((p * (f * f) + f) + 1.0f) * from_bits((to_bits(shifted) + 127) << 23);
 }
 
-// out = silu(gate) * up in fp32, rounded once to the activations' dtype.
+// out = silu(gate) * up in fp32, rounded once to the activations' dtype. Both are fetched ahead: of many rows they come from memory,
+// where they lie in stretches too short for the CPU to do that well. (Behind a row's gate lies its up, behind that the next row.)
 template <class T>
 void gate_row(const typename T::Storage* gate, const typename T::Storage* up, int64_t k,
               typename T::Storage* __restrict out) {
-  for (int64_t i = 0; i < k; ++i) {
-    const float g = T::load(gate[i]);
-    out[i] = T::store(g / (1.0f + exponential(-g)) * T::load(up[i]));
+  constexpr int64_t LINE = 64 / sizeof(gate[0]), PART = 8 * LINE, AHEAD = FAR_AHEAD / sizeof(gate[0]);
+  for (int64_t first = 0; first < k; first += PART) {
+    const int64_t end = std::min(k, first + PART);
+    for (int64_t i = first; i < end; i += LINE)
+      __builtin_prefetch(gate + i + AHEAD, 0, 2), __builtin_prefetch(up + i + AHEAD, 0, 2);
+    for (int64_t i = first; i < end; ++i) {
+      const float g = T::load(gate[i]);
+      out[i] = T::store(g / (1.0f + exponential(-g)) * T::load(up[i]));
+    }
   }
 }
 
@@ -190,9 +197,9 @@ void quantize_rows(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-// Some rows' results go past Intel's caches: a store that misses them has its line brought first, and the weights' stream waits
-// for that. Fewer rows have few results, and the weights of more rows are in the caches.
-constexpr int64_t STREAMED_FROM = 7, STREAMED_TO = 64;
+// Several rows' results go past Intel's caches: a store that misses them has its line brought first, and whatever else is on its
+// way waits for that. (Fewer rows have few results.)
+constexpr int64_t STREAMED_FROM = 7;
 
 template <class T>
 void store_row(const Job& job, int64_t row, int64_t channel, int64_t count, const float* sums, const float* bias) {
@@ -203,7 +210,7 @@ void store_row(const Job& job, int64_t row, int64_t channel, int64_t count, cons
   else for (int i = 0; i < PANEL; ++i) out[i] = T::store(sums[i] * a);
 #if defined(__AVX512BW__)
   const bool lines = count == PANEL && reinterpret_cast<uintptr_t>(y) % 64 == 0;
-  if (lines && job.m >= STREAMED_FROM && job.m <= STREAMED_TO && !past_l2()) {  // the driver fences
+  if (lines && job.m >= STREAMED_FROM && !past_l2()) {  // the driver fences
     __m512i* to = reinterpret_cast<__m512i*>(y);
     for (size_t i = 0; i < sizeof(out) / 64; ++i)
       _mm512_stream_si512(to + i, _mm512_load_si512(reinterpret_cast<const __m512i*>(out) + i));
