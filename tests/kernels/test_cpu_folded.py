@@ -79,7 +79,7 @@ def test_thread_counts_and_row_tiles_change_nothing(path: str, group_size: int, 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("k", [2048, 4100, 9001])  # one, three and five blocks of unpacked inputs, whole and not
-@pytest.mark.parametrize("m", [20, MANY])  # in blocks of few groups, unpacked
+@pytest.mark.parametrize("m", [9, 20, MANY])  # in blocks of few groups (or one pass with AMX), unpacked
 def test_many_inputs_are_added_block_by_block(path: str, k: int, m: int) -> None:
     packed, scales = layer(70, k, 96, seed=k)  # groups that blocks cut
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(k))
@@ -87,7 +87,7 @@ def test_many_inputs_are_added_block_by_block(path: str, k: int, m: int) -> None
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("m", [3, MANY])
+@pytest.mark.parametrize("m", [3, 11, MANY])
 @pytest.mark.parametrize("nibble", [0, 7, 15])  # -8, -1, 7
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sums_neither_saturate_nor_wrap(path: str, m: int, nibble: int, sign: int) -> None:
