@@ -131,7 +131,7 @@ def test_rows_may_lie_apart(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("group_size", [-1, 32, 96, 512])
-@pytest.mark.parametrize("m", [7, 16, 20, 36, 37])  # two tiles, or one of AMX, several, the most that pass a block, one more
+@pytest.mark.parametrize("m", [7, 16, 20, 36, 37])  # two tiles (AMX: one), several, the most that pass a block, one more
 def test_many_inputs_are_added_block_by_block(path: str, group_size: int, m: int, threads: int) -> None:
     k = 6150  # inputs of a panel that is not one block even per channel; neither whole groups nor whole steps
     packed, scales = layer(70, k, group_size, seed=m)
@@ -141,7 +141,7 @@ def test_many_inputs_are_added_block_by_block(path: str, group_size: int, m: int
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("group_size", [-1, 64, 96, 128, 256, 512])  # one tile of inputs a group, several, part of one
-@pytest.mark.parametrize("m", [7, 16, 17, 64, 65, 100, 300])  # one tile, few rows, many, uneven tiles, more than one block
+@pytest.mark.parametrize("m", [7, 16, 17, 64, 65, 100, 300])  # one tile, few rows, many, uneven tiles, several blocks
 def test_many_rows_share_panels(path: str, group_size: int, m: int, threads: int) -> None:
     k, n = 904, 1100  # the last span of panels, the last panel and the last group are smaller than the others
     packed, scales = layer(n, k, group_size, seed=m)
