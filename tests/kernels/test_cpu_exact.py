@@ -131,7 +131,7 @@ def test_rows_may_lie_apart(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("group_size", [-1, 32, 96, 512])
-@pytest.mark.parametrize("m", [7, 16, 20, 36, 37])  # two tiles (AMX: one), several, the most that pass a block, one more
+@pytest.mark.parametrize("m", [7, 16, 20, 36, 37])  # two tiles (AMX: one), several, the most in blocks, one more
 def test_many_inputs_are_added_block_by_block(path: str, group_size: int, m: int, threads: int) -> None:
     k = 6150  # inputs of a panel that is not one block even per channel; neither whole groups nor whole steps
     packed, scales = layer(70, k, group_size, seed=m)
