@@ -348,7 +348,8 @@ void multiply_groups(const Job& job, int64_t panel, int64_t begin, int64_t end, 
   else multiply_blocks<SCALES>(job, panel, begin, end);
 }
 
-// Many rows of a folded layer. A panel becomes bytes once: 128 + code * multiple, 0..240, the unsigned operand of the dot
+// Many rows of a folded layer, or of one with a scale a channel, whose multiples are 1. A panel becomes bytes once: 128 + code *
+// multiple, 0..240, the unsigned operand of the dot
 // products; rows start at -128 * sum(codes). No tile then masks a nibble or ends a group. The first tile unpacks as it
 // multiplies, at most UNPACK_STEPS at a time, which stay in L2 for the other tiles; their totals wait in memory meanwhile.
 //
@@ -424,10 +425,17 @@ bool multiply_unpacked(const Job& job, int64_t panel, int64_t begin, int64_t end
   int32_t* totals = reinterpret_cast<int32_t*>(memory + block * UNPACKED_BYTES);  // [rows, 64]
   for (int64_t r = 0; r < rows; ++r) std::fill_n(totals + r * PANEL, PANEL, job.wholes[begin + r]);
   alignas(64) float sums[6 * PANEL], bias[PANEL];
-  alignas(64) char table[8 * 64];
+  alignas(64) char table[8 * 64], ones[PANEL];
   const Epilogue epilogue(job, panel, bias);
   Tile tile = panel_tile(job, panel);
   tile.sums = sums;
+  alignas(64) float scales[PANEL];
+  const bool folded = job.scale_dtype == UINT8;
+  if (!folded) {
+    std::memset(ones, 1, sizeof(ones));
+    for (int i = 0; i < PANEL; i += 16) _mm512_store_ps(scales + i, scales_at(tile, i));
+    tile.bases = scales;
+  }
   for (int64_t first = 0; first < job.steps; first += block) {
     const int64_t last = std::min(job.steps, first + block);
     for (int64_t t = 0, row = begin; t < tiles; ++t) {
@@ -441,7 +449,7 @@ bool multiply_unpacked(const Job& job, int64_t panel, int64_t begin, int64_t end
         const Group part{tile.weight + step * STEP_BYTES, codes + step * 4, tile.prefetch + step * tile.prefetch_stride,
                          stop - step, nullptr, table, tile.totals};
         uint8_t* w = bytes + (step - first) * UNPACKED_BYTES;
-        if (t == 0) make_table(tile.scales + g * PANEL, table);
+        if (t == 0) make_table(folded ? tile.scales + g * PANEL : ones, table);
         if (t == 0) sum_bytes<true>(part, w, many, job.code_stride, tile.prefetch_stride);
         else sum_bytes<false>(part, w, many, job.code_stride, tile.prefetch_stride);
       }
@@ -456,8 +464,9 @@ bool multiply_unpacked(const Job& job, int64_t panel, int64_t begin, int64_t end
 }
 
 void multiply(const Job& job, int64_t panel, int64_t, int64_t begin, int64_t end, int64_t next) {
-  const bool folded = job.scale_dtype == UINT8;
-  if (folded && end - begin >= UNPACK_FROM && multiply_unpacked(job, panel, begin, end)) return;
+  // On Intel's cores masks take the ports of dot products, so that one scale a channel gains, too; AMD's have others for them.
+  const bool folded = job.scale_dtype == UINT8, whole = folded || (job.groups == 1 && !past_l2());
+  if (whole && end - begin >= UNPACK_FROM && multiply_unpacked(job, panel, begin, end)) return;
   if (folded) multiply_groups<UINT8>(job, panel, begin, end, next);
   else if (job.scale_dtype == BFLOAT16) multiply_groups<BFLOAT16>(job, panel, begin, end, next);
   else multiply_groups<FLOAT32>(job, panel, begin, end, next);
