@@ -14,9 +14,9 @@
 namespace {
 
 // Tiles of inputs that are unpacked at a time. Many rows: as many as L1 holds of a panel, of 32 rows, and of their sums.
-// Up to FEW rows memory is the limit, and multiplying soon after unpacking leaves it no pause.
-constexpr int64_t BLOCK_TILES = 6, FEW_TILES = 2, FEW = 64;
-constexpr int64_t ROWS_FROM = 16;     // fewer rows run on the AVX512 path
+// Up to SOME_ROWS memory is the limit, and multiplying soon after unpacking leaves it no pause.
+constexpr int64_t BLOCK_TILES = 6, SOME_TILES = 2, SOME_ROWS = 64;
+constexpr int64_t ROWS_FROM = 16;     // fewer run in amx_few.h or on the AVX512 path
 
 // What one thread works in: bytes of a block of weights, and sums of all rows.
 thread_local Scratch scratch;
@@ -197,7 +197,7 @@ bool multiply_panels(const Job& job, int64_t panel, int64_t panels, int64_t begi
   const bool folded = job.scale_dtype == UINT8, whole = folded || job.groups == 1;
   const int64_t rows = end - begin, padded = (rows + 2 * TILE - 1) / (2 * TILE) * 2 * TILE;
   const int64_t group_tiles = job.group_steps / DEPTH;
-  const int64_t wanted = rows <= FEW ? FEW_TILES : BLOCK_TILES, stream = rows <= FEW ? stream_ahead() : 0;
+  const int64_t wanted = rows <= SOME_ROWS ? SOME_TILES : BLOCK_TILES, stream = rows <= SOME_ROWS ? stream_ahead() : 0;
   const int64_t block = whole ? wanted : std::max<int64_t>(1, wanted / group_tiles) * group_tiles;
   const int64_t all = (job.steps + DEPTH - 1) / DEPTH, sums_size = padded * PANEL * 4;
   const int64_t bytes_size = 4 * std::min(block, all) * TILE_BYTES;

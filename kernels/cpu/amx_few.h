@@ -7,7 +7,6 @@
 // Registers: 0..3 sums of 16 channels each, 4 tokens, 6 and 7 weights.
 #pragma once
 #include "amx_tiles.h"
-#include "scratch.h"
 
 namespace {
 
@@ -22,7 +21,7 @@ inline TileConfiguration few_rows(int64_t rows) {
 }
 
 // One step of a panel: two words become a row of each of four operands. In assembly because it matters where the prefetches
-// stand: lines are asked for one by one as they lie (in pairs, or first one half of a panel, it takes 5 to 20 % longer).
+// stand: lines are asked for one by one as they lie, each before its own word (evals/LOG.md, "a Xeon's weights in one pass").
 #define FETCH(at) "prefetcht1 %c[far]+" at "(%[w])\n"
 
 #define NIBBLES(at)                       \

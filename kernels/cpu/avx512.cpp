@@ -118,15 +118,14 @@ namespace {
       "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",      \
       "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm30", "xmm31"
 
-// A tile that is alone on its panel streams the weights from memory: two lines a step, into L1 alone, since they are used
-// once and L2 holds what others need. The tiles of a block share the work of bringing the next block there. Where there
+// A tile that is alone on its panel streams the weights from memory: two lines a step, which are used once. The tiles of a block share the work of bringing the next block there. Where there
 // are no blocks, tiles share the next panel, into L2, and each brings its own weights from there into L1.
 // Where the first two bring lines to is said in stream.h. A block that is only brought to L2 (HINT t1, not nta) keeps none of
 // L1's few misses waiting.
 #define STREAM_PAST_L2 "prefetchnta (%[ahead])\nprefetchnta 64(%[ahead])\n"
 #define STREAM "prefetcht1 (%[ahead])\nprefetcht1 64(%[ahead])\nprefetcht0 %c[near](%[w])\nprefetcht0 %c[near]+64(%[w])\n"
 #define BLOCK(HINT) "prefetch" HINT " (%[ahead])\n"
-#define SHARE "prefetcht1 (%[ahead])\nprefetcht0 %c[near](%[w])\nprefetcht0 %c[near]+64(%[w])\n"
+#define SHARE "prefetcht1 (%[ahead])\nprefetcht0 1024(%[w])\nprefetcht0 1088(%[w])\n"
 
 // `step` as often as %[steps] says, four at a time: counting and advancing take issue slots, which Intel's cores miss where
 // the weights come from L2.
@@ -342,8 +341,9 @@ void multiply_channels(const Job& job, int64_t panel, int64_t begin, int64_t end
 
 template <Dtype SCALES>
 void multiply_groups(const Job& job, int64_t panel, int64_t begin, int64_t end, int64_t next) {
-  if (end - begin <= 6) multiply_rows<6>(job, panel, begin, end, next, FAR_AHEAD, run_rows<ALONE, SCALES>);
-  else if (end - begin > MOST_ROWS) multiply_rows<6>(job, panel, begin, end, next, FAR_AHEAD, run_rows<PANELS, SCALES>);
+  const int64_t ahead = past_l2() ? stream_ahead() : FAR_AHEAD;  // of a tile that is alone
+  if (end - begin <= 6) multiply_rows<6>(job, panel, begin, end, next, ahead, run_rows<ALONE, SCALES>);
+  else if (end - begin > MOST_ROWS) multiply_rows<6>(job, panel, begin, end, next, ahead, run_rows<PANELS, SCALES>);
   else if (SCALES != UINT8 && job.groups == 1 && job.steps > LARGE_PANEL) multiply_channels(job, panel, begin, end);
   else multiply_blocks<SCALES>(job, panel, begin, end);
 }

@@ -1,7 +1,7 @@
 // bfloat16 layers with AMX: up to 16 tokens by the 64 channels of a panel at a time, or up to 32 by half of them.
 //
 // A row of a tile of weights is a step of 16 channels, as it lies: a step is four such rows side by side. Compressed steps are
-// restored to where a tile can be loaded from, one tile's at a time. Sums are in tiles over
+// restored to where a tile can be loaded from, one tile's at a time (with more, memory waits while they are multiplied). Sums are in tiles over
 // all inputs. An instruction adds the products of 32 inputs, those of even and of odd ones apart, then both to the sum: not the
 // order of the other paths, but the same for every token beside whatever others.
 //
@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int64_t TOKENS = 16, DEPTH = 16;           // rows of a tile: tokens, steps
-constexpr int64_t ROW = 64, BLOCK = DEPTH;  // bytes; steps restored at a time: with more, memory waits while they are multiplied
+constexpr int64_t ROW = 64;                          // bytes
 constexpr int64_t HALF_BYTES = STEP_BYTES / 2, LINE = 64;
 
 // What comes some KB behind the next `BYTES` bytes, see stream.h.
@@ -70,11 +70,11 @@ inline void add_half(const char* x, int64_t x_stride, Rows w) {
 
 // What a thread restores weights to, and the last inputs of its tokens where they fill no tile.
 struct Buffers {
-  alignas(64) char weights[BLOCK * STEP_BYTES];
+  alignas(64) char weights[DEPTH * STEP_BYTES];
   alignas(64) char tokens[2 * TOKENS * ROW];
 };
 
-// Steps [first, first + steps) of a panel, at most BLOCK, both halves or one, in `to`; zeros up to whole tiles. `rest` is where
+// Steps [first, first + steps) of a panel, at most a tile's, both halves or one, in `to`; zeros up to whole tiles. `rest` is where
 // the values of the panel that no table names begin; returned is where those behind these steps do.
 template <bool WHOLE>
 const int64_t* restore(const Job& job, int64_t panel, int64_t first, int64_t steps, int64_t half, const int64_t* rest, char* to) {
@@ -122,10 +122,9 @@ void sum(const Job& job, int64_t panel, int64_t token, int64_t tokens, int64_t h
       add(x, job.x_stride, {w, STEP_BYTES});
     }
   } else {
-    for (int64_t first = 0; first < whole; first += BLOCK) {
-      const int64_t steps = std::min(BLOCK, whole - first);
-      rest = restore<WHOLE>(job, panel, first, steps, half, rest, buffers.weights);
-      for (int64_t step = 0; step < steps; step += DEPTH, x += ROW) add(x, job.x_stride, {buffers.weights + step * BYTES, BYTES});
+    for (int64_t first = 0; first < whole; first += DEPTH, x += ROW) {
+      rest = restore<WHOLE>(job, panel, first, DEPTH, half, rest, buffers.weights);
+      add(x, job.x_stride, {buffers.weights, BYTES});
     }
   }
   if (whole < job.steps) {  // inputs behind the last whole tile: what is beside them in memory may be anything

@@ -98,7 +98,7 @@ inline float exponential(float x) {
 }
 
 // out = silu(gate) * up in fp32, rounded once to the activations' dtype. Both are fetched ahead: of many rows they come from memory,
-// where they lie in stretches too short for the CPU to do that well. (Behind a row's gate lies its up, behind that the next row.)
+// where they lie in stretches too short for the CPU to do that well.
 template <class T>
 void gate_row(const typename T::Storage* gate, const typename T::Storage* up, int64_t k,
               typename T::Storage* __restrict out) {
@@ -197,8 +197,8 @@ void quantize_rows(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-// Several rows' results go past Intel's caches: a store that misses them has its line brought first, and whatever else is on its
-// way waits for that. (Fewer rows have few results.)
+// Several rows' results go past Intel's caches: a store that misses them has its line brought first, and the weights on their
+// way wait for that. (Fewer rows have few results.)
 constexpr int64_t STREAMED_FROM = 7;
 
 template <class T>

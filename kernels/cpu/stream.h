@@ -1,9 +1,10 @@
 // How weights that are used once come from memory: software prefetches, some KB ahead of what is multiplied.
 //
 // On AMD's CPUs `prefetchnta` fills L1 alone, so the stream pushes nothing out of L2. On Intel's it brings a core 6 of the 19
-// GB/s that `prefetcht0` does (Granite Rapids), so there lines go through L2: into it from FAR ahead, out of it from NEAR
-// ahead, which brings a tenth more than either alone. Whatever else misses L1 there waits for one of the 16 buffers that
-// hold a core's lines on their way, and keeps the stream waiting: results go past the caches, see rows.h.
+// GB/s that `prefetcht0` does (Granite Rapids), so there lines go through L2. Loops that only stream bring them into it from
+// FAR_AHEAD and out of it from NEAR_AHEAD, which is faster than either alone; those that do more besides, from one distance.
+// Whatever else misses L1 there needs one of the 16 buffers that hold a core's lines on their way, and keeps the stream
+// waiting: results are stored past the caches, see rows.h.
 // Everything has internal linkage, as in rows.h.
 #pragma once
 #include <cstdint>
