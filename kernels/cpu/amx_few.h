@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t FEW_FROM = 7, FEW_ROWS = TILE;  // below, the AVX512 path streams a panel in one pass, too
+constexpr int64_t GROUPS_AHEAD = 4;               // whose multiples are fetched: a second stream from memory
 constexpr int64_t PANEL_BYTES = 4 * TILE_BYTES;   // 64 inputs of a panel, unpacked: [channels / 16][16 steps][64]
 
 // Rows of sums and of tokens that are there, so that products with the others take no time.
@@ -82,6 +83,7 @@ inline void unpack_tile(const Tile& tile, int64_t t, uint8_t* to) {
     for (int64_t step = first, stop; step < last; step = stop) {
       const int64_t group = step / tile.group_steps;
       stop = std::min(last, (group + 1) * tile.group_steps);
+      _mm_prefetch(tile.scales + (group + GROUPS_AHEAD) * PANEL, _MM_HINT_T0);
       unpack_steps(tile.weight + step * STEP_BYTES, stop - step, to + (step - first) * 64, Multiples(tile, group));
     }
   } else {
