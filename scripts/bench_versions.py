@@ -3,8 +3,8 @@
     python scripts/bench_versions.py REVISION [--tokens 1 4 8 16 64] [--shapes 4096x4096] [--scales folded]
                                      [--threads 2] [--rounds 7] [--memory 600] [--json]
 
-Every call multiplies other weights of `--memory` MB, more than the caches hold, and takes what the call before gave as
-its input where the shape is square, as a model's layers do. `ratio` is the working tree's median over the revision's.
+Every call multiplies other weights of `--memory` MB, which should be more than the caches hold, and takes what the call
+before gave as its input where the shape is square, as a model's layers do. `ratio` is the working tree's median over the revision's.
 Results must be the same bits. Both need a C compiler, and the same arguments of `qtk_linear`.
 """
 

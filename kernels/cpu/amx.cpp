@@ -1,5 +1,5 @@
-// The AMX path: 32 rows by 32 channels at a time in tile registers, for as many rows as make unpacking pay. Some fewer run on
-// loops of their own, see amx_few.h, and few on the AVX512 path.
+// The AMX path: 32 rows by 32 channels at a time in tile registers, for as many rows as make unpacking pay. 7 to 16
+// rows have a loop of their own, see amx_few.h, and fewer run on the AVX512 path.
 //
 // A tile register holds 16 rows of 64 bytes. A row of operand A is 64 inputs of one token, as the codes lie; a row of
 // operand B is 4 inputs of 16 channels, which is what a 64-byte word of a panel holds in its low, and again in its high
