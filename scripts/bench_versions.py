@@ -4,8 +4,8 @@
                                      [--threads 2] [--rounds 7] [--memory 600] [--json]
 
 Every call multiplies other weights of `--memory` MB, which should be more than the caches hold, and takes what the call
-before gave as its input where the shape is square, as a model's layers do. `ratio` is the working tree's median over the revision's.
-Results must be the same bits. Both need a C compiler, and the same arguments of `qtk_linear`.
+before gave as its input where the shape is square, as a model's layers do. `ratio` is the working tree's median over
+the revision's. Results must be the same bits. Both need a C compiler, and the same arguments of `qtk_linear`.
 """
 
 from __future__ import annotations
