@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def backward(
                 out = functional_call(block.module, own, (leaf,), _cloned(kwargs))
                 out = out[0] if isinstance(out, tuple) else out
                 wanted = [*([leaf] if inputs else []), *(caught[name] for name in names)]
-                yield torch.autograd.grad(out, wanted, grad_outputs=gradient.to(out, copy=True))
+                yield passed_back(out, wanted, gradient.to(out, copy=True))
     finally:
         for handle in handles:
             handle.remove()
@@ -51,3 +51,24 @@ def _cloned(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _cloned(part) for name, part in value.items()}
     return tuple(_cloned(part) for part in value) if isinstance(value, tuple) else value
+
+
+def passed_back(out: Tensor, inputs: Sequence[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients at ``inputs``, by ``gradient`` at ``out``, of its shape and dtype.
+
+    As ``torch.autograd.grad(out, inputs, gradient)``, which loads PyTorch's compiler's symbols to compare two shapes.
+    """
+    return torch.autograd.grad(_Behind.apply(out, gradient), inputs)
+
+
+class _Behind(torch.autograd.Function):
+    """A scalar that has the given gradient at its input."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qtoolkit import memory
 from qtoolkit.architecture import Skeleton
 from qtoolkit.calibration import capture, halves, outputs, trial
-from qtoolkit.calibration.backward import backward
+from qtoolkit.calibration.backward import backward, passed_back
 from qtoolkit.source import Source
 from qtoolkit.stages import Block, Probe, Stream
 
@@ -151,7 +151,7 @@ def _drawn(norm: nn.Module, head: Tensor, states: Tensor, draw: torch.Generator)
         behind = -head[token.squeeze(1).to(head.device)].to(read)
         for part, rows in zip(odds.split(trial.VOCABULARY, dim=1), head.split(trial.VOCABULARY), strict=True):
             behind += halves.product(part, rows.to(part.device))
-    return torch.autograd.grad(read, leaf, behind)[0]
+    return passed_back(read, [leaf], behind)[0]
 
 
 def drawn(odds: Tensor, draw: torch.Generator) -> Tensor:

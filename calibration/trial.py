@@ -101,6 +101,8 @@ def ending(skeleton: Skeleton, source: Source) -> tuple[nn.Module, Tensor]:
     """Return what comes behind the last block: the norm in float32, and the head's weight [vocabulary, hidden]."""
     residual = skeleton.architecture.residual
     empty = skeleton.model.get_submodule(residual.norm)
-    norm = copy.deepcopy(empty).to_empty(device=skeleton.device).float()
-    norm.load_state_dict({local: source.read_finite(f"{residual.norm}.{local}") for local in empty.state_dict()})
-    return norm.requires_grad_(False), source.read(f"{residual.embedding if skeleton.tied else residual.head}.weight")
+    stored = {local: source.read_finite(f"{residual.norm}.{local}") for local in empty.state_dict()}
+    norm = copy.deepcopy(empty)
+    norm.load_state_dict(stored, assign=True)
+    weight = source.read(f"{residual.embedding if skeleton.tied else residual.head}.weight")
+    return norm.to(skeleton.device, torch.float32).requires_grad_(False), weight

@@ -14,6 +14,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from qtoolkit.device import CPU
 from qtoolkit.errors import ModelError
@@ -26,6 +27,10 @@ from qtoolkit.stages import Block, ChannelGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+DRAWN = frozenset(
+    {"normal_", "exponential_", "erfinv_", "clamp_"}
+)  # what initial weights are drawn with, less uniform_
 
 
 class Residual(BaseModel):
@@ -196,7 +201,7 @@ class Skeleton:
         """
         name = f"{self.architecture.blocks}.{index}"
         empty = self.blocks[index]
-        module = copy.deepcopy(empty).to_empty(device="cpu")  # only reserved: what is never written takes no memory
+        module = copy.deepcopy(empty)
         stored = self.architecture.stored
         state = {local: source.read_finite(stored(f"{name}.{local}")) for local in empty.state_dict()}
         module.load_state_dict(state, strict=True, assign=True)
@@ -245,13 +250,24 @@ def skeleton(source: Source) -> Skeleton:
 def build(config: PreTrainedConfig, architecture: Architecture, **options: Any) -> PreTrainedModel:
     """Return the model of ``config`` on the meta device, its experts as layers; ``options`` are transformers'."""
     load_transformers()
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False), _Undrawn():
         model = AutoModelForCausalLM.from_config(config, **options)
     if architecture.experts is not None:
         unfuse(model.get_submodule(architecture.blocks), architecture.experts)
     return model
+
+
+class _Undrawn(TorchFunctionMode):
+    """Inside, tensors on the meta device are not filled at random: PyTorch loads its compiler to do nothing there."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensor = args[0] if args else (kwargs or {}).get("tensor")
+        if function.__name__ in DRAWN and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            return tensor
+        return function(*args, **(kwargs or {}))
 
 
 def _unknown(skeleton: Skeleton) -> Iterator[str]:

@@ -1,28 +1,45 @@
-"""Importing transformers' models without what they import for other tasks: 290 MB of memory that nobody here uses.
+"""Importing transformers' models without what they import for other tasks: 370 MB of memory that nobody here uses.
 
 Seen with transformers 5.19 and torch 2.13: scikit-learn with pandas for one measure of assisted generation, SciPy for
-matching boxes, and Triton for a compiler of GPU code. Two names stand for their functions until they are called.
+matching boxes, Triton for a compiler of GPU code, PyTorch's compiler with SymPy for masks of unusual shapes and to tell
+it of functions, and tensors distributed over processes. What is put off comes when it is called.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from types import MappingProxyType, ModuleType
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 import torch
 
-LATER = MappingProxyType({"sklearn.metrics": "roc_curve", "scipy.optimize": "linear_sum_assignment"})
+COMPILER = "torch._dynamo"
+LATER = MappingProxyType(
+    {
+        "sklearn.metrics": "roc_curve",
+        "scipy.optimize": "linear_sum_assignment",
+        f"{COMPILER}._trace_wrapped_higher_order_op": "TransformGetItemToIndex",
+    }
+)
 TRITON = "triton"  # PyTorch's compiler loads it wherever it is installed, without a GPU, too
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # what torchrun tells each of its processes
 
 
+@functools.cache
 def load_transformers() -> None:
     """Import what every language model of transformers needs; what is loaded already stays as it is."""
-    with postponed(LATER), unseen(TRITON):
+    with postponed(LATER), unseen(TRITON), compiler_later():
+        say_undistributed()
         import transformers.loss.loss_utils
+        import transformers.modeling_layers
         import transformers.models.auto.modeling_auto  # noqa: F401
 
 
@@ -70,5 +87,123 @@ def unseen(package: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[package]
-        for asked in (torch.utils._triton.has_triton_package, torch.utils._triton.get_triton_version):
-            asked.cache_clear()  # they may have been told "no", and would remember it
+        if asked := sys.modules.get("torch.utils._triton"):  # it may have been told "no", and would remember it
+            asked.has_triton_package.cache_clear()
+            asked.get_triton_version.cache_clear()
+
+
+@contextmanager
+def compiler_later() -> Iterator[None]:
+    """Inside, PyTorch's compiler is not loaded to be told of functions; it is told of them when it is loaded."""
+    if COMPILER in sys.modules:
+        yield
+        return
+    placed = _Compiler()
+    sys.modules[COMPILER] = placed
+    try:
+        yield
+    finally:
+        placed.leave()
+
+
+class _Compiler(ModuleType):
+    """Stands for PyTorch's compiler; takes down what it is told of functions, and gives way to it for all else."""
+
+    def __init__(self) -> None:
+        super().__init__(COMPILER)
+        self._told: list[tuple[str, Any]] = []
+        sys.meta_path.insert(0, _Informed(self._told))
+
+    def allow_in_graph(self, function: Any) -> Any:
+        return self._take_down("allow_in_graph", function)
+
+    def assume_constant_result(self, function: Any) -> Any:
+        return self._take_down("assume_constant_result", function)
+
+    def disable(self, function: Any = None, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """Return ``function`` as the compiler leaves it alone, as its own ``disable`` would."""
+        if function is None:
+            return lambda function: self.disable(function, *args, **kwargs)
+        if not isinstance(function, FunctionType):  # a class or a module becomes something else
+            return self._give_way().disable(function, *args, **kwargs)
+
+        @functools.cache
+        def disabled(compiler: ModuleType) -> Callable[..., Any]:
+            return compiler.disable(function, *args, **kwargs)
+
+        @functools.wraps(function)
+        def left_alone(*given: Any, **named: Any) -> Any:
+            compiler = sys.modules.get(COMPILER)
+            called = function if compiler is None or isinstance(compiler, _Compiler) else disabled(compiler)
+            return called(*given, **named)
+
+        left_alone._torchdynamo_disable = True  # type: ignore[attr-defined]  # by which the compiler knows one
+        return left_alone
+
+    def leave(self) -> None:
+        if sys.modules.get(COMPILER) is self:
+            del sys.modules[COMPILER]
+
+    def _take_down(self, word: str, function: Any) -> Any:
+        if sys.modules.get(COMPILER) is not self:
+            return getattr(self._give_way(), word)(function)
+        self._told.append((word, function))
+        return function
+
+    def _give_way(self) -> Any:
+        self.leave()
+        return import_module(COMPILER)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":  # which is asked for to import a module inside
+            raise AttributeError(name)
+        return getattr(self._give_way(), name)
+
+
+class _Informed(MetaPathFinder):
+    """Finds PyTorch's compiler where it is, and once it is loaded passes on what the one in its place was told."""
+
+    def __init__(self, told: list[tuple[str, Any]]) -> None:
+        self._told = told
+        self._asking = False
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != COMPILER or self._asking:
+            return None
+        self._asking = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self._asking = False
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            sys.meta_path.remove(self)
+            for word, function in self._told:
+                getattr(module, word)(function)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def say_undistributed() -> None:
+    """Let transformers find that there are no distributed tensors, which it remembers, where none can be made.
+
+    They take several processes, so not with a GPU, nor where ``torchrun`` or a process group says that there are some.
+    """
+    if torch.cuda.is_available() or not torch.distributed.is_available() or torch.distributed.is_initialized():
+        return
+    from transformers.utils import import_utils
+
+    asked: Any = getattr(import_utils, "is_torch_distributed_available", None)
+    if any(name in os.environ for name in LAUNCHED) or not hasattr(asked, "cache_info"):
+        return
+    real = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
+    try:
+        asked()
+    finally:
+        torch.distributed.is_available = real

@@ -197,7 +197,7 @@ def _float_layer(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtyp
 
 
 def _fill(model: PreTrainedModel, source: Source, dtype: torch.dtype, device: str, floats: Mapping[str, str]) -> None:
-    """Load what is not packed, ``floats`` by the model's names to the stored; and the buffers nobody stores."""
+    """Load what is not packed, ``floats`` by the model's names to the stored; what nobody stores is computed."""
     state = {name: source.read(stored).to(device, dtype) for name, stored in floats.items()}
     missing = {name for name, parameter in model.named_parameters() if parameter.is_meta} - state.keys()
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else set()
@@ -205,8 +205,4 @@ def _fill(model: PreTrainedModel, source: Source, dtype: torch.dtype, device: st
         raise CheckpointError(f"{source.name} has no tensor {sorted(missing - tied)[0]}.", "Quantize again.")
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    for module in model.modules():
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary tables: computed, not stored
-            fresh = type(module)(model.config)
-            for name, buffer in fresh.named_buffers(recurse=False):
-                module.register_buffer(name, buffer.to(device), persistent=False)
+    model.to(device)  # type: ignore[arg-type]  # the buffers; transformers wraps nn.Module.to in a decorator

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 CODE = """
 import json, sys
 from qtoolkit.lightly import load_transformers
 load_transformers()
-loaded = [name for name in ("sklearn", "scipy.optimize", "pandas", "triton") if name in sys.modules]
+left_out = ("sklearn", "scipy.optimize", "pandas", "triton", "torch._dynamo", "torch.distributed.tensor", "sympy")
+loaded = [name for name in left_out if name in sys.modules]
 from transformers.generation import candidate_generator
 rates = candidate_generator.roc_curve([0, 1], [0.1, 0.9])[1].tolist()
 import scipy.optimize, sklearn.metrics
@@ -21,11 +26,130 @@ print(json.dumps([loaded, rates, column.tolist(), sklearn.metrics.roc_curve.__mo
 """
 
 
+QUANTIZE = """
+import json, sys
+from qtoolkit import quantize
+changes = {"calibration.data": sys.argv[1], "calibration.samples": 4, "calibration.length": 64}
+quantize("tiny", "w4a8", sys.argv[2], changes=changes)
+print(json.dumps([name for name in ("torch._dynamo", "sympy", "triton") if name in sys.modules]))
+"""
+
+COMPILER = """
+import json, sys
+import torch
+from qtoolkit.lightly import compiler_later
+
+runs = {"constant": 0}
+with compiler_later():
+    @torch.compiler.disable
+    def disabled(x):
+        return x + 1 if torch.compiler.is_compiling() else x - 1
+
+    @torch.compiler.disable(recursive=False)
+    def alone(x):
+        return x * (3 if torch.compiler.is_compiling() else 5)
+
+    @torch._dynamo.assume_constant_result
+    def constant():
+        runs["constant"] += 1
+        return 2
+
+    @torch.compiler.allow_in_graph
+    def opaque(x):
+        torch._dynamo.graph_break()
+        return x * 2
+
+    before = "torch._dynamo" in sys.modules and sys.modules["torch._dynamo"].__spec__ is not None
+
+x = torch.ones(3)
+plain = float(disabled(x)[0]), float(alone(x)[0]), "torch._dynamo" in sys.modules
+graphs = []
+
+def backend(graph, inputs):
+    graphs.append([node.target.__name__ for node in graph.graph.nodes if callable(node.target)])
+    return graph.forward
+
+compiled = torch.compile(lambda x: alone(disabled(x * 3) * 7), backend=backend)
+around = float(compiled(x)[0])
+broken = len(graphs)
+graphs.clear()
+whole = torch.compile(lambda x: opaque(x) + constant(), backend=backend, fullgraph=True)
+inside = float(whole(x)[0]), float(whole(x)[0])
+finders = [type(finder).__name__ for finder in sys.meta_path]
+print(json.dumps([before, plain, around, broken, inside, graphs, runs["constant"], "_Informed" in finders]))
+"""
+
+ASKED = """
+import json, sys
+from qtoolkit.lightly import compiler_later
+with compiler_later():
+    if sys.argv[1] == "inside":
+        from torch._dynamo.utils import istype
+    elif sys.argv[1] == "class":
+        import torch
+        torch.compiler.disable(torch.nn.Linear(1, 1))
+    else:
+        import torch._dynamo
+        torch._dynamo.config.verbose
+import torch._dynamo
+import torch._dynamo.utils
+print(json.dumps([torch._dynamo.__spec__ is not None, torch._dynamo.utils.__name__]))
+"""
+
+DISTRIBUTED = """
+import torch
+from qtoolkit.lightly import load_transformers
+load_transformers()
+from transformers.utils import is_torch_distributed_available
+print(f"[{int(is_torch_distributed_available())}, {int(torch.distributed.is_available())}]")
+"""
+
+
+def answer(code: str, *args: str, **environment: str) -> Any:
+    """What ``code`` prints as JSON in a process of its own."""
+    environment = {**os.environ, **environment}
+    run = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 def test_what_is_left_out_comes_when_it_is_called() -> None:
     pytest.importorskip("sklearn")
-    out = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout
-    loaded, rates, column, module = json.loads(out)
+    loaded, rates, column, module = answer(CODE)
     assert loaded == []
     assert rates == [0.0, 1.0, 1.0]
     assert column == [1, 0]
     assert module.startswith("sklearn.")  # the real module, once it was asked for
+
+
+def test_quantizing_loads_no_compiler(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"There were {number} of them." for number in range(500)))
+    assert answer(QUANTIZE, str(text), str(tmp_path / "out")) == []
+
+
+def test_the_compiler_knows_later_what_it_was_told_before_it_was_there() -> None:
+    before, plain, around, broken, inside, graphs, runs, waiting = answer(COMPILER)
+    assert not before
+    assert plain == [0.0, 5.0, False]  # called without it, they did not load it either
+    assert around == (3 - 1) * 7 * 5
+    assert broken == 2  # in front of the first function and between the two: neither was looked into
+    assert inside == [4.0, 4.0]
+    assert graphs == [["opaque", "add"]]
+    assert runs == 1
+    assert not waiting
+
+
+@pytest.mark.parametrize("what", ["inside", "class", "setting"])
+def test_the_compiler_comes_at_once_for_all_else(what: str) -> None:
+    assert answer(ASKED, what) == [True, "torch._dynamo.utils"]
+
+
+def test_tensors_are_distributed_where_several_processes_were_launched() -> None:
+    there = int(torch.distributed.is_available())
+    assert answer(DISTRIBUTED, WORLD_SIZE="2") == [there, there]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may be one of several")
+def test_transformers_finds_no_distributed_tensors_in_a_process_by_itself() -> None:
+    assert answer(DISTRIBUTED) == [0, int(torch.distributed.is_available())]
