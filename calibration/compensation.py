@@ -90,7 +90,6 @@ class Compensate:
                 unfinished = [name for names in waiting.values() for name in names] if self.options.sequential else None
                 batches = twin.inputs(block, first, stream, originals, bits, both=self.reads_floats, waiting=unfinished)
                 weights = [originals[name] for name in names]
-                memory.trim()  # what the layers before have left in pieces
                 seen = Seen(weights, batches, tokens, self.options.shrinkage, lacking=self.reads_floats)
                 del weights
             memory.trim()  # what batches have left in pieces
@@ -105,7 +104,6 @@ class Compensate:
                 report |= {name: losses.inherited(sample, originals[name], aimed[i][0]) for i, name in enumerate(names)}
             if not waiting:
                 originals.clear()
-                memory.trim()
             solved = Solved(hessian, self.options)
             del hessian  # it goes as soon as nobody needs it
             for name in names:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qtoolkit.stages import Block
 
 ATTENTION = "qtoolkit_bfloat16"  # transformers' name for attention that multiplies in bfloat16
+ROWS, KEYS = 128, 512  # PyTorch's attention passes over 512 keys at once, those of later tokens among them
 SMALLEST = 128  # inputs and outputs of a layer that takes part: routers, which decide by small differences, do not
 
 
@@ -97,7 +98,29 @@ def _attend(
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.clamp_min(torch.finfo(torch.bfloat16).min).bfloat16()
     query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    alone = attention_mask is None and getattr(module, "is_causal", True) and options.get("dropout", 0.0) == 0.0
+    if alone and ROWS < query.shape[2] <= KEYS and query.shape[2] == key.shape[2]:
+        return _attend_back(query, key, value, options.get("scaling")).float(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0].float(), None
+
+
+def _attend_back(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Attend to a token and those before it, in parts of rows that do not pass over the keys behind them."""
+    length = query.shape[2]
+    mask = _lower(length, query.dtype, query.device)
+    parts = [
+        F.scaled_dot_product_attention(
+            query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], mask[start:stop, :stop],
+            scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+        ).transpose(1, 2)
+        for start, stop in ((start, min(start + ROWS, length)) for start in range(0, length, ROWS))
+    ]  # fmt: skip
+    return torch.cat(parts, dim=1)
+
+
+@cache
+def _lower(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((length, length), float("-inf"), dtype=dtype, device=device).triu(1)
 
 
 class _Halved(nn.Linear):

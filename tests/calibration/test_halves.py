@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
@@ -97,6 +98,28 @@ def test_attention_of_another_kind_stays() -> None:
     config = LlamaConfig(hidden_size=256, num_attention_heads=4, attn_implementation="eager")
     halves.halve(attending(config)[0])
     assert config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("length", [129, 200, 512, 513])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_a_token_attends_to_itself_and_those_before_it(length: int, heads: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, count, length, 32) for count in (heads[0], heads[1], heads[1]))
+    wanted = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    module = nn.Module()
+    module.num_key_value_groups = heads[0] // heads[1]
+    got, _ = halves._attend(module, query, key, value, None, scaling=0.3)
+    assert got.shape == (2, length, 4, 32)
+    assert float((got - wanted.transpose(1, 2)).norm() / wanted.norm()) < 2**-7
+
+
+def test_without_an_order_a_token_attends_to_all() -> None:
+    query, key, value = torch.randn(3, 1, 2, 200, 32)
+    wanted = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    module = nn.Module()
+    module.is_causal = False
+    got, _ = halves._attend(module, query, key, value, None)
+    assert float((got - wanted).norm() / wanted.norm()) < 2**-7
 
 
 @pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
