@@ -260,6 +260,29 @@ def build(config: PreTrainedConfig, architecture: Architecture, **options: Any) 
     return model
 
 
+def load(source: Source, device: torch.device) -> PreTrainedModel:
+    """Return the whole model of ``source`` in float32, for one who needs all of it at once.
+
+    Raises:
+        ModelError: as from ``skeleton``.
+        NumericError: a weight holds NaN or Inf.
+    """
+    found = skeleton(source)
+    model = found.model
+    if found.architecture.experts is not None:  # as transformers runs them, many at once
+        from transformers import AutoModelForCausalLM
+
+        for name in source.files:
+            source.read_finite(name)
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    else:
+        stored = {name: found.architecture.stored(name) for name in model.state_dict()}
+        state = {name: source.read_finite(of).float() for name, of in stored.items() if of in source.files}
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+    return model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
+
+
 class _Undrawn(TorchFunctionMode):
     """Inside, tensors on the meta device are not filled at random: PyTorch loads its compiler to do nothing there."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qtoolkit import architecture
 from qtoolkit.device import CPU
 from qtoolkit.errors import DataError, ModelError, RequestError, said
 from qtoolkit.lightly import load_transformers
@@ -61,9 +62,6 @@ def calibration_tokens(
         DataError: the text is empty, too short or cannot be read.
         NumericError: the model holds NaN or Inf, so that it cannot write.
     """
-    load_transformers()
-    from transformers import AutoModelForCausalLM
-
     tokenizer = load_tokenizer(source)
     length = min(wanted.length, longest)
     if wanted.data != "self":
@@ -71,11 +69,8 @@ def calibration_tokens(
         if len(tokens) < wanted.samples:
             say(f"the text gives {len(tokens)} windows of {length} tokens, not {wanted.samples}")
         return tokens
-    for name in source.files:
-        source.read_finite(name)  # a model with a NaN writes nothing: name the layer now
+    model = architecture.load(source, device)
     say(f"the model writes {wanted.samples} x {length} tokens to calibrate on")
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
-    model.to(device=device)
     start = start_tokens(tokenizer)
     first = int(start[0]) if len(start) else int(tokenizer.eos_token_id or 0)
     return self_written(model, first, wanted.samples, length, wanted.seed)
@@ -87,6 +82,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: the folder has none that can be read.
     """
+    load_transformers()
     from transformers import AutoTokenizer
 
     try:
