@@ -29,8 +29,8 @@ print(json.dumps([loaded, rates, column.tolist(), sklearn.metrics.roc_curve.__mo
 QUANTIZE = """
 import json, sys
 from qtoolkit import quantize
-changes = {"calibration.data": sys.argv[1], "calibration.samples": 4, "calibration.length": 64}
-quantize("tiny", "w4a8", sys.argv[2], changes=changes)
+changes = {"calibration.samples": 4, "calibration.length": 64}  # of text that the model writes itself
+quantize("tiny", "w4a8", sys.argv[1], changes=changes)
 print(json.dumps([name for name in ("torch._dynamo", "sympy", "triton") if name in sys.modules]))
 """
 
@@ -123,9 +123,7 @@ def test_what_is_left_out_comes_when_it_is_called() -> None:
 
 
 def test_quantizing_loads_no_compiler(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"There were {number} of them." for number in range(500)))
-    assert answer(QUANTIZE, str(text), str(tmp_path / "out")) == []
+    assert answer(QUANTIZE, str(tmp_path / "out")) == []
 
 
 def test_the_compiler_knows_later_what_it_was_told_before_it_was_there() -> None:
