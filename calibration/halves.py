@@ -98,10 +98,14 @@ def _attend(
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.clamp_min(torch.finfo(torch.bfloat16).min).bfloat16()
     query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
-    alone = attention_mask is None and getattr(module, "is_causal", True) and options.get("dropout", 0.0) == 0.0
-    if alone and ROWS < query.shape[2] <= KEYS and query.shape[2] == key.shape[2]:
+    ordered = attention_mask is None and not options.get("dropout") and _causal(module, options.get("is_causal"))
+    if ordered and ROWS < query.shape[2] <= KEYS and query.shape[2] == key.shape[2]:
         return _attend_back(query, key, value, options.get("scaling")).float(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0].float(), None
+
+
+def _causal(module: nn.Module, asked: bool | None) -> bool:
+    return asked if asked is not None else getattr(module, "is_causal", True)
 
 
 def _attend_back(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -120,7 +124,8 @@ def _attend_back(query: Tensor, key: Tensor, value: Tensor, scale: float | None)
 
 @cache
 def _lower(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((length, length), float("-inf"), dtype=dtype, device=device).triu(1)
+    with torch.inference_mode(False):  # autograd may keep it
+        return torch.full((length, length), float("-inf"), dtype=dtype, device=device).triu(1)
 
 
 class _Halved(nn.Linear):

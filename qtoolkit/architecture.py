@@ -248,13 +248,16 @@ def skeleton(source: Source) -> Skeleton:
 
 
 def build(config: PreTrainedConfig, architecture: Architecture, **options: Any) -> PreTrainedModel:
-    """Return the model of ``config`` on the meta device, its experts as layers; ``options`` are transformers'."""
+    """Return the model of ``config``, parameters on the meta device, experts as layers; ``options``: transformers'."""
     load_transformers()
-    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights(include_buffers=False), _Undrawn():
+    with _Weightless():
         model = AutoModelForCausalLM.from_config(config, **options)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):  # gains of norms, which are made of ones
+            if not parameter.is_meta:
+                module.register_parameter(name, nn.Parameter(parameter.to("meta")))
     if architecture.experts is not None:
         unfuse(model.get_submodule(architecture.blocks), architecture.experts)
     return model
@@ -283,14 +286,20 @@ def load(source: Source, device: torch.device) -> PreTrainedModel:
     return model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
 
 
-class _Undrawn(TorchFunctionMode):
-    """Inside, tensors on the meta device are not filled at random: PyTorch loads its compiler to do nothing there."""
+class _Weightless(TorchFunctionMode):
+    """Inside, empty tensors are on the meta device, and nothing draws numbers there; what is computed is computed.
+
+    So rotary tables are there, and PyTorch does not load its compiler to compute without numbers. Of this thread alone.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensor = args[0] if args else (kwargs or {}).get("tensor")
-        if function.__name__ in DRAWN and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+        kwargs = kwargs or {}
+        if function is torch.empty:
+            return function(*args, **{**kwargs, "device": "meta"})
+        tensor = args[0] if args else kwargs.get("tensor")
+        if getattr(function, "__name__", "") in DRAWN and isinstance(tensor, torch.Tensor) and tensor.is_meta:
             return tensor
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def _unknown(skeleton: Skeleton) -> Iterator[str]:

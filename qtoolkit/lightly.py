@@ -10,25 +10,21 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from multiprocessing import parent_process
 from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 import torch
 
 COMPILER = "torch._dynamo"
-LATER = MappingProxyType(
-    {
-        "sklearn.metrics": "roc_curve",
-        "scipy.optimize": "linear_sum_assignment",
-        f"{COMPILER}._trace_wrapped_higher_order_op": "TransformGetItemToIndex",
-    }
-)
+INSIDE = MappingProxyType({f"{COMPILER}._trace_wrapped_higher_order_op": "TransformGetItemToIndex"})
+LATER = MappingProxyType({"sklearn.metrics": "roc_curve", "scipy.optimize": "linear_sum_assignment"})
 TRITON = "triton"  # PyTorch's compiler loads it wherever it is installed, without a GPU, too
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # what torchrun tells each of its processes
 
@@ -37,14 +33,13 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # what torchrun tells each of i
 def load_transformers() -> None:
     """Import what every language model of transformers needs; what is loaded already stays as it is."""
     with postponed(LATER), unseen(TRITON), compiler_later():
-        say_undistributed()
         import transformers.loss.loss_utils
         import transformers.modeling_layers
         import transformers.models.auto.modeling_auto  # noqa: F401
 
 
 @contextmanager
-def postponed(functions: Mapping[str, str]) -> Iterator[None]:
+def postponed(functions: Mapping[str, str]) -> Iterator[list[_Later]]:
     """Inside, importing a function of ``functions``, by module, gives one that imports the module when it is called.
 
     Any other name loads the module at once, and so does importing it outside.
@@ -52,7 +47,7 @@ def postponed(functions: Mapping[str, str]) -> Iterator[None]:
     placed = {name: _Later(name, wanted) for name, wanted in functions.items() if name not in sys.modules}
     sys.modules.update(placed)
     try:
-        yield
+        yield [*placed.values()]
     finally:
         for name, module in placed.items():
             if sys.modules.get(name) is module:
@@ -65,13 +60,23 @@ class _Later(ModuleType):
     def __init__(self, name: str, wanted: str) -> None:
         super().__init__(name)
         self._wanted = wanted
+        self._given = lambda *args, **kwargs: getattr(import_module(name), wanted)(*args, **kwargs)
+
+    def replace(self) -> None:
+        """Put what is wanted wherever the function that stood for it was imported."""
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        real = getattr(import_module(self.__name__), self._wanted)
+        for module in list(sys.modules.values()):
+            if getattr(module, "__dict__", {}).get(self._wanted) is self._given:
+                setattr(module, self._wanted, real)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         if sys.modules.get(self.__name__) is self:
             if name == self._wanted:
-                return lambda *args, **kwargs: getattr(import_module(self.__name__), name)(*args, **kwargs)
+                return self._given
             del sys.modules[self.__name__]
         return getattr(import_module(self.__name__), name)
 
@@ -94,25 +99,28 @@ def unseen(package: str) -> Iterator[None]:
 
 @contextmanager
 def compiler_later() -> Iterator[None]:
-    """Inside, PyTorch's compiler is not loaded to be told of functions; it is told of them when it is loaded."""
+    """Inside, PyTorch's compiler is not loaded to be told of functions; it is told of them when it is loaded.
+
+    What stood for a part of it is then that part: the compiler reads code, and could not read what loads a module.
+    """
     if COMPILER in sys.modules:
         yield
         return
-    placed = _Compiler()
-    sys.modules[COMPILER] = placed
-    try:
-        yield
-    finally:
-        placed.leave()
+    with postponed(INSIDE) as parts:
+        placed = sys.modules[COMPILER] = _Compiler(parts)
+        try:
+            yield
+        finally:
+            placed.leave()
 
 
 class _Compiler(ModuleType):
     """Stands for PyTorch's compiler; takes down what it is told of functions, and gives way to it for all else."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Collection[_Later]) -> None:
         super().__init__(COMPILER)
         self._told: list[tuple[str, Any]] = []
-        sys.meta_path.insert(0, _Informed(self._told))
+        sys.meta_path.insert(0, _Informed(self._told, parts))
 
     def allow_in_graph(self, function: Any) -> Any:
         return self._take_down("allow_in_graph", function)
@@ -120,21 +128,21 @@ class _Compiler(ModuleType):
     def assume_constant_result(self, function: Any) -> Any:
         return self._take_down("assume_constant_result", function)
 
-    def disable(self, function: Any = None, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        """Return ``function`` as the compiler leaves it alone, as its own ``disable`` would."""
-        if function is None:
-            return lambda function: self.disable(function, *args, **kwargs)
-        if not isinstance(function, FunctionType):  # a class or a module becomes something else
-            return self._give_way().disable(function, *args, **kwargs)
+    def disable(self, fn: Any = None, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """Return ``fn`` as the compiler leaves it alone, as its own ``disable`` would."""
+        if fn is None:
+            return lambda fn: self.disable(fn, *args, **kwargs)
+        if not isinstance(fn, FunctionType):  # a class or a module becomes something else
+            return self._give_way().disable(fn, *args, **kwargs)
 
         @functools.cache
         def disabled(compiler: ModuleType) -> Callable[..., Any]:
-            return compiler.disable(function, *args, **kwargs)
+            return compiler.disable(fn, *args, **kwargs)
 
-        @functools.wraps(function)
+        @functools.wraps(fn)
         def left_alone(*given: Any, **named: Any) -> Any:
             compiler = sys.modules.get(COMPILER)
-            called = function if compiler is None or isinstance(compiler, _Compiler) else disabled(compiler)
+            called = fn if compiler is None or isinstance(compiler, _Compiler) else disabled(compiler)
             return called(*given, **named)
 
         left_alone._torchdynamo_disable = True  # type: ignore[attr-defined]  # by which the compiler knows one
@@ -163,8 +171,8 @@ class _Compiler(ModuleType):
 class _Informed(MetaPathFinder):
     """Finds PyTorch's compiler where it is, and once it is loaded passes on what the one in its place was told."""
 
-    def __init__(self, told: list[tuple[str, Any]]) -> None:
-        self._told = told
+    def __init__(self, told: list[tuple[str, Any]], parts: Collection[_Later]) -> None:
+        self._told, self._parts = told, parts
         self._asking = False
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
@@ -184,26 +192,28 @@ class _Informed(MetaPathFinder):
             sys.meta_path.remove(self)
             for word, function in self._told:
                 getattr(module, word)(function)
+            for part in self._parts:
+                part.replace()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def say_undistributed() -> None:
-    """Let transformers find that there are no distributed tensors, which it remembers, where none can be made.
+def work_alone() -> None:
+    """Let transformers find that PyTorch has no distributed tensors, which it remembers: for a process of our own.
 
-    They take several processes, so not with a GPU, nor where ``torchrun`` or a process group says that there are some.
+    They take several processes, so not with a GPU, nor where a launcher or a process group says that there are some.
     """
-    if torch.cuda.is_available() or not torch.distributed.is_available() or torch.distributed.is_initialized():
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if torch.cuda.is_available() or several or parent_process() or any(name in os.environ for name in LAUNCHED):
         return
     from transformers.utils import import_utils
 
     asked: Any = getattr(import_utils, "is_torch_distributed_available", None)
-    if any(name in os.environ for name in LAUNCHED) or not hasattr(asked, "cache_info"):
-        return
     real = torch.distributed.is_available
     torch.distributed.is_available = lambda: False
     try:
-        asked()
+        if hasattr(asked, "cache_info"):  # it would be asked again
+            asked()
     finally:
         torch.distributed.is_available = real

@@ -14,7 +14,8 @@ import torch
 
 CODE = """
 import json, sys
-from qtoolkit.lightly import load_transformers
+from qtoolkit.lightly import load_transformers, work_alone
+work_alone()
 load_transformers()
 left_out = ("sklearn", "scipy.optimize", "pandas", "triton", "torch._dynamo", "torch.distributed.tensor", "sympy")
 loaded = [name for name in left_out if name in sys.modules]
@@ -29,6 +30,8 @@ print(json.dumps([loaded, rates, column.tolist(), sklearn.metrics.roc_curve.__mo
 QUANTIZE = """
 import json, sys
 from qtoolkit import quantize
+from qtoolkit.lightly import work_alone
+work_alone()
 changes = {"calibration.samples": 4, "calibration.length": 64}  # of text that the model writes itself
 quantize("tiny", "w4a8", sys.argv[1], changes=changes)
 print(json.dumps([name for name in ("torch._dynamo", "sympy", "triton") if name in sys.modules]))
@@ -96,9 +99,60 @@ import torch._dynamo.utils
 print(json.dumps([torch._dynamo.__spec__ is not None, torch._dynamo.utils.__name__]))
 """
 
-DISTRIBUTED = """
+MASK = """
+import json
 import torch
 from qtoolkit.lightly import load_transformers
+load_transformers()
+from transformers import LlamaConfig, masking_utils
+
+config = LlamaConfig(attn_implementation="sdpa")
+graphs = []
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+
+def masked(x):
+    either = lambda batch, head, q, k: (q - k).abs() < 2
+    return masking_utils.create_causal_mask(config, x, None, past_key_values=None, or_mask_function=either)
+
+x = torch.ones(1, 4, 8)
+wanted = masked(x)
+found = torch.compile(masked, backend=backend, fullgraph=True)(x)
+print(json.dumps([torch.equal(wanted, found), len(graphs), type(masking_utils.TransformGetItemToIndex).__name__]))
+"""
+
+THREADS = """
+import json, sys
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from qtoolkit import architecture
+from qtoolkit.source import resolve
+sys.setswitchinterval(1e-5)
+made, done = [], False
+
+def make():
+    while not done:
+        made.append(torch.nn.Linear(2, 2).weight.device.type)
+
+with ThreadPoolExecutor(3) as pool:
+    other = pool.submit(make)
+    built = [pool.submit(architecture.skeleton, resolve("tiny")) for _ in range(4)]
+    models = [each.result().model for each in built]
+    done = True
+    other.result()
+left = {parameter.device.type for model in models for parameter in model.parameters()} - {"meta"}
+left |= {device for device in made if device != "cpu"}
+print(json.dumps([torch.nn.Linear(2, 2).weight.device.type, len(models), sorted(left)]))
+"""
+
+DISTRIBUTED = """
+import sys
+import torch
+from qtoolkit.lightly import load_transformers, work_alone
+if sys.argv[1] == "alone":
+    work_alone()
 load_transformers()
 from transformers.utils import is_torch_distributed_available
 print(f"[{int(is_torch_distributed_available())}, {int(torch.distributed.is_available())}]")
@@ -143,11 +197,21 @@ def test_the_compiler_comes_at_once_for_all_else(what: str) -> None:
     assert answer(ASKED, what) == [True, "torch._dynamo.utils"]
 
 
-def test_tensors_are_distributed_where_several_processes_were_launched() -> None:
+@pytest.mark.parametrize(("who", "environment"), [("alone", {"WORLD_SIZE": "2"}), ("user", {})])
+def test_tensors_are_distributed_where_somebody_may_want_it(who: str, environment: dict[str, str]) -> None:
     there = int(torch.distributed.is_available())
-    assert answer(DISTRIBUTED, WORLD_SIZE="2") == [there, there]
+    assert answer(DISTRIBUTED, who, **environment) == [there, there]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may be one of several")
-def test_transformers_finds_no_distributed_tensors_in_a_process_by_itself() -> None:
-    assert answer(DISTRIBUTED) == [0, int(torch.distributed.is_available())]
+def test_transformers_finds_no_distributed_tensors_in_a_process_of_ours() -> None:
+    assert answer(DISTRIBUTED, "alone") == [0, int(torch.distributed.is_available())]
+
+
+def test_the_compiler_reads_a_mask_that_was_imported_before_it() -> None:
+    pytest.importorskip("transformers.masking_utils")
+    assert answer(MASK) == [True, 1, "type"]
+
+
+def test_models_are_built_in_two_threads(tmp_path: Path) -> None:
+    assert answer(THREADS) == ["cpu", 4, []]

@@ -51,9 +51,11 @@ def command(
         return
     if not out:
         raise RequestError("No output folder was given.", "Add -o DIR.")
+    from qtoolkit.lightly import work_alone
     from qtoolkit.pipeline import quantize
 
     output.quiet_libraries()
+    work_alone()
     with Lines(output.note) as progress:
         result = quantize(model, chosen, out, fresh=fresh, progress=progress, device=device)
     if as_json:

@@ -17,8 +17,9 @@ def quantize(job: Job, meter: Meter) -> Quantized:
     """Quantize with the recipe ``options["recipe"]``."""
     import qtoolkit
     from qtoolkit import data, recipe as recipes
-    from qtoolkit.lightly import load_transformers
+    from qtoolkit.lightly import load_transformers, work_alone
 
+    work_alone()  # as the command does
     load_transformers()  # here, for nobody's imports are timed
     tokens = job.calibration()
     data.calibration_tokens = lambda *_, **__: tokens  # instead of text of its own
