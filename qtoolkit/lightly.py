@@ -2,7 +2,8 @@
 
 Seen with transformers 5.19 and torch 2.13: scikit-learn with pandas for one measure of assisted generation, SciPy for
 matching boxes, Triton for a compiler of GPU code, PyTorch's compiler with SymPy for masks of unusual shapes and to tell
-it of functions, and tensors distributed over processes. What is put off comes when it is called.
+it of functions, and for a process that works alone tensors distributed over several. What is put off comes when it is
+called; what a process that works alone was told, stays.
 """
 
 from __future__ import annotations
