@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+BY_ITSELF = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may be one of several, and its compiler wanted")
 CODE = """
 import json, sys
 from qtoolkit.lightly import load_transformers, work_alone
@@ -167,6 +168,7 @@ def answer(code: str, *args: str, **environment: str) -> Any:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@BY_ITSELF
 def test_what_is_left_out_comes_when_it_is_called() -> None:
     pytest.importorskip("sklearn")
     loaded, rates, column, module = answer(CODE)
@@ -176,6 +178,7 @@ def test_what_is_left_out_comes_when_it_is_called() -> None:
     assert module.startswith("sklearn.")  # the real module, once it was asked for
 
 
+@BY_ITSELF
 def test_quantizing_loads_no_compiler(tmp_path: Path) -> None:
     assert answer(QUANTIZE, str(tmp_path / "out")) == []
 
@@ -203,15 +206,14 @@ def test_tensors_are_distributed_where_somebody_may_want_it(who: str, environmen
     assert answer(DISTRIBUTED, who, **environment) == [there, there]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may be one of several")
+@BY_ITSELF
 def test_transformers_finds_no_distributed_tensors_in_a_process_of_ours() -> None:
     assert answer(DISTRIBUTED, "alone") == [0, int(torch.distributed.is_available())]
 
 
 def test_the_compiler_reads_a_mask_that_was_imported_before_it() -> None:
-    pytest.importorskip("transformers.masking_utils")
     assert answer(MASK) == [True, 1, "type"]
 
 
-def test_models_are_built_in_two_threads(tmp_path: Path) -> None:
+def test_models_are_built_in_two_threads() -> None:
     assert answer(THREADS) == ["cpu", 4, []]
