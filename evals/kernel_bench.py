@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from qtoolkit.kernels.cpu import library
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # (k, n)
 TOKENS = (1, 4, 16, 64, 256, 1024)
-ROTATED = 128 << 20  # bytes of weights a contestant walks through, so that they come from memory and not from a cache
+LARGEST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # such as 32768K
+ROTATED = (128 << 20, 512 << 20)  # bytes of weights a contestant walks through at least, and at most
 READ = 32 << 20  # bytes of one bandwidth probe
 PROBED = 512 << 20  # bytes the probes walk through
 OURS = "qtoolkit-g128"
@@ -116,7 +118,16 @@ def run(
 
 
 def _copies(peer: Contestant, k: int, n: int) -> int:
-    return max(3, math.ceil(ROTATED / (k * n * peer.weight_bits / 8)))
+    return max(3, math.ceil(_rotated() / (k * n * peer.weight_bits / 8)))
+
+
+def _rotated() -> int:
+    """Return bytes of weights that come from memory and not from a cache: twice what the largest cache holds."""
+    try:
+        cache = int(LARGEST_CACHE.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):  # not Linux, or a machine without a third cache
+        cache = 0
+    return min(max(ROTATED[0], 2 * cache), ROTATED[1])
 
 
 def _in_turns(

@@ -23,7 +23,7 @@ inline __m256i four_codes(const int8_t* a) {
 
 #if defined(__AVXVNNI__)
 constexpr int MOST_ROWS = 6;  // 12 sums, two weight operands and one broadcast fill the 16 registers
-constexpr int HIGH_SHIFT = 4;  // high nibbles stay in place: their sums are 16 times too large until the group ends
+constexpr bool WHOLE_BYTES = true;  // the sums of high nibbles are those of bytes until the group ends, as in avx512.cpp
 
 // sum += four unsigned bytes of w times four signed bytes of x in each lane. By hand because gcc 12 keeps two copies of
 // every sum alive with the intrinsic, and spills them.
@@ -33,19 +33,19 @@ inline void dot(__m256i& sum, __m256i w, __m256i x) {
 
 template <int ROWS>
 inline void run_chunk(const uint8_t* w, const int8_t* a, int64_t stride, int64_t steps, int32_t* total) {
-  const __m256i low = _mm256_set1_epi8(0x0f), high = _mm256_set1_epi8(int8_t(0xf0));
+  const __m256i low = _mm256_set1_epi8(0x0f);
   __m256i sum[ROWS][2];
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r)
     for (int j = 0; j < 2; ++j) sum[r][j] = _mm256_load_si256((const __m256i*)(total + r * PANEL + j * 16));
   for (int64_t step = 0; step < steps; ++step) {
     const __m256i word = _mm256_loadu_si256((const __m256i*)(w + step * STEP_BYTES));
-    const __m256i w0 = _mm256_and_si256(word, low), w1 = _mm256_and_si256(word, high);
+    const __m256i w0 = _mm256_and_si256(word, low);
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
       const __m256i x = four_codes(a + r * stride + step * 4);
       dot(sum[r][0], w0, x);
-      dot(sum[r][1], w1, x);
+      dot(sum[r][1], word, x);
     }
   }
 #pragma GCC unroll 6
@@ -54,7 +54,7 @@ inline void run_chunk(const uint8_t* w, const int8_t* a, int64_t stride, int64_t
 }
 #else
 constexpr int MOST_ROWS = 4;
-constexpr int HIGH_SHIFT = 0;
+constexpr bool WHOLE_BYTES = false;
 
 // vpmaddubsw adds two products u8 * s8 into an int16 that saturates. Here u8 is a nibble, at most 15, and s8 a code,
 // at least -128: |sum of two| <= 2 * 15 * 128 = 3840, and eight steps of them <= 30720 < 32768: nothing can saturate
@@ -89,7 +89,8 @@ inline void run_chunk(const uint8_t* w, const int8_t* a, int64_t stride, int64_t
 
 inline __m256i group_sum(const int32_t* total, int i) {
   const __m256i t = _mm256_load_si256((const __m256i*)(total + i));
-  return i & 16 ? _mm256_srai_epi32(t, HIGH_SHIFT) : t;
+  if (!WHOLE_BYTES || !(i & 16)) return t;
+  return _mm256_srai_epi32(_mm256_sub_epi32(t, _mm256_load_si256((const __m256i*)(total + i - 16))), 4);
 }
 
 template <int ROWS>
@@ -126,7 +127,7 @@ void run_tile(const Tile& tile) {
   for (int64_t g = 0; g < tile.groups; ++g) {
     for (int r = 0; r < ROWS; ++r) {
       const int32_t* start = tile.starts + (r * tile.groups + g) * 2;
-      const __m256i low = _mm256_set1_epi32(start[0]), high = _mm256_set1_epi32(start[HIGH_SHIFT ? 1 : 0]);
+      const __m256i low = _mm256_set1_epi32(start[0]), high = _mm256_set1_epi32(start[WHOLE_BYTES ? 1 : 0]);
       for (int i = 0; i < PANEL; i += 8) _mm256_store_si256((__m256i*)(total + r * PANEL + i), i & 16 ? high : low);
     }
     const int64_t begin = g * tile.group_steps, end = std::min(tile.steps, begin + tile.group_steps);

@@ -8,10 +8,11 @@ namespace {
 
 // The inner loop is assembly because gcc 12 keeps two copies of every sum alive and spills half of them to the stack,
 // with intrinsics and with one-instruction asm alike. Registers: zmm0..zmm23 sums, four a row; zmm24..zmm27 the
-// weights of one step, 16 channels each; zmm28 four activations, broadcast; zmm30 and zmm31 the nibble masks.
+// weights of one step, 16 channels each; zmm28 four activations, broadcast; zmm30 the nibble mask.
 //
-// The high nibbles stay where they are (mask 0xf0), so sums 1 and 3 of a row come out 16 times too large, which
-// costs one shift a group instead of one a step. |16 * sum| < 2**31 up to k = 131072 (16 * 8 * 127 * k).
+// Low nibbles are masked, high ones are not: sums 1 and 3 of a row are those of whole bytes, 16 * high + low, and a group's
+// end takes the low ones (sums 0 and 2) away and shifts, two instructions a group where masking was two a step. Sums of
+// bytes may wrap; the difference does not: |16 * sum| < 2**31 up to k = 131072 (16 * 8 * 127 * k).
 // vpdpbusd adds, in each 32-bit lane, four unsigned bytes (weights) times four signed ones (activations), exactly.
 #define START(address, s0, s1, s2, s3)            \
   "vpbroadcastd 0" address ", %%zmm" #s0 "\n"     \
@@ -20,15 +21,13 @@ namespace {
   "vmovdqa64 %%zmm" #s1 ", %%zmm" #s3 "\n"
 
 #define LOAD_WEIGHTS                            \
-  "vmovdqu64 (%[w]), %%zmm24\n"                 \
-  "vmovdqu64 64(%[w]), %%zmm26\n"               \
-  "vpandd %%zmm31, %%zmm24, %%zmm25\n"          \
-  "vpandd %%zmm30, %%zmm24, %%zmm24\n"          \
-  "vpandd %%zmm31, %%zmm26, %%zmm27\n"          \
-  "vpandd %%zmm30, %%zmm26, %%zmm26\n"
+  "vmovdqu64 128*.Lstep(%[w]), %%zmm25\n"       \
+  "vmovdqu64 128*.Lstep+64(%[w]), %%zmm27\n"    \
+  "vpandd %%zmm30, %%zmm25, %%zmm24\n"          \
+  "vpandd %%zmm30, %%zmm27, %%zmm26\n"
 
 #define DOT(address, s0, s1, s2, s3)              \
-  "vpbroadcastd " address ", %%zmm28\n"           \
+  "vpbroadcastd 4*.Lstep" address ", %%zmm28\n"   \
   "vpdpbusd %%zmm28, %%zmm24, %%zmm" #s0 "\n"     \
   "vpdpbusd %%zmm28, %%zmm25, %%zmm" #s1 "\n"     \
   "vpdpbusd %%zmm28, %%zmm26, %%zmm" #s2 "\n"     \
@@ -37,15 +36,15 @@ namespace {
 // A group's end, for one row: f[row, 64] += float(sum) * scale; one rounding for the product and one for the sum, as the
 // reference has it.
 #define FLOATS(at, s0, s1, s2, s3) \
-  HIGH(s1, s3) SCALE(s0, 24) SCALE(s1, 25) SCALE(s2, 26) SCALE(s3, 27) ADD("vaddps", at, s0, s1, s2, s3)
+  HIGH(s0, s1) HIGH(s2, s3) SCALE(s0, 24) SCALE(s1, 25) SCALE(s2, 26) SCALE(s3, 27) ADD("vaddps", at, s0, s1, s2, s3)
 
 // The same of folded groups: f[row, 64] += sum * multiple, in int32.
 #define INTEGERS(at, s0, s1, s2, s3) \
-  HIGH(s1, s3) TIMES(s0, 24) TIMES(s1, 25) TIMES(s2, 26) TIMES(s3, 27) ADD("vpaddd", at, s0, s1, s2, s3)
+  HIGH(s0, s1) HIGH(s2, s3) TIMES(s0, 24) TIMES(s1, 25) TIMES(s2, 26) TIMES(s3, 27) ADD("vpaddd", at, s0, s1, s2, s3)
 
-#define HIGH(s1, s3)                        \
-  "vpsrad $4, %%zmm" #s1 ", %%zmm" #s1 "\n" \
-  "vpsrad $4, %%zmm" #s3 ", %%zmm" #s3 "\n"
+#define HIGH(low, both)                                           \
+  "vpsubd %%zmm" #low ", %%zmm" #both ", %%zmm" #both "\n"        \
+  "vpsrad $4, %%zmm" #both ", %%zmm" #both "\n"
 
 #define SCALE(s, scale)                     \
   "vcvtdq2ps %%zmm" #s ", %%zmm" #s "\n"    \
@@ -123,27 +122,36 @@ namespace {
 // Where the first two bring lines to is said in stream.h. A block that is only brought to L2 (HINT t1, not nta) keeps none of
 // L1's few misses waiting.
 #define STREAM_PAST_L2 "prefetchnta (%[ahead])\nprefetchnta 64(%[ahead])\n"
-#define STREAM "prefetcht1 (%[ahead])\nprefetcht1 64(%[ahead])\nprefetcht0 %c[near](%[w])\nprefetcht0 %c[near]+64(%[w])\n"
+#define STREAM "prefetcht1 (%[ahead])\nprefetcht1 64(%[ahead])\nprefetcht0 %c[near]+128*.Lstep(%[w])\nprefetcht0 %c[near]+128*.Lstep+64(%[w])\n"
 #define BLOCK(HINT) "prefetch" HINT " (%[ahead])\n"
-#define SHARE "prefetcht1 (%[ahead])\nprefetcht0 1024(%[w])\nprefetcht0 1088(%[w])\n"
+#define SHARE "prefetcht1 (%[ahead])\nprefetcht0 1024+128*.Lstep(%[w])\nprefetcht0 1088+128*.Lstep(%[w])\n"
 
-// `step` as often as %[steps] says, four at a time: counting and advancing take issue slots, which Intel's cores miss where
-// the weights come from L2.
-#define STEPS(step)            \
-  "sub $4, %[steps]\n"         \
-  "jb 2f\n"                    \
-  ".p2align 5\n"               \
-  "1:\n"                       \
-  ".rept 4\n" step ".endr\n"   \
-  "sub $4, %[steps]\n"         \
-  "jae 1b\n"                   \
-  "2:\n"                       \
-  "add $4, %[steps]\n"         \
-  "jz 4f\n"                    \
-  "3:\n" step                  \
-  "dec %[steps]\n"             \
-  "jnz 3b\n"                   \
+// `step` as often as %[steps] says, four at a time, which know their number as .Lstep: counting and advancing take issue slots
+// and, of Intel's cores, ports of the dot products. A step of w has `bytes`.
+#define STEPS(step, bytes)            \
+  "sub $4, %[steps]\n"                \
+  "jb 2f\n"                           \
+  ".p2align 5\n"                      \
+  "1:\n"                              \
+  ".set .Lstep, 0\n"                  \
+  ".rept 4\n" step                    \
+  ".set .Lstep, .Lstep + 1\n"         \
+  ".endr\n" ADVANCE(4, bytes)         \
+  "sub $4, %[steps]\n"                \
+  "jae 1b\n"                          \
+  "2:\n"                              \
+  "add $4, %[steps]\n"                \
+  "jz 4f\n"                           \
+  ".set .Lstep, 0\n"                  \
+  "3:\n" step ADVANCE(1, bytes)       \
+  "dec %[steps]\n"                    \
+  "jnz 3b\n"                          \
   "4:\n"
+
+#define ADVANCE(steps, bytes)           \
+  "add $" #steps "*" #bytes ", %[w]\n"  \
+  "add $" #steps "*4, %[a]\n"           \
+  "add $" #steps "*4, %[a3]\n"
 
 // One group of a tile; steps >= 1.
 struct Group {
@@ -157,13 +165,9 @@ struct Group {
 };
 
 #define SUM_GROUP(rows, start, prefetch, scales_, finish)                                            \
-  asm volatile("vpbroadcastd %[low], %%zmm30\n"                                                      \
-               "vpslld $4, %%zmm30, %%zmm31\n" start                                                 \
-               STEPS(LOAD_WEIGHTS prefetch DOT_##rows                                                \
-                     "add $128, %[w]\n"                                                              \
-                     "add $4, %[a]\n"                                                                \
-                     "add $4, %[a3]\n"                                                               \
-                     "add %[ahead_stride], %[ahead]\n") scales_ EACH_##rows(finish)                  \
+  asm volatile("vpbroadcastd %[low], %%zmm30\n" start                                                \
+               STEPS(LOAD_WEIGHTS prefetch DOT_##rows "add %[ahead_stride], %[ahead]\n", 128)        \
+               scales_ EACH_##rows(finish)                                                           \
                : [w] "+r"(group.w), [a] "+r"(group.a), [a3] "+r"(a3), [ahead] "+r"(group.ahead),     \
                  [steps] "+r"(group.steps)                                                           \
                : [stride] "r"(stride), [ahead_stride] "r"(ahead_stride), [starts] "r"(group.starts), \
@@ -278,7 +282,7 @@ void multiply_blocks(const Job& job, int64_t panel, int64_t begin, int64_t end) 
   }
 }
 
-// Part of a group that is all inputs: f[rows, 64] += the products of its steps, high sums 16 times too large as ever.
+// Part of a group that is all inputs: f[rows, 64] += the products of its steps, as they are.
 template <int ROWS, bool PAST_L2>
 void sum_part(Group group, int64_t stride, int64_t ahead_stride) {
   const int64_t start_stride = 0;
@@ -328,7 +332,8 @@ void multiply_channels(const Job& job, int64_t panel, int64_t begin, int64_t end
       SUM_PART[past_l2()][many - 3](part, job.code_stride, tile.prefetch_stride);
       if (last == job.steps) {
         for (int i = 0; i < many * PANEL; i += 16) {
-          const __m512i sum = _mm512_srav_epi32(_mm512_load_si512(own + i), _mm512_set1_epi32(i & 16 ? 4 : 0));
+          __m512i sum = _mm512_load_si512(own + i);
+          if (i & 16) sum = _mm512_srai_epi32(_mm512_sub_epi32(sum, _mm512_load_si512(own + i - 16)), 4);
           const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales_at(tile, i % PANEL));
           _mm512_store_ps(sums + i, _mm512_add_ps(_mm512_setzero_ps(), scaled));  // as in scale_totals
         }
@@ -372,21 +377,18 @@ static_assert(UNPACK_FROM >= 26, "from 26 rows on, tiles have 5 or 6 rows and th
   "vpandd %%zmm30, %%zmm" #w ", %%zmm" #w "\n"                 \
   "vpmullw " at "(%[table]), %%zmm" #w ", %%zmm" #w "\n"       \
   "vpaddb " offset "(%[table]), %%zmm" #w ", %%zmm" #w "\n"    \
-  "vmovdqa64 %%zmm" #w ", " at "(%[w])\n"
+  "vmovdqa64 %%zmm" #w ", 256*.Lstep+" at "(%[w])\n"
 
 #define LOAD_BYTES                    \
-  "vmovdqa64 (%[w]), %%zmm24\n"       \
-  "vmovdqa64 64(%[w]), %%zmm25\n"     \
-  "vmovdqa64 128(%[w]), %%zmm26\n"    \
-  "vmovdqa64 192(%[w]), %%zmm27\n"
+  "vmovdqa64 256*.Lstep+0(%[w]), %%zmm24\n"       \
+  "vmovdqa64 256*.Lstep+64(%[w]), %%zmm25\n"     \
+  "vmovdqa64 256*.Lstep+128(%[w]), %%zmm26\n"    \
+  "vmovdqa64 256*.Lstep+192(%[w]), %%zmm27\n"
 
 #define SUM_BYTES(rows, weights)                                                                  \
   asm volatile("vpbroadcastd %[low], %%zmm30\n" EACH_##rows(FETCH)                                \
-               STEPS(weights "prefetcht1 (%[ahead])\n" DOT_##rows                                 \
-                     "add $256, %[w]\n"                                                           \
-                     "add $4, %[a]\n"                                                             \
-                     "add $4, %[a3]\n"                                                            \
-                     "add %[ahead_stride], %[ahead]\n") EACH_##rows(KEEP)                         \
+               STEPS(weights "prefetcht1 (%[ahead])\nadd %[ahead_stride], %[ahead]\n" DOT_##rows, 256) \
+               EACH_##rows(KEEP)                         \
                : [w] "+r"(w), [a] "+r"(part.a), [a3] "+r"(a3), [ahead] "+r"(part.ahead),          \
                  [steps] "+r"(part.steps), [packed] "+r"(part.w)                                  \
                : [stride] "r"(stride), [ahead_stride] "r"(ahead_stride), [f] "r"(part.f),         \

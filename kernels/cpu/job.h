@@ -8,7 +8,7 @@
 //     high nibble   channel 16   channel 17          channel 31  channels 48..63
 //
 // A nibble stores w + 8 (0..15). A 64-byte word is therefore two operands of the dot-product instructions (unsigned
-// weights times signed activations, four bytes summed into each 32-bit lane), each one mask away. The + 8 is undone by
+// weights times signed activations, four bytes summed into each 32-bit lane), a mask away and a subtraction. The + 8 is undone by
 // starting every sum at -8 * sum(activation codes of the group), which quantization computes on the way.
 // Inputs are padded to a multiple of 4 (their codes are 0), channels to a multiple of 64 (their scales are 0).
 #pragma once
@@ -42,7 +42,7 @@ struct Job {
   // Filled by quantization, row by row:
   int8_t* codes;        // [m, code_stride]
   int64_t code_stride;
-  int32_t* starts;      // [m, groups, 2]: what a group's sums start at, -8 * sum(codes), and 16 times that
+  int32_t* starts;      // [m, groups, 2]: what a group's sums start at, -8 * sum(codes), and those of whole bytes, 17 times that
   int32_t* wholes;      // [m]: -128 * sum(codes of all groups)
   float* token_scales;  // [m]
 };

@@ -17,6 +17,24 @@ from qtoolkit.kernels.cpu import library
 NAMES = ("qtoolkit-g128", "qtoolkit-channel", "torch-bf16")
 
 
+@pytest.fixture(autouse=True)
+def _few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers here are small: as many as a figure needs would take half a minute to make."""
+    monkeypatch.setattr(kernel_bench, "ROTATED", (1 << 20, 1 << 20))
+
+
+@pytest.mark.parametrize(("cache", "rotated"), [("32768K\n", 128), ("102400K\n", 200), ("491520K\n", 512), ("", 128)])
+def test_weights_are_walked_that_no_cache_holds(
+    cache: str, rotated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_bench, "LARGEST_CACHE", tmp_path / "size")
+    monkeypatch.setattr(kernel_bench, "ROTATED", (128 << 20, 512 << 20))
+    if cache:
+        kernel_bench.LARGEST_CACHE.write_text(cache)
+    row = next(peer for peer in kernel_peers.local_peers() if peer.name == "qtoolkit-channel")
+    assert kernel_bench._copies(row, 4096, 4096) == rotated // 8  # of 8 MB each
+
+
 def test_rows_and_limits_have_the_documented_names() -> None:
     result = kernel_bench.run(((256, 128),), (1, 3), NAMES, seconds=0.01)
     assert [(row["k"], row["n"], row["m"], row["name"]) for row in result["rows"]] == [
