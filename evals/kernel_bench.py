@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -82,6 +83,7 @@ def run(
         over bandwidth and, for int8 contestants, operations over the int8 peak.
     """
     contestants = peers(names, workers)
+    share = _rotated(len(contestants))
     probe = limits()
     rows: list[dict[str, Any]] = []
     refused: dict[str, str] = {}
@@ -92,7 +94,7 @@ def run(
             timers: dict[str, Timer] = {}
             for peer in contestants:
                 try:
-                    timers[peer.name] = peer.timer(k, n, _copies(peer, k, n))
+                    timers[peer.name] = peer.timer(k, n, _copies(peer, k, n, share))
                     for m in tokens:
                         timers[peer.name](torch.randn(m, k, dtype=torch.bfloat16))
                 except RuntimeError as error:  # such as oneDNN's, without an instruction that it needs
@@ -117,17 +119,18 @@ def run(
     }
 
 
-def _copies(peer: Contestant, k: int, n: int) -> int:
-    return max(3, math.ceil(_rotated() / (k * n * peer.weight_bits / 8)))
+def _copies(peer: Contestant, k: int, n: int, share: int) -> int:
+    return max(3, math.ceil(share / (k * n * peer.weight_bits / 8)))
 
 
-def _rotated() -> int:
-    """Return bytes of weights that come from memory and not from a cache: twice what the largest cache holds."""
+def _rotated(contestants: int) -> int:
+    """Return bytes of weights for each: twice what the largest cache holds, all of them in a quarter of the memory."""
     try:
         cache = int(LARGEST_CACHE.read_text().strip().removesuffix("K")) << 10
     except (OSError, ValueError):  # not Linux, or a machine without a third cache
         cache = 0
-    return min(max(ROTATED[0], 2 * cache), ROTATED[1])
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # peers keep copies of their own beside
+    return max(ROTATED[0], min(2 * cache, ROTATED[1], memory // 4 // contestants))
 
 
 def _in_turns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,16 +24,18 @@ def _few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_bench, "ROTATED", (1 << 20, 1 << 20))
 
 
-@pytest.mark.parametrize(("cache", "rotated"), [("32768K\n", 128), ("102400K\n", 200), ("491520K\n", 512), ("", 128)])
-def test_weights_are_walked_that_no_cache_holds(
-    cache: str, rotated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("cache", "contestants", "rotated"), [
+    ("32768K\n", 5, 128), ("102400K\n", 5, 200), ("491520K\n", 5, 512), ("491520K\n", 20, 300), ("", 5, 128),
+])  # fmt: skip
+def test_weights_are_walked_that_no_cache_holds_and_memory_does(
+    cache: str, contestants: int, rotated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel_bench, "LARGEST_CACHE", tmp_path / "size")
     monkeypatch.setattr(kernel_bench, "ROTATED", (128 << 20, 512 << 20))
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 24_000 << 10, "SC_PAGE_SIZE": 1 << 10}.__getitem__)
     if cache:
         kernel_bench.LARGEST_CACHE.write_text(cache)
-    row = next(peer for peer in kernel_peers.local_peers() if peer.name == "qtoolkit-channel")
-    assert kernel_bench._copies(row, 4096, 4096) == rotated // 8  # of 8 MB each
+    assert kernel_bench._rotated(contestants) == rotated << 20
 
 
 def test_rows_and_limits_have_the_documented_names() -> None:
