@@ -1,7 +1,7 @@
-"""Linear layers and attention in bfloat16 while a block calibrates, faster where the processor has units.
+"""Forward passes of calibration on a CPU: bfloat16 where the processor has units for it, attention in parts of rows.
 
-What is rounded are a product's factors and its result; sums, norms and the hidden stream stay in float32. A network
-served in bfloat16 rounds as much, and int8 inputs round much more away.
+What is rounded are the factors and results of linear layers and of attention; sums, norms and the hidden stream stay in
+float32. A network served in bfloat16 rounds as much, and int8 inputs round much more away.
 """
 
 from __future__ import annotations
@@ -18,14 +18,30 @@ from torch import Tensor, nn
 from qtoolkit.stages import Block
 
 ATTENTION = "qtoolkit_bfloat16"  # transformers' name for attention that multiplies in bfloat16
+PARTED = "qtoolkit_float32"  # and for one in parts of rows only
 ROWS, KEYS = 128, 512  # PyTorch's attention passes over 512 keys at once, those of later tokens among them
 SMALLEST = 128  # inputs and outputs of a layer that takes part: routers, which decide by small differences, do not
 
 
 def pays(device: torch.device) -> bool:
-    """Tell whether products of bfloat16 are faster on ``device`` than those of float32: on CPUs with units for them."""
+    """Tell whether products of bfloat16 are faster on ``device`` than those of float32: on CPUs with units for them.
+
+    Intel's are their tiles (AMX): without, as some virtual machines are, oneDNN's bfloat16 takes twice float32's time.
+    """
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not every version of PyTorch can tell
-    return device.type == "cpu" and supported is not None and supported()
+    if device.type != "cpu" or supported is None or not supported():
+        return False
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return known.get("amx_bf16", True) or "intel" not in known.get("cpu_name", "").lower()
+
+
+def hasten(block: Block, device: torch.device) -> Block:
+    """Let ``block``, which computes on ``device``, do so in the fastest way of those here."""
+    if pays(device):
+        return halve(block)
+    if device.type == "cpu":
+        _attend_by(block, PARTED)
+    return block
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -38,13 +54,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def halve(block: Block) -> Block:
     """Let attention and every linear layer of ``block`` but small ones compute in bfloat16, float32 around them.
 
-    Attention is that of all of the model's blocks, which share their config, where it is PyTorch's fused one.
     """
+    _attend_by(block, ATTENTION)
     for module in block.module.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == "sdpa":
-            _register_attention()
-            config._attn_implementation = ATTENTION  # type: ignore[union-attr]
         if type(module) is nn.Linear and min(module.weight.shape) >= SMALLEST:
             module.__class__ = _Halved  # a forward of its own would be a cycle of references: memory that stays
     return block
@@ -77,31 +89,57 @@ def narrowed(module: nn.Module, but: Collection[nn.Linear] = ()) -> Iterator[Non
             layer.weight.data = weight
 
 
+def _attend_by(block: Block, name: str) -> None:
+    """Let attention be ours of that ``name`` in all of the model's blocks, which share their config.
+
+    Where it is not PyTorch's fused one it stays.
+    """
+    for module in block.module.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            _register_attention()
+            config._attn_implementation = name  # type: ignore[union-attr]
+
+
 @cache
 def _register_attention() -> None:
     """Tell transformers of our attention, and that its masks are those of PyTorch's."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    for name, function in ((ATTENTION, _attend), (PARTED, _attend_in_parts)):
+        ALL_ATTENTION_FUNCTIONS.register(name, function)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Attend in bfloat16 and return float32; where a gradient is wanted, which is slower so, in float32."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if query.dtype != torch.float32 or (torch.is_grad_enabled() and query.requires_grad):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return _attend_at_once(module, query, key, value, attention_mask, **options), None
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.clamp_min(torch.finfo(torch.bfloat16).min).bfloat16()
     query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    return _attend_in_parts(module, query, key, value, attention_mask, **options)[0].float(), None
+
+
+def _attend_in_parts(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attend in parts of rows where tokens attend to those before them, they are few and no gradient is wanted."""
     ordered = attention_mask is None and not options.get("dropout") and _causal(module, options.get("is_causal"))
-    if ordered and ROWS < query.shape[2] <= KEYS and query.shape[2] == key.shape[2]:
-        return _attend_back(query, key, value, options.get("scaling")).float(), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0].float(), None
+    few = ROWS < query.shape[2] <= KEYS and query.shape[2] == key.shape[2]
+    if ordered and few and not (torch.is_grad_enabled() and query.requires_grad):
+        return _attend_back(query, key, value, options.get("scaling")), None
+    return _attend_at_once(module, query, key, value, attention_mask, **options), None
+
+
+def _attend_at_once(*args: Any, **options: Any) -> Tensor:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    found: Tensor = sdpa_attention_forward(*args, **options)[0]
+    return found
 
 
 def _causal(module: nn.Module, asked: bool | None) -> bool:

@@ -303,7 +303,7 @@ class Run:
             elif kind != self.recipe.scheme.name:
                 block.schemes[name] = Scheme.named(kind)
         experts.refuse_together(block)
-        return halves.halve(block) if halves.pays(self.skeleton.device) else block
+        return halves.hasten(block, self.skeleton.device)
 
     def _transform(self, block: Block, stream: Stream) -> dict[str, Any]:
         layers: dict[str, dict[str, float]] = {name: {} for name, _ in block.linears()}
