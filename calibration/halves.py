@@ -31,8 +31,8 @@ def pays(device: torch.device) -> bool:
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not every version of PyTorch can tell
     if device.type != "cpu" or supported is None or not supported():
         return False
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return known.get("amx_bf16", True) or "intel" not in known.get("cpu_name", "").lower()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return known.get("amx_bf16", True) or "intel" not in str(known.get("cpu_name", "")).lower()
 
 
 def hasten(block: Block, device: torch.device) -> Block:
@@ -52,9 +52,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def halve(block: Block) -> Block:
-    """Let attention and every linear layer of ``block`` but small ones compute in bfloat16, float32 around them.
-
-    """
+    """Let attention and every linear layer of ``block`` but small ones compute in bfloat16, float32 around them."""
     _attend_by(block, ATTENTION)
     for module in block.module.modules():
         if type(module) is nn.Linear and min(module.weight.shape) >= SMALLEST:

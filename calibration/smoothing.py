@@ -74,6 +74,7 @@ class Smooth:
         steps = max(self.options.grid, int(start / 0.5))
         lowest = min(LOWEST, start / 100)
         losses: dict[int, float] = {}
+        known: dict[bytes, float] = {}  # powers of two change in jumps: neighbours often ask for the same scales
 
         def scales_at(step: int) -> Tensor:
             threshold = start - (start - lowest) * step / steps
@@ -83,7 +84,11 @@ class Smooth:
             with halves.narrowed(block.layer(group.inside or group.consumers[0]), but=consumers):
                 for step in some:
                     if step not in losses and 0 <= step < steps:
-                        losses[step] = group_loss(block, group, calls, scales_at(step), context)
+                        scales = scales_at(step)
+                        same = scales.cpu().numpy().tobytes()
+                        if same not in known:
+                            known[same] = group_loss(block, group, calls, scales, context)
+                        losses[step] = known[same]
             return min(losses, key=lambda step: (losses[step], step))
 
         some = coarse(start, lowest, steps)

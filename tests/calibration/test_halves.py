@@ -113,6 +113,41 @@ def test_a_token_attends_to_itself_and_those_before_it(length: int, heads: tuple
     assert float((got - wanted.transpose(1, 2)).norm() / wanted.norm()) < 2**-7
 
 
+@pytest.mark.parametrize("length", [129, 200, 512, 513])
+def test_float32_in_parts_is_float32(length: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, length, 32) for heads in (4, 2, 2))
+    wanted = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    module = nn.Module()
+    module.num_key_value_groups = 2
+    got, _ = halves._attend_in_parts(module, query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(got, wanted.transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "amx", "pays"), [
+    ("Intel Xeon", True, True), ("Intel Xeon", False, False), ("AMD EPYC 9B45", False, True), ("", None, True),
+])  # fmt: skip
+def test_bfloat16_pays_where_its_units_are_faster(
+    name: str, amx: bool | None, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, attn_implementation="sdpa")
+    known = {} if amx is None else {"cpu_name": name, "amx_bf16": amx}
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    given = halves.hasten(attending(config)[0], torch.device("cpu"))
+    assert halves.pays(torch.device("cpu")) == pays
+    assert config._attn_implementation == (halves.ATTENTION if pays else halves.PARTED)
+    assert halves.dtype(given.module.self_attn.q_proj) == (torch.bfloat16 if pays else torch.float32)
+    assert not halves.pays(torch.device("meta"))
+
+
+def test_a_block_on_another_device_stays_as_it_is() -> None:
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, attn_implementation="sdpa")
+    given = halves.hasten(attending(config)[0], torch.device("meta"))
+    assert config._attn_implementation == "sdpa"
+    assert halves.dtype(given.module.self_attn.q_proj) == torch.float32
+
+
 def test_without_an_order_a_token_attends_to_all() -> None:
     query, key, value = torch.randn(3, 1, 2, 200, 32)
     wanted = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)

@@ -13,7 +13,7 @@ from qtoolkit import architecture
 from qtoolkit.calibration import capture, grid, smoothing
 from qtoolkit.scheme import Scheme
 from qtoolkit.source import resolve
-from qtoolkit.stages import Block, Context, Stream
+from qtoolkit.stages import Block, ChannelGroup, Context, Stream
 
 CONTEXT = Context(Scheme(group_size=64), torch.bfloat16, print)
 
@@ -91,6 +91,24 @@ def test_the_search_never_ends_worse_than_no_smoothing(block_and_stream: tuple[B
     for figures in report.values():
         assert figures["loss"] <= figures["loss_unsmoothed"]
         assert figures["largest_scale"] >= 1.0
+
+
+def test_the_search_tries_no_scales_twice(
+    block_and_stream: tuple[Block, Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, stream = block_and_stream
+    tried: list[tuple[str, tuple[float, ...]]] = []
+    loss = smoothing.group_loss
+
+    def counted(
+        block: Block, group: ChannelGroup, calls: list[smoothing.Call], scales: torch.Tensor, to: Context
+    ) -> float:
+        tried.append((group.name, tuple(scales.tolist())))
+        return loss(block, group, calls, scales, to)
+
+    monkeypatch.setattr(smoothing, "group_loss", counted)
+    smoothing.Smooth(smoothing.SmoothOptions(grid=400)).apply(block, stream, CONTEXT)  # powers of two: fewer differ
+    assert len(tried) == len(set(tried)) > 4
 
 
 def test_smoothing_changes_no_bit_of_what_the_block_computes(block_and_stream: tuple[Block, Stream]) -> None:
