@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtoolkit.calibration import processor
 from qtoolkit.stages import Block
 
 ATTENTION = "qtoolkit_bfloat16"  # transformers' name for attention that multiplies in bfloat16
@@ -24,15 +25,8 @@ SMALLEST = 128  # inputs and outputs of a layer that takes part: routers, which 
 
 
 def pays(device: torch.device) -> bool:
-    """Tell whether products of bfloat16 are faster on ``device`` than those of float32: on CPUs with units for them.
-
-    Intel's are their tiles (AMX): without, as some virtual machines are, oneDNN's bfloat16 takes twice float32's time.
-    """
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not every version of PyTorch can tell
-    if device.type != "cpu" or supported is None or not supported():
-        return False
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return known.get("amx_bf16", True) or "intel" not in str(known.get("cpu_name", "")).lower()
+    """Tell whether products of bfloat16 are faster on ``device`` than those of float32: on CPUs with units for them."""
+    return device.type == "cpu" and processor.has_bfloat16()
 
 
 def hasten(block: Block, device: torch.device) -> Block:

@@ -1,6 +1,7 @@
-"""Float32 matrix products on a CPU by oneDNN, where it is exact: PyTorch's own choice, MKL, keeps AMD's CPUs at AVX2.
+"""Float32 matrix products on a CPU by the faster of two libraries.
 
-PyTorch asks oneDNN only where products may be less precise than float32. oneDNN makes use of that on CPUs with units
+PyTorch's own choice, MKL, is at home on Intel's CPUs (oneDNN takes up to twice its time there) and keeps AMD's at AVX2.
+It asks oneDNN only where products may be less precise than float32. oneDNN makes use of that on CPUs with units
 for it (AMX), whose products of factors rounded to bfloat16 take a third of the time; on the others its float32 products
 are what they were, at twice the speed (Zen 5, AVX-512). Which it is shows in a product. Rounded factors are good enough
 for sums over thousands of tokens, for what only makes a choice, and for corrections of a weight that is rounded to
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qtoolkit import sums
+from qtoolkit.calibration import processor
 
 EXACT, RELAXED = "highest", "medium"  # PyTorch's names
 SHAPE = (256, 512, 256)  # of the product that is looked at: large enough for oneDNN
@@ -30,7 +32,7 @@ _native = ContextVar("_native", default=False)  # whether sums may be those of `
 
 @contextmanager
 def fast(device: torch.device, width: int) -> Iterator[None]:
-    """Inside, float32 products on a CPU are oneDNN's, if these are exact here and nobody has asked for others.
+    """Inside, float32 products on a CPU not Intel's are oneDNN's, if these are exact and nobody has asked for others.
 
     Where they are not, only those are that may be ``rough``, and what is ``accumulated`` is summed by our own code.
     ``width`` is that of the model's hidden states; below ``WIDE`` no product is oneDNN's.
@@ -51,7 +53,7 @@ def _onednn() -> Iterator[None]:
     torch.set_float32_matmul_precision(RELAXED)
     rounds = _rounds.set(not exact())
     try:
-        if _rounds.get():
+        if _rounds.get() or processor.is_intel():
             torch.set_float32_matmul_precision(EXACT)
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Products by oneDNN: taken only where they are float32's, and given back as they were."""
+"""Products by oneDNN: taken only where they are float32's and faster, and given back as they were."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ def test_products_that_are_not_exact_are_not_taken(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(products, "exact", lambda: False)
     with products.fast(CPU, products.WIDE):
         assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("name", "precision"), [("Intel Xeon", "highest"), ("AMD EPYC", "medium"), ("", "medium")])
+def test_intels_cpus_keep_mkl(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "exact", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
+    with products.fast(CPU, products.WIDE):
+        assert torch.get_float32_matmul_precision() == precision
 
 
 def test_sums_over_tokens_may_round_where_other_products_must_not(monkeypatch: pytest.MonkeyPatch) -> None:
