@@ -121,8 +121,9 @@ def _attend_in_parts(
 ) -> tuple[Tensor, None]:
     """Attend in parts of rows where tokens attend to those before them, they are few and no gradient is wanted."""
     ordered = attention_mask is None and not options.get("dropout") and _causal(module, options.get("is_causal"))
+    plain = options.get("position_bias") is None and options.get("cache") is None
     few = ROWS < query.shape[2] <= KEYS and query.shape[2] == key.shape[2]
-    if ordered and few and not (torch.is_grad_enabled() and query.requires_grad):
+    if ordered and plain and few and not (torch.is_grad_enabled() and query.requires_grad):
         return _attend_back(query, key, value, options.get("scaling")), None
     return _attend_at_once(module, query, key, value, attention_mask, **options), None
 
@@ -141,7 +142,7 @@ def _causal(module: nn.Module, asked: bool | None) -> bool:
 def _attend_back(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Attend to a token and those before it, in parts of rows that do not pass over the keys behind them."""
     length = query.shape[2]
-    mask = _lower(length, query.dtype, query.device)
+    mask = _lower(KEYS, query.dtype, query.device)
     parts = [
         F.scaled_dot_product_attention(
             query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], mask[start:stop, :stop],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def is_intel() -> bool:
@@ -23,4 +26,12 @@ def has_bfloat16() -> bool:
 
 
 def _known() -> dict[str, Any]:
-    return getattr(torch.cpu, "get_capabilities", dict)()
+    """Return PyTorch's own list, or what Linux tells where PyTorch is too old to have one."""
+    if ask := getattr(torch.cpu, "get_capabilities", None):
+        found: dict[str, Any] = ask()
+        return found
+    try:
+        text = CPUINFO.read_text()
+    except OSError:
+        return {}
+    return {"cpu_name": "Intel" if "GenuineIntel" in text else "", "amx_bf16": "amx_bf16" in text}

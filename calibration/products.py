@@ -1,12 +1,13 @@
 """Float32 matrix products on a CPU by the faster of two libraries.
 
-PyTorch's own choice, MKL, is at home on Intel's CPUs (oneDNN takes up to twice its time there) and keeps AMD's at AVX2.
-It asks oneDNN only where products may be less precise than float32. oneDNN makes use of that on CPUs with units
-for it (AMX), whose products of factors rounded to bfloat16 take a third of the time; on the others its float32 products
-are what they were, at twice the speed (Zen 5, AVX-512). Which it is shows in a product. Rounded factors are good enough
-for sums over thousands of tokens, for what only makes a choice, and for corrections of a weight that is rounded to
-int4 next, the solution of a linear system among them; the system's factor stays exact: it may not exist otherwise.
-Sums over tokens are made by our own code then (``qtoolkit.sums``), for narrow models, too; products below 1e-38 are 0.
+PyTorch's own choice, MKL, is at home on Intel's CPUs (oneDNN takes up to 2.4 times its time there) and keeps AMD's at
+AVX2. PyTorch asks oneDNN only where products may be less precise than float32. oneDNN makes use of that on CPUs with
+units for it (AMX), whose products of factors rounded to bfloat16 take a third of the time; on AMD's its float32
+products are what they were, at twice the speed (Zen 5, AVX-512). Which it is shows in a product. Rounded factors are
+good enough for sums over thousands of tokens, for what only makes a choice, and for corrections of a weight that is
+rounded to int4 next, the solution of a linear system among them; the system's factor stays exact: it may not exist
+otherwise. Sums over tokens are made by our own code then (``qtoolkit.sums``), for narrow models, too;
+products below 1e-38 are 0.
 """
 
 from __future__ import annotations

@@ -124,13 +124,16 @@ def _copies(peer: Contestant, k: int, n: int, share: int) -> int:
 
 
 def _rotated(contestants: int) -> int:
-    """Return bytes of weights for each: twice what the largest cache holds, all of them in a quarter of the memory."""
+    """Return bytes of weights for each: twice what the largest cache holds, and at most ``ROTATED[1]``.
+
+    All of them take a quarter of the memory, unless ``ROTATED[0]`` is more.
+    """
     try:
         cache = int(LARGEST_CACHE.read_text().strip().removesuffix("K")) << 10
     except (OSError, ValueError):  # not Linux, or a machine without a third cache
         cache = 0
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # peers keep copies of their own beside
-    return max(ROTATED[0], min(2 * cache, ROTATED[1], memory // 4 // contestants))
+    return max(ROTATED[0], min(2 * cache, ROTATED[1], memory // 4 // max(1, contestants)))
 
 
 def _in_turns(

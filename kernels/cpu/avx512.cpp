@@ -115,7 +115,7 @@ namespace {
 #define CLOBBERED                                                                                                      \
   "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",    \
       "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",      \
-      "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm30", "xmm31"
+      "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm30"
 
 // A tile that is alone on its panel streams the weights from memory: two lines a step, which are used once. The tiles of a block share the work of bringing the next block there. Where there
 // are no blocks, tiles share the next panel, into L2, and each brings its own weights from there into L1.

@@ -19,7 +19,7 @@ STEP = 4  # inputs a step
 LARGE_PAGE = 1 << 21
 OPERATOR = "w4a8_linear_cpu"  # what ops.w4a8_linear calls for this layout: without Python in between, where torch can
 GATED = "w4a8_gated_linear_cpu"  # the same for activations that come as gate and up
-MOST_SUMMED = 131072  # inputs under one integer sum: 16 * 8 * 127 * inputs must fit int32
+MOST_SUMMED = 131072  # inputs under one integer sum: 16 * 8 * 127 * inputs must fit int32 (sums of bytes may wrap)
 
 
 def refuse(problem: Problem) -> str | None:

@@ -183,8 +183,8 @@ void quantize_row(const Job& job, int64_t row) {
   uint32_t whole = 0;  // wraps where groups are scaled one by one and nobody asks for it
   for (int64_t g = 0; g < job.groups; ++g) {
     const int32_t sum = sum_codes(codes + g * group, std::min(group, k - g * group));
-    starts[2 * g] = -8 * sum, starts[2 * g + 1] = -136 * sum;
-    whole += uint32_t(-128 * sum);
+    starts[2 * g] = -8 * sum, starts[2 * g + 1] = int32_t(-136u * uint32_t(sum));  // may wrap, see avx512.cpp
+    whole += -128u * uint32_t(sum);
   }
   job.wholes[row] = int32_t(whole);
 }

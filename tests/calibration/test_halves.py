@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from qtoolkit.calibration import halves, twin
+from qtoolkit.calibration import halves, processor, twin
 from qtoolkit.calibration.hessian import NARROW, Hessian
 from qtoolkit.stages import Block, QuantizedWeight
 
@@ -139,6 +140,33 @@ def test_bfloat16_pays_where_its_units_are_faster(
     assert config._attn_implementation == (halves.ATTENTION if pays else halves.PARTED)
     assert halves.dtype(given.module.self_attn.q_proj) == (torch.bfloat16 if pays else torch.float32)
     assert not halves.pays(torch.device("meta"))
+
+
+@pytest.mark.parametrize(("text", "pays"), [
+    ("vendor_id : GenuineIntel\nflags : avx512_bf16", False),
+    ("vendor_id : GenuineIntel\nflags : avx512_bf16 amx_bf16", True),
+    ("vendor_id : AuthenticAMD\nflags : avx512_bf16", True),
+    (None, True),
+])  # fmt: skip
+def test_where_pytorch_is_too_old_to_tell_linux_does(
+    text: str | None, pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    if text is not None:
+        processor.CPUINFO.write_text(text)
+    assert halves.pays(torch.device("cpu")) == pays
+
+
+def test_a_bias_by_position_is_not_lost() -> None:
+    query, key, value = torch.randn(3, 1, 2, 200, 32)
+    module, bias = nn.Module(), torch.randn(1, 2, 200, 200)
+    plain, _ = halves._attend_in_parts(module, query, key, value, None)
+    found, _ = halves._attend_in_parts(module, query, key, value, None, position_bias=bias)
+    wanted = F.scaled_dot_product_attention(query, key, value, bias + torch.full((200, 200), -torch.inf).triu(1))
+    torch.testing.assert_close(found, wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-2)
 
 
 def test_a_block_on_another_device_stays_as_it_is() -> None:

@@ -85,15 +85,15 @@ def test_thread_counts_and_row_tiles_change_nothing(path: str, group_size: int, 
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("m", [3, 7, 40])
 @pytest.mark.parametrize("nibble", [0, 7, 15])  # -8, -1, 7
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_largest_sums_neither_saturate_nor_wrap(path: str, nibble: int, sign: int) -> None:
-    k = 16384
-    packed = torch.full(
-        (64, k // 8), int.from_bytes(bytes([nibble * 17] * 4), "little", signed=True), dtype=torch.int32
-    )
-    x = torch.full((7, k), sign * 3.0)  # every code is 127 or -127
-    scales = torch.ones(64, 1)
+def test_the_largest_sums_neither_saturate_nor_wrap(path: str, m: int, nibble: int, sign: int) -> None:
+    k = backend.MOST_SUMMED if path != "portable" else 16384
+    word = int.from_bytes(bytes([nibble * 17] * 4), "little", signed=True)
+    packed = torch.full((20, k // 8), word, dtype=torch.int32)
+    x = torch.full((m, k), sign * 3.0)  # every code is 127 or -127
+    scales = torch.ones(20, 1)
     assert_same_bits(ours(x, packed, scales, None, -1, path), expected(x, packed, scales, None, -1))
 
 
