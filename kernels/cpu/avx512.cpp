@@ -11,7 +11,7 @@ namespace {
 // weights of one step, 16 channels each; zmm28 four activations, broadcast; zmm30 the nibble mask.
 //
 // Low nibbles are masked, high ones are not: sums 1 and 3 of a row are those of whole bytes, 16 * high + low, and a group's
-// end takes the low ones (sums 0 and 2) away and shifts, two instructions a group where masking was two a step. Sums of
+// end takes the low ones (sums 0 and 2) away and shifts, two instructions a group of each row where masking was two a step. Sums of
 // bytes may wrap; the difference does not: |16 * sum| < 2**31 up to k = 131072 (16 * 8 * 127 * k).
 // vpdpbusd adds, in each 32-bit lane, four unsigned bytes (weights) times four signed ones (activations), exactly.
 #define START(address, s0, s1, s2, s3)            \
@@ -379,16 +379,17 @@ static_assert(UNPACK_FROM >= 26, "from 26 rows on, tiles have 5 or 6 rows and th
   "vpaddb " offset "(%[table]), %%zmm" #w ", %%zmm" #w "\n"    \
   "vmovdqa64 %%zmm" #w ", 256*.Lstep+" at "(%[w])\n"
 
-#define LOAD_BYTES                    \
-  "vmovdqa64 256*.Lstep+0(%[w]), %%zmm24\n"       \
+#define LOAD_BYTES                               \
+  "vmovdqa64 256*.Lstep(%[w]), %%zmm24\n"       \
   "vmovdqa64 256*.Lstep+64(%[w]), %%zmm25\n"     \
   "vmovdqa64 256*.Lstep+128(%[w]), %%zmm26\n"    \
   "vmovdqa64 256*.Lstep+192(%[w]), %%zmm27\n"
 
 #define SUM_BYTES(rows, weights)                                                                  \
   asm volatile("vpbroadcastd %[low], %%zmm30\n" EACH_##rows(FETCH)                                \
-               STEPS(weights "prefetcht1 (%[ahead])\nadd %[ahead_stride], %[ahead]\n" DOT_##rows, 256) \
-               EACH_##rows(KEEP)                         \
+               STEPS(weights "prefetcht1 (%[ahead])\n" DOT_##rows                                 \
+                     "add %[ahead_stride], %[ahead]\n", 256)                                      \
+               EACH_##rows(KEEP)                                                                  \
                : [w] "+r"(w), [a] "+r"(part.a), [a3] "+r"(a3), [ahead] "+r"(part.ahead),          \
                  [steps] "+r"(part.steps), [packed] "+r"(part.w)                                  \
                : [stride] "r"(stride), [ahead_stride] "r"(ahead_stride), [f] "r"(part.f),         \

@@ -42,7 +42,7 @@ struct Job {
   // Filled by quantization, row by row:
   int8_t* codes;        // [m, code_stride]
   int64_t code_stride;
-  int32_t* starts;      // [m, groups, 2]: what a group's sums start at, -8 * sum(codes), and those of whole bytes, 17 times that
+  int32_t* starts;      // [m, groups, 2]: what sums of a group start at, -8 * sum(codes), and of whole bytes, 17 times that
   int32_t* wholes;      // [m]: -128 * sum(codes of all groups)
   float* token_scales;  // [m]
 };
