@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtoolkit.calibration import processor
+from qtoolkit.calibration import processor, products
 from qtoolkit.stages import Block
 
 ATTENTION = "qtoolkit_bfloat16"  # transformers' name for attention that multiplies in bfloat16
@@ -35,23 +35,30 @@ def hasten(block: Block, device: torch.device) -> Block:
         return halve(block)
     if device.type == "cpu":
         _attend_by(block, PARTED)
+        for layer in _layers(block):
+            layer.__class__ = _Rough
     return block
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left @ right`` in float32, multiplied in bfloat16 where that pays: for sums that a sample stands for."""
     if not pays(left.device):
-        return left.float() @ right.float()
+        with products.rough():
+            return products.times(left.float(), right.float())
     return (left.bfloat16() @ right.bfloat16()).float()
 
 
 def halve(block: Block) -> Block:
     """Let attention and every linear layer of ``block`` but small ones compute in bfloat16, float32 around them."""
     _attend_by(block, ATTENTION)
-    for module in block.module.modules():
-        if type(module) is nn.Linear and min(module.weight.shape) >= SMALLEST:
-            module.__class__ = _Halved  # a forward of its own would be a cycle of references: memory that stays
+    for layer in _layers(block):
+        layer.__class__ = _Halved  # a forward of its own would be a cycle of references: memory that stays
     return block
+
+
+def _layers(block: Block) -> list[nn.Linear]:
+    """Return the layers of ``block`` that may round what they multiply."""
+    return [m for m in block.module.modules() if type(m) is nn.Linear and min(m.weight.shape) >= SMALLEST]
 
 
 def dtype(layer: nn.Linear) -> torch.dtype:
@@ -162,4 +169,13 @@ def _lower(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 class _Halved(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         out = F.linear(input.bfloat16(), self.weight.bfloat16()).float()
+        return out if self.bias is None else out + self.bias
+
+
+class _Rough(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype != torch.float32 or (torch.is_grad_enabled() and input.requires_grad):
+            return super().forward(input)
+        with products.rough():
+            out = products.times(input.flatten(0, -2), self.weight.T).view(*input.shape[:-1], -1)
         return out if self.bias is None else out + self.bias

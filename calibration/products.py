@@ -7,7 +7,8 @@ products are what they were, at twice the speed (Zen 5, AVX-512). Which it is sh
 good enough for sums over thousands of tokens, for what only makes a choice, and for corrections of a weight that is
 rounded to int4 next, the solution of a linear system among them; the system's factor stays exact: it may not exist
 otherwise. Sums over tokens are made by our own code then (``qtoolkit.sums``), for narrow models, too;
-products below 1e-38 are 0.
+products below 1e-38 are 0. Without AMX that code multiplies whole numbers by AVX512-VNNI, which rounds less than
+bfloat16 does and takes three fifths of float32's time: it then makes every product that may be rough.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ WIDE = 1024  # channels of a hidden state from which it pays: oneDNN's code take
 ERROR = 4e-6  # relative, of float32 sums of so many products; bfloat16's would be 2e-3
 
 _rounds = ContextVar("_rounds", default=False)  # whether oneDNN's products are quicker for being less than exact
-_native = ContextVar("_native", default=False)  # whether sums may be those of ``qtoolkit.sums``, which round factors
+_native = ContextVar("_native", default="")  # the units of ``qtoolkit.sums``, where sums may be those; they round factors
+_rough = ContextVar("_rough", default=False)  # whether products may be its, too
 
 
 @contextmanager
@@ -64,13 +66,17 @@ def _onednn() -> Iterator[None]:
 
 @contextmanager
 def rough() -> Iterator[None]:
-    """Inside, factors may be rounded to bfloat16, where ``fast`` has found that to be quicker; sums stay in float32.
+    """Inside, factors may be rounded, where ``fast`` has found that to be quicker; sums stay in float32.
 
-    Rounding is 0.2 % of a factor at most and has no direction, so over many tokens it averages out; a Gram matrix stays
-    one.
+    To bfloat16 it is 0.2 % of a factor at most and has no direction, so over many tokens it averages out; a Gram
+    matrix stays one.
     """
     if not _rounds.get():
-        yield
+        before = _rough.set(_native.get() == sums.VNNI)
+        try:
+            yield
+        finally:
+            _rough.reset(before)
         return
     torch.set_float32_matmul_precision(RELAXED)
     try:
@@ -94,7 +100,7 @@ def accumulated(
 
 def skips_lower() -> bool:
     """Tell whether ``accumulated`` saves the work below a diagonal where only the upper half is wanted."""
-    return _native.get()
+    return bool(_native.get())
 
 
 def halved(matrix: Tensor, columns: bool = False) -> Tensor:
@@ -116,6 +122,8 @@ def halved(matrix: Tensor, columns: bool = False) -> Tensor:
 def times(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left @ right`` in float32; where one of them is ``halved``, the other becomes so and so does the sum."""
     if left.dtype == right.dtype == torch.float32:
+        if _rough.get() and sums.worthwhile(*left.shape, right.shape[1]):
+            return sums.accumulated(left.new_empty(len(left), right.shape[1]), left, right, 0.0, 1.0)
         return left @ right
     return (left.bfloat16() @ right.bfloat16()).float()
 
@@ -123,6 +131,8 @@ def times(left: Tensor, right: Tensor) -> Tensor:
 def add(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
     """Add ``alpha * left @ right``, multiplied as in ``times``, to float32 ``total`` in its place."""
     if left.dtype == right.dtype == torch.float32:
+        if _rough.get() and total.stride(1) == 1:
+            return sums.accumulated(total, left, right, 1.0, alpha)
         return total.addmm_(left, right, alpha=alpha)
     return total.add_(left.bfloat16() @ right.bfloat16(), alpha=alpha)
 

@@ -32,6 +32,21 @@ const struct Choice {
 };
 constexpr int COUNT = int(sizeof(CHOICES) / sizeof(CHOICES[0]));
 
+const struct {
+  const char* name;
+  const SumLoops* loops;
+} SUMS[] = {
+#if defined(__x86_64__) && !defined(WITHOUT_SUMS_AMX)
+    {"amx", &AMX_SUMS},
+#endif
+#if defined(__x86_64__) && !defined(WITHOUT_SUMS_VNNI)
+    {"avx512", &VNNI_SUMS},
+#endif
+    {nullptr, nullptr},
+};
+constexpr int SUMS_COUNT = int(sizeof(SUMS) / sizeof(SUMS[0])) - 1;
+constexpr int64_t MANY = 8;  // blocks of a total for every thread: enough for blocks to be large
+
 // Outputs 0..n, `size` at a time.
 template <class Job>
 void run(const Job& job, int64_t n, int64_t size, void (*tile)(const Job&, int64_t, int64_t)) {
@@ -74,30 +89,33 @@ PUBLIC void qtr_nearest(int path, const Nearest* job) { run(*job, job->grid.n, R
 
 PUBLIC void qtr_trials(int path, const Trials* job) { run(*job, job->grid.n, ROWS, CHOICES[path].grids->trials); }
 
-#if defined(__x86_64__) && !defined(WITHOUT_SUMS)
-PUBLIC int qtr_sums_supported() { return sums_supported(); }
+PUBLIC const char* qtr_sums_name(int path) { return path < SUMS_COUNT ? SUMS[path].name : nullptr; }
 
-PUBLIC int64_t qtr_sums_scratch(const Sum* job) {
-  const int64_t depth = (std::min(job->steps, SUMS_STEPS) + 31) / 32;
-  return (sums_tiles(job->left) + sums_tiles(job->right)) * depth * 1024;
+PUBLIC int qtr_sums_supported(int path) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+  return SUMS[path].loops->supported();
 }
 
-PUBLIC void qtr_sum(const Sum* given) {
+PUBLIC int64_t qtr_sums_scratch(int path, const Sum* job) {
+  return SUMS[path].loops->scratch(*job, std::min(job->steps, SUMS_STEPS));
+}
+
+PUBLIC void qtr_sum(int path, const Sum* given) {
+  const SumLoops& loops = *SUMS[path].loops;
   Sum job = *given;
-  const int64_t down = (job.left.lines + SUMS_AT_ONCE - 1) / SUMS_AT_ONCE;
-  const int64_t across = (job.right.lines + SUMS_AT_ONCE - 1) / SUMS_AT_ONCE;
+  const auto blocks = [](int64_t lines, int64_t size) { return (lines + size - 1) / size; };
+  const int64_t large = blocks(job.left.lines, loops.most) * blocks(job.right.lines, loops.most);
+  const int64_t at_once = large < MANY * max_threads() ? SUMS_AT_ONCE : loops.most;
+  const int64_t down = blocks(job.left.lines, at_once), across = blocks(job.right.lines, at_once);
   for (int64_t step = 0; step < job.steps; step += SUMS_STEPS, job.keep = 1) {
     const int64_t steps = std::min(SUMS_STEPS, job.steps - step);
-    const int64_t left = sums_packs(job.left, steps), right = sums_shared(job) ? 0 : sums_packs(job.right, steps);
-    share(left + right, [&](int64_t i) { sums_pack(job, i >= left, i < left ? i : i - left, step, steps); });
+    const int64_t left = loops.packs(job.left, steps), right = sums_shared(job) ? 0 : loops.packs(job.right, steps);
+    share(left + right, [&](int64_t i) { loops.pack(job, i >= left, i < left ? i : i - left, step, steps); });
     share(down * across, [&](int64_t i) {
       if (!job.upper || i % across >= i / across)
-        sums_multiply(job, i / across * SUMS_AT_ONCE, i % across * SUMS_AT_ONCE, steps);
+        loops.multiply(job, i / across * at_once, i % across * at_once, at_once, steps);
     });
   }
 }
-#else
-PUBLIC int qtr_sums_supported() { return 0; }
-PUBLIC int64_t qtr_sums_scratch(const Sum*) { return 0; }
-PUBLIC void qtr_sum(const Sum*) {}
-#endif

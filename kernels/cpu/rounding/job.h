@@ -72,7 +72,7 @@ struct Factor {
   int64_t lines, line_stride, step_stride;  // one of the strides is 1
 };
 
-// total = keep total + share left right, factors rounded to bfloat16: for CPUs with AMX, which multiplies such.
+// total = keep total + share left right, with factors rounded to what the CPU multiplies faster than float32.
 struct Sum {
   Factor left, right;
   int64_t steps;
@@ -83,8 +83,8 @@ struct Sum {
   char* scratch;         // sums_scratch bytes, aligned to 64
 };
 
-constexpr int64_t SUMS_AT_ONCE = 64;    // rows and columns that a thread takes at once
-constexpr int64_t SUMS_STEPS = 1024;    // that are packed at once
+constexpr int64_t SUMS_AT_ONCE = 64;  // rows and columns that a thread takes at once, at least
+constexpr int64_t SUMS_STEPS = 1024;  // that are packed at once
 
 inline int64_t sums_tiles(const Factor& factor) { return (factor.lines + 31) / 32 * 2; }
 
@@ -93,13 +93,6 @@ inline bool sums_shared(const Sum& job) {
   return job.left.numbers == job.right.numbers && job.left.lines == job.right.lines &&
          job.left.line_stride == job.right.line_stride && job.left.step_stride == job.right.step_stride;
 }
-
-// Packs a part of a factor, of `sums_packs` parts, for `steps` steps from `step` on.
-int64_t sums_packs(const Factor& factor, int64_t steps);
-void sums_pack(const Sum& job, bool right, int64_t part, int64_t step, int64_t steps);
-// Adds the sums over the packed steps of SUMS_AT_ONCE rows and columns, from these on.
-void sums_multiply(const Sum& job, int64_t row, int64_t column, int64_t steps);
-bool sums_supported();
 
 // What a code path fills, one table for each source.
 struct ColumnLoops {
@@ -111,5 +104,17 @@ struct GridLoops {
   void (*trials)(const Trials& job, int64_t first, int64_t count);
 };
 
+struct SumLoops {
+  bool (*supported)();
+  int64_t (*scratch)(const Sum& job, int64_t steps);  // bytes that packed factors take, `steps` at once
+  int64_t (*packs)(const Factor& factor, int64_t steps);
+  // Packs a part of a factor, of `packs` parts, for `steps` steps from `step` on.
+  void (*pack)(const Sum& job, bool right, int64_t part, int64_t step, int64_t steps);
+  // Adds the sums over the packed steps of `at_once` rows and columns, from these on.
+  void (*multiply)(const Sum& job, int64_t row, int64_t column, int64_t at_once, int64_t steps);
+  int64_t most;  // of `at_once`, SUMS_AT_ONCE or more, where the total is large
+};
+
 extern const ColumnLoops AVX512_COLUMNS, AVX2_COLUMNS, PORTABLE_COLUMNS;
 extern const GridLoops AVX512_GRIDS, AVX2_GRIDS, PORTABLE_GRIDS;
+extern const SumLoops AMX_SUMS, VNNI_SUMS;

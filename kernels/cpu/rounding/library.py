@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from qtoolkit.kernels.cpu.vision import library as vision
 FOLDER = Path(__file__).parent
 SOURCES = ("columns", "grids")  # compiled for each instruction set
 MOST_COLUMNS, MOST_TRIALS = 256, 16  # as in job.h
+_own = threading.local()  # memory of each thread
 FUSED = ("-ffp-contract=fast",)  # a sum may fuse with its product: rounding has no reference bit for bit
 
 
@@ -109,8 +111,11 @@ def units() -> tuple[build.Unit, ...]:
     own = (*path("portable", optional=False), build.Unit("driver", FOLDER / "driver.cpp"))
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return own
-    sums = build.Unit("sums", FOLDER / "sums.cpp", linear.AMX_BFLOAT16, optional=True)
-    return (*path("avx512", *vision.AVX512), *path("avx2", *linear.AVX2), sums, *own)
+    sums = (
+        build.Unit("sums_amx", FOLDER / "sums_amx.cpp", linear.AMX_BFLOAT16, optional=True),
+        build.Unit("sums_vnni", FOLDER / "sums_vnni.cpp", linear.AVX512, optional=True),
+    )
+    return (*path("avx512", *vision.AVX512), *path("avx2", *linear.AVX2), *sums, *own)
 
 
 def headers() -> tuple[Path, ...]:
@@ -134,9 +139,11 @@ def load() -> linear.Library:
     functions.qtr_descend.argtypes, functions.qtr_descend.restype = [small, ctypes.POINTER(Descent)], None
     functions.qtr_nearest.argtypes, functions.qtr_nearest.restype = [small, ctypes.POINTER(Nearest)], None
     functions.qtr_trials.argtypes, functions.qtr_trials.restype = [small, ctypes.POINTER(Trials)], None
-    functions.qtr_sums_supported.argtypes = []
-    functions.qtr_sums_scratch.argtypes, functions.qtr_sums_scratch.restype = [ctypes.POINTER(Sum)], ctypes.c_int64
-    functions.qtr_sum.argtypes, functions.qtr_sum.restype = [ctypes.POINTER(Sum)], None
+    functions.qtr_sums_name.argtypes, functions.qtr_sums_name.restype = [small], ctypes.c_char_p
+    functions.qtr_sums_supported.argtypes = [small]
+    functions.qtr_sums_scratch.argtypes = [small, ctypes.POINTER(Sum)]
+    functions.qtr_sums_scratch.restype = ctypes.c_int64
+    functions.qtr_sum.argtypes, functions.qtr_sum.restype = [small, ctypes.POINTER(Sum)], None
     paths = linear.supported_paths(functions.qtr_path_name, functions.qtr_path_supported)
     return linear.Library(functions, file, paths, vision.choose(os.environ.get(linear.PATH_VARIABLE), tuple(paths)))
 
@@ -157,16 +164,31 @@ def runs(device: torch.device, columns: int) -> bool:
 
 
 @lru_cache(maxsize=1)
-def sums() -> bool:
-    """Say whether ``add_product`` is there: AMX, and no other code path asked for; the first call may compile it."""
-    wanted = os.environ.get(linear.PATH_VARIABLE) or "amx"
-    return wanted == "amx" and failure() is None and bool(load().functions.qtr_sums_supported())
+def sums() -> dict[str, int]:
+    """Return the ways of ``add_product`` on this CPU by name, the best first; the first call may compile them.
+
+    ``amx`` rounds factors to bfloat16, ``avx512`` to whole numbers: of every 256 steps of a row or column the largest
+    becomes 2895. The environment variable of code paths leaves the one that it names.
+    """
+    if failure() is not None:
+        return {}
+    functions = load().functions
+    found = linear.supported_paths(functions.qtr_sums_name, functions.qtr_sums_supported)
+    wanted = os.environ.get(linear.PATH_VARIABLE)
+    return {name: path for name, path in found.items() if not wanted or name == wanted}
 
 
 def add_product(
-    total: Tensor, left: Tensor, right: Tensor, *, keep: float = 1.0, share: float = 1.0, upper: bool = False
+    total: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    keep: float = 1.0,
+    share: float = 1.0,
+    upper: bool = False,
+    path: str | None = None,
 ) -> Tensor:
-    """Return ``keep * total + share * left @ right`` in the total's place, factors rounded to bfloat16.
+    """Return ``keep * total + share * left @ right`` in the total's place, factors rounded as ``sums`` says.
 
     The same on any number of threads.
 
@@ -177,13 +199,16 @@ def add_product(
         keep: with 0, what the total holds is not read.
         share: of the product.
         upper: what is below the diagonal may stay as it is.
+        path: one of ``sums``; the first of them without.
 
     Raises:
-        ValueError: a shape, stride or dtype is another, or ``sums`` are not there.
+        ValueError: a shape, stride or dtype is another, or there are no ``sums``.
     """
     check([total, left, right], torch.float32)
-    if not sums():
-        raise ValueError("products of bfloat16 factors need AMX")
+    ways = sums()
+    if not ways:
+        raise ValueError("products of rounded factors need AMX or AVX512-VNNI")
+    own = ways[path or next(iter(ways))]
     (m, n), (steps, columns) = total.shape, right.shape
     dense = all(1 in each.stride() for each in (left, right)) and total.stride(1) == 1
     if left.shape != (m, steps) or columns != n or not dense:
@@ -196,10 +221,19 @@ def add_product(
         steps, keep, share, total.data_ptr(), total.stride(0), int(upper), 0,
     )  # fmt: skip
     functions = load().functions
-    scratch = torch.empty(functions.qtr_sums_scratch(job) + 64, dtype=torch.uint8, device="cpu")
+    scratch = _scratch(functions.qtr_sums_scratch(own, job) + 64)
     job.scratch = scratch.data_ptr() + (-scratch.data_ptr()) % 64
-    functions.qtr_sum(job)
+    functions.qtr_sum(own, job)
     return total
+
+
+def _scratch(size: int) -> Tensor:
+    """Return at least ``size`` bytes, the same in every call of a thread: new ones come from the system page by page."""
+    kept: Tensor | None = getattr(_own, "scratch", None)
+    if kept is None or len(kept) < size:
+        _own.scratch = None  # before there is another
+        _own.scratch = kept = torch.empty(size, dtype=torch.uint8, device="cpu")
+    return kept
 
 
 def round_columns(

@@ -5,43 +5,17 @@
 // factor lies in memory, it is read in vectors, and turned, 16 x 16 words, where that is not how a tile has it.
 //
 // Registers: 0..3 sums (rows 0, columns 0; rows 0, columns 1; rows 1, ...), 4 and 5 left, 6 and 7 right.
-#include <immintrin.h>
 #include <algorithm>
 #include "../tiles.h"
 #include "job.h"
+#include "words.h"
 
 namespace {
 
-constexpr int64_t TILE = 16, BLOCK = 2 * TILE, STEPS = 32, TILE_BYTES = 1024;
-
-inline __mmask16 first(int64_t count) { return __mmask16((1u << std::clamp<int64_t>(count, 0, 16)) - 1u); }
+constexpr int64_t BLOCK = 2 * TILE;
 
 // 16 numbers rounded to bfloat16, each in the low half of a word.
 inline __m512i halved(__m512 numbers) { return _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(numbers))); }
-
-// words[i] of lane j become words[j] of lane i.
-inline void turn(__m512i (&words)[TILE]) {
-  __m512i half[TILE];
-  for (int i = 0; i < TILE; i += 4) {
-    const __m512i a = _mm512_unpacklo_epi32(words[i], words[i + 1]), b = _mm512_unpackhi_epi32(words[i], words[i + 1]);
-    const __m512i c = _mm512_unpacklo_epi32(words[i + 2], words[i + 3]);
-    const __m512i d = _mm512_unpackhi_epi32(words[i + 2], words[i + 3]);
-    half[i] = _mm512_unpacklo_epi64(a, c), half[i + 1] = _mm512_unpackhi_epi64(a, c);
-    half[i + 2] = _mm512_unpacklo_epi64(b, d), half[i + 3] = _mm512_unpackhi_epi64(b, d);
-  }
-  for (int i = 0; i < 4; ++i) {  // half[4 q + i] has lanes i, 4 + i, 8 + i, 12 + i of words 4 q .. 4 q + 3
-    const __m512i a = _mm512_shuffle_i32x4(half[i], half[4 + i], 0x88);
-    const __m512i b = _mm512_shuffle_i32x4(half[8 + i], half[12 + i], 0x88);
-    const __m512i c = _mm512_shuffle_i32x4(half[i], half[4 + i], 0xdd);
-    const __m512i d = _mm512_shuffle_i32x4(half[8 + i], half[12 + i], 0xdd);
-    words[i] = _mm512_shuffle_i32x4(a, b, 0x88), words[8 + i] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    words[4 + i] = _mm512_shuffle_i32x4(c, d, 0x88), words[12 + i] = _mm512_shuffle_i32x4(c, d, 0xdd);
-  }
-}
-
-inline void store(const __m512i (&words)[TILE], char* tile) {
-  for (int64_t i = 0; i < TILE; ++i) _mm512_store_si512(tile + i * 64, words[i]);
-}
 
 // 16 lines of `factor` from `line` on, 32 steps from `step` on, zeros where it ends: to a tile of the left factor, `by_line`, and
 // to one of the right, `by_step`, whichever is wanted.
@@ -116,14 +90,16 @@ void add(const Sum& job, int64_t row, int64_t column, const float* sums) {
     }
 }
 
-}  // namespace
+int64_t scratch(const Sum& job, int64_t steps) {
+  return (sums_tiles(job.left) + sums_tiles(job.right)) * ((steps + STEPS - 1) / STEPS) * TILE_BYTES;
+}
 
-int64_t sums_packs(const Factor& factor, int64_t steps) {
+int64_t packs(const Factor& factor, int64_t steps) {
   return factor.step_stride == 1 ? sums_tiles(factor) : (steps + STEPS - 1) / STEPS;
 }
 
 // Along the lines or along the steps, however the factor lies.
-void sums_pack(const Sum& job, bool right, int64_t part, int64_t step, int64_t steps) {
+void pack_part(const Sum& job, bool right, int64_t part, int64_t step, int64_t steps) {
   const Factor& factor = right ? job.right : job.left;
   const int64_t depth = (steps + STEPS - 1) / STEPS, tiles = sums_tiles(job.left);
   const auto one = [&](int64_t tile, int64_t t) {
@@ -137,12 +113,12 @@ void sums_pack(const Sum& job, bool right, int64_t part, int64_t step, int64_t s
     for (int64_t tile = 0; tile < sums_tiles(factor); ++tile) one(tile, part);
 }
 
-void sums_multiply(const Sum& job, int64_t row, int64_t column, int64_t steps) {
+void multiply_part(const Sum& job, int64_t row, int64_t column, int64_t at_once, int64_t steps) {
   const int64_t depth = (steps + STEPS - 1) / STEPS, before = sums_tiles(job.left);
   const TileConfiguration configuration;
   TILE_CONFIGURE(configuration);
-  for (int64_t i = row; i < std::min(row + SUMS_AT_ONCE, job.left.lines); i += BLOCK)
-    for (int64_t j = column; j < std::min(column + SUMS_AT_ONCE, job.right.lines); j += BLOCK) {
+  for (int64_t i = row; i < std::min(row + at_once, job.left.lines); i += BLOCK)
+    for (int64_t j = column; j < std::min(column + at_once, job.right.lines); j += BLOCK) {
       if (job.upper && j + BLOCK <= i) continue;
       alignas(64) float sums[BLOCK * BLOCK];
       multiply(packed(job.scratch, i / TILE, depth), packed(job.scratch, before + j / TILE, depth), depth, sums);
@@ -151,4 +127,8 @@ void sums_multiply(const Sum& job, int64_t row, int64_t column, int64_t steps) {
   TILE_RELEASE();
 }
 
-bool sums_supported() { return __builtin_cpu_supports("avx512bf16") && may_use_tiles(TILES_OF_BFLOAT16); }
+bool supported() { return __builtin_cpu_supports("avx512bf16") && may_use_tiles(TILES_OF_BFLOAT16); }
+
+}  // namespace
+
+const SumLoops AMX_SUMS{supported, scratch, packs, pack_part, multiply_part, SUMS_AT_ONCE};
