@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtoolkit import nearest
 from qtoolkit.architecture import Skeleton
 from qtoolkit.calibration.sections import outputs, without
 from qtoolkit.errors import NumericError
@@ -177,16 +178,18 @@ def finite(x: Tensor) -> bool:
     return not x.numel() or all(math.isfinite(extreme) for extreme in x.aminmax())  # an expert may get no token
 
 
-def round_tokens(x: Tensor, bits: int = 8) -> Tensor:
-    """Return x [..., k] rounded to ``bits`` integers per token (last dimension), symmetric, scale from its absmax."""
-    codes, scale = token_codes(x, bits)
-    return codes.mul_(scale)
+def round_tokens(x: Tensor, bits: int = 8, times: Tensor | None = None) -> Tensor:
+    """Return x [..., k] rounded to ``bits`` integers per token (last dimension), symmetric, scale from its absmax.
+
+    ``times`` [k] multiplies the inputs first.
+    """
+    return nearest.tokens(x, _top(bits), times)
 
 
 def token_codes(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Return the integers of ``round_tokens``, in x's dtype [..., k], and their scales [..., 1]."""
-    top = float((1 << (bits - 1)) - 1)
-    largest = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True))  # aminmax: 20 times as long
-    scale = largest / top
-    scale = torch.where(scale > 0, scale, 1.0)  # of zeros any will do
-    return (x / scale).round_().clamp_(-top, top), scale
+    return nearest.token_codes(x, _top(bits))
+
+
+def _top(bits: int) -> float:
+    return float((1 << (bits - 1)) - 1)

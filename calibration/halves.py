@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtoolkit import attention
 from qtoolkit.calibration import processor, products
 from qtoolkit.stages import Block
 
 ATTENTION = "qtoolkit_bfloat16"  # transformers' name for attention that multiplies in bfloat16
-PARTED = "qtoolkit_float32"  # and for one in parts of rows only
+PARTED = "qtoolkit_float32"  # and for one that stays in float32
 ROWS, KEYS = 128, 512  # PyTorch's attention passes over 512 keys at once, those of later tokens among them
 SMALLEST = 128  # inputs and outputs of a layer that takes part: routers, which decide by small differences, do not
 
@@ -126,12 +127,18 @@ def _attend(
 def _attend_in_parts(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attend in parts of rows where tokens attend to those before them, they are few and no gradient is wanted."""
+    """Attend by our own loops where tokens attend to those before them and no gradient is wanted.
+
+    Where these do not run, and in bfloat16, in parts of rows if tokens are few.
+    """
     ordered = attention_mask is None and not options.get("dropout") and _causal(module, options.get("is_causal"))
     plain = options.get("position_bias") is None and options.get("cache") is None
-    few = ROWS < query.shape[2] <= KEYS and query.shape[2] == key.shape[2]
-    if ordered and plain and few and not (torch.is_grad_enabled() and query.requires_grad):
-        return _attend_back(query, key, value, options.get("scaling")), None
+    alone = query.shape[2] == key.shape[2] and not (torch.is_grad_enabled() and query.requires_grad)
+    if ordered and plain and alone:
+        if attention.runs(query, key, value):
+            return attention.causal(query, key, value, options.get("scaling")), None
+        if ROWS < query.shape[2] <= KEYS:
+            return _attend_back(query, key, value, options.get("scaling")), None
     return _attend_at_once(module, query, key, value, attention_mask, **options), None
 
 

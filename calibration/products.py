@@ -29,7 +29,9 @@ WIDE = 1024  # channels of a hidden state from which it pays: oneDNN's code take
 ERROR = 4e-6  # relative, of float32 sums of so many products; bfloat16's would be 2e-3
 
 _rounds = ContextVar("_rounds", default=False)  # whether oneDNN's products are quicker for being less than exact
-_native = ContextVar("_native", default="")  # the units of ``qtoolkit.sums``, where sums may be those; they round factors
+_native = ContextVar(
+    "_native", default=""
+)  # the units of ``qtoolkit.sums``, where sums may be those; they round factors
 _rough = ContextVar("_rough", default=False)  # whether products may be its, too
 
 

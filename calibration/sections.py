@@ -84,10 +84,13 @@ def outputs(block: Block, way: Way, number: int) -> dict[str, Any]:
 
 @contextmanager
 def without(block: Block, given: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, sections of ``block`` do not run: they give what is ``given``."""
+    """Inside, sections of ``block`` do not run, nor do their norms: they give what is ``given``."""
+    norms = {section.module: section.norm for section in sections(block)} if given else {}
     with ExitStack() as stack:
         for name, out in given.items():
-            module = block.layer(name)
+            module, norm = block.layer(name), block.layer(norms[name])
             module.forward = lambda *args, out=out, **kwargs: out
+            norm.forward = lambda hidden, *args, **kwargs: hidden
             stack.callback(delattr, module, "forward")
+            stack.callback(delattr, norm, "forward")
         yield

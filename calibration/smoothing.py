@@ -222,7 +222,7 @@ def smoothed_and_rounded(block: Block, group: ChannelGroup, scales: Tensor, cont
             original = layer.weight.data
             stack.callback(setattr, layer.weight, "data", original)
             layer.weight.data = grid.rounded(original, context.scheme, scales, halves.dtype(layer))
-            hook = layer.register_forward_pre_hook(lambda module, args: (round_tokens(args[0] / scales, bits),))
+            hook = layer.register_forward_pre_hook(lambda module, args: (round_tokens(args[0], bits, 1 / scales),))
             stack.callback(hook.remove)
         yield
 

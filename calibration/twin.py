@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.calibration import halves
-from qtoolkit.calibration.capture import Reached, finite, quantized_activations, token_codes
+from qtoolkit.calibration.capture import Reached, finite, quantized_activations, round_tokens, token_codes
 from qtoolkit.calibration.sections import Kept, Section, nothing, outputs, section_of, sections, without
 from qtoolkit.errors import NumericError
 from qtoolkit.stages import Block, QuantizedWeight, Stream, put
@@ -107,11 +107,13 @@ def inputs(
             if folder and looks and known[place].module in found.ends:
                 kept = Kept(name, found.zeros[known[place].module], folder)
             del found, ready
-            codes, scale = token_codes(seen, bits)
-            if kept is not None:
+            if kept is None:
+                served = round_tokens(seen, bits)
+            else:
+                codes, scale = token_codes(seen, bits)
                 kept.append(*(part.view(*hidden.shape[:-1], -1) for part in (codes.to(torch.int8), scale)))
-            served = codes.mul_(scale)
-            del codes, scale
+                served = codes.mul_(scale)
+                del codes, scale
             seen = seen if not number else served  # a sample is taken of the first: no other is kept beside the float's
             if both:
                 with weights(block, originals), without(block, stream.floats_way.passed):

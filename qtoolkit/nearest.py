@@ -12,6 +12,7 @@ from qtoolkit.kernels.cpu.rounding import library as native
 
 TOGETHER = 1 << 17  # weights that torch rounds at a time: they stay in the cache
 SMALLEST = 2.0**-24  # the smallest float16 subnormal: a group of zeros needs some scale that every dtype can hold
+NORMAL = 2.0**-126  # the smallest normal float32: of a token whose scale is not stored
 
 
 def rounded(
@@ -68,6 +69,26 @@ def errors(weight: Tensor, matter: Tensor, scales: Tensor, code_range: tuple[int
             made = (grouped / step).round_().clamp_(*code_range).mul_(step)
             to[..., trial] = made.sub_(grouped).square_().mul_(matter.view(groups, -1)).sum(dim=-1)
     return found
+
+
+def tokens(x: Tensor, top: float, times: Tensor | None = None) -> Tensor:
+    """Return x [..., k] rounded per token to whole numbers of -top to top times its scale, its absmax over ``top``.
+
+    ``times`` [k] multiplies the inputs first.
+    """
+    if _runs(x) and x.numel():
+        made = native.round_rows(x.reshape(-1, x.shape[-1]), x.shape[-1], (-top, top), NORMAL, times)
+        return made.view(x.shape)
+    codes, scale = token_codes(x if times is None else x * times, top)
+    return codes.mul_(scale)
+
+
+def token_codes(x: Tensor, top: float) -> tuple[Tensor, Tensor]:
+    """Return the whole numbers of ``tokens``, in x's dtype [..., k], and their scales [..., 1]."""
+    largest = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True))  # aminmax: 20 times as long
+    scale = largest / top
+    scale = torch.where(scale > 0, scale, 1.0)  # of zeros any will do
+    return (x / scale).round_().clamp_(-top, top), scale
 
 
 def _runs(weight: Tensor) -> bool:

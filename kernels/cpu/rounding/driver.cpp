@@ -20,15 +20,16 @@ const struct Choice {
   const char* name;
   const ColumnLoops* columns;
   const GridLoops* grids;
+  const AttentionLoops* attention;
   bool (*supported)();
 } CHOICES[] = {
 #if defined(__x86_64__) && !defined(WITHOUT_COLUMNS_AVX512)
-    {"avx512", &AVX512_COLUMNS, &AVX512_GRIDS, has_avx512},
+    {"avx512", &AVX512_COLUMNS, &AVX512_GRIDS, &AVX512_ATTENTION, has_avx512},
 #endif
 #if defined(__x86_64__) && !defined(WITHOUT_COLUMNS_AVX2)
-    {"avx2", &AVX2_COLUMNS, &AVX2_GRIDS, has_avx2},
+    {"avx2", &AVX2_COLUMNS, &AVX2_GRIDS, &AVX2_ATTENTION, has_avx2},
 #endif
-    {"portable", &PORTABLE_COLUMNS, &PORTABLE_GRIDS, always},
+    {"portable", &PORTABLE_COLUMNS, &PORTABLE_GRIDS, &PORTABLE_ATTENTION, always},
 };
 constexpr int COUNT = int(sizeof(CHOICES) / sizeof(CHOICES[0]));
 
@@ -88,6 +89,18 @@ PUBLIC void qtr_descend(int path, const Descent* job) { run(*job, job->n, LANES,
 PUBLIC void qtr_nearest(int path, const Nearest* job) { run(*job, job->grid.n, ROWS, CHOICES[path].grids->nearest); }
 
 PUBLIC void qtr_trials(int path, const Trials* job) { run(*job, job->grid.n, ROWS, CHOICES[path].grids->trials); }
+
+PUBLIC int64_t qtr_attention_scratch(int path, const Attention* job) { return CHOICES[path].attention->scratch(*job); }
+
+PUBLIC void qtr_attend(int path, const Attention* job) {
+  const AttentionLoops& loops = *CHOICES[path].attention;
+  const int64_t parts = (job->length + QUERIES - 1) / QUERIES, heads = job->sequences * job->heads;
+  share(job->sequences * job->sources, [&](int64_t i) { loops.pack(*job, i); });
+  share(parts * heads, [&](int64_t i) {  // those with the most keys first
+    const int64_t head = i % heads;
+    loops.attend(*job, head / job->heads, head % job->heads, (parts - 1 - i / heads) * QUERIES);
+  });
+}
 
 PUBLIC const char* qtr_sums_name(int path) { return path < SUMS_COUNT ? SUMS[path].name : nullptr; }
 

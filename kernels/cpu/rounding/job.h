@@ -94,6 +94,24 @@ inline bool sums_shared(const Sum& job) {
          job.left.line_stride == job.right.line_stride && job.left.step_stride == job.right.step_stride;
 }
 
+// Rows of a head, token by token.
+struct Lanes {
+  const float* numbers;
+  int64_t sequence_stride, head_stride, token_stride;
+};
+
+// made = softmax of scale query key^T over a token and those before it, times value: attention in float32.
+struct Attention {
+  Lanes query, key, value;
+  int64_t sequences, heads, sources, length, width;  // sources: heads of keys and values; a width of whole HEAD_STEPs
+  float scale;
+  float* made;     // [sequences, length, heads, width], dense
+  float* scratch;  // keys and values as they are multiplied: as many numbers as `scratch` says
+};
+
+constexpr int64_t HEAD_STEP = 32, MOST_WIDTH = 256, MOST_LENGTH = 4096;
+constexpr int64_t QUERIES = 32;  // of a head that a thread takes at once
+
 // What a code path fills, one table for each source.
 struct ColumnLoops {
   void (*round)(const Rounding& job, int64_t first, int64_t count);  // LANES outputs at most, from `first` on
@@ -104,6 +122,11 @@ struct GridLoops {
   void (*trials)(const Trials& job, int64_t first, int64_t count);
 };
 
+struct AttentionLoops {
+  int64_t (*scratch)(const Attention& job);
+  void (*pack)(const Attention& job, int64_t source);  // of all sequences' sources
+  void (*attend)(const Attention& job, int64_t sequence, int64_t head, int64_t first);  // QUERIES at most, from `first` on
+};
 struct SumLoops {
   bool (*supported)();
   int64_t (*scratch)(const Sum& job, int64_t steps);  // bytes that packed factors take, `steps` at once
@@ -117,4 +140,5 @@ struct SumLoops {
 
 extern const ColumnLoops AVX512_COLUMNS, AVX2_COLUMNS, PORTABLE_COLUMNS;
 extern const GridLoops AVX512_GRIDS, AVX2_GRIDS, PORTABLE_GRIDS;
+extern const AttentionLoops AVX512_ATTENTION, AVX2_ATTENTION, PORTABLE_ATTENTION;
 extern const SumLoops AMX_SUMS, VNNI_SUMS;

@@ -17,8 +17,9 @@ from qtoolkit.kernels.cpu import library as linear
 from qtoolkit.kernels.cpu.vision import library as vision
 
 FOLDER = Path(__file__).parent
-SOURCES = ("columns", "grids")  # compiled for each instruction set
+SOURCES = ("columns", "grids", "attention")  # compiled for each instruction set
 MOST_COLUMNS, MOST_TRIALS = 256, 16  # as in job.h
+HEAD_STEP, MOST_WIDTH, MOST_LENGTH = 32, 256, 4096  # of attention, as there
 _own = threading.local()  # memory of each thread
 FUSED = ("-ffp-contract=fast",)  # a sum may fuse with its product: rounding has no reference bit for bit
 
@@ -94,6 +95,25 @@ class Sum(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Lanes(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("numbers", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("sequence_stride", "head_stride", "token_stride")),
+    ]  # fmt: skip
+
+
+class Attention(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        *((name, Lanes) for name in ("query", "key", "value")),
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "sources", "length", "width")),
+        ("scale", ctypes.c_float), ("made", ctypes.c_void_p), ("scratch", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 def units() -> tuple[build.Unit, ...]:
     """Return what the library is made of on this architecture; each instruction set is an object file of its own."""
 
@@ -139,6 +159,9 @@ def load() -> linear.Library:
     functions.qtr_descend.argtypes, functions.qtr_descend.restype = [small, ctypes.POINTER(Descent)], None
     functions.qtr_nearest.argtypes, functions.qtr_nearest.restype = [small, ctypes.POINTER(Nearest)], None
     functions.qtr_trials.argtypes, functions.qtr_trials.restype = [small, ctypes.POINTER(Trials)], None
+    functions.qtr_attention_scratch.argtypes = [small, ctypes.POINTER(Attention)]
+    functions.qtr_attention_scratch.restype = ctypes.c_int64
+    functions.qtr_attend.argtypes, functions.qtr_attend.restype = [small, ctypes.POINTER(Attention)], None
     functions.qtr_sums_name.argtypes, functions.qtr_sums_name.restype = [small], ctypes.c_char_p
     functions.qtr_sums_supported.argtypes = [small]
     functions.qtr_sums_scratch.argtypes = [small, ctypes.POINTER(Sum)]
@@ -404,6 +427,46 @@ def trial_errors(
     own = load()
     own.functions.qtr_trials(own.paths[path] if path else own.path_id, job)
     return errors
+
+
+def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Say whether ``attend`` takes these."""
+    tensors = (query, key, value)
+    dense = all(each.dtype == torch.float32 and each.stride(3) == 1 for each in tensors)
+    sizes = query.shape[3] % HEAD_STEP == 0 and query.shape[3] <= MOST_WIDTH and 0 < query.shape[2] <= MOST_LENGTH
+    heads = query.shape[1] % max(1, key.shape[1]) == 0 and key.shape == value.shape
+    same = (query.shape[0], *query.shape[2:]) == (key.shape[0], *key.shape[2:])
+    return dense and sizes and heads and same and runs(query.device, 1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, path: str | None = None) -> Tensor:
+    """Return the attention of tokens to themselves and those before them.
+
+    Args:
+        query: float32 [sequences, heads, tokens, width], dense in its last dimension.
+        key: float32 [sequences, sources, tokens, width], as dense; the heads are a multiple of the sources.
+        value: of its shape, as dense.
+        scale: of the products of queries and keys.
+        path: forces a code path (tests).
+
+    Returns:
+        float32 [sequences, tokens, heads, width].
+
+    Raises:
+        ValueError: they are none that ``attends`` takes.
+    """
+    if not attends(query, key, value):
+        raise ValueError(f"no attention of {[list(each.shape) for each in (query, key, value)]}")
+    sequences, heads, length, width = query.shape
+    made = torch.empty(sequences, length, heads, width, dtype=torch.float32, device="cpu")
+    lanes = (Lanes(each.data_ptr(), *each.stride()[:3]) for each in (query, key, value))
+    job = Attention(*lanes, sequences, heads, key.shape[1], length, width, scale, made.data_ptr(), 0)
+    own = load()
+    number = own.paths[path] if path else own.path_id
+    scratch = _scratch(4 * own.functions.qtr_attention_scratch(number, job) + 64)
+    job.scratch = scratch.data_ptr() + (-scratch.data_ptr()) % 64
+    own.functions.qtr_attend(number, job)
+    return made
 
 
 def check(tensors: list[Tensor], dtype: torch.dtype, columns: int = 1) -> None:
