@@ -85,7 +85,7 @@ def outputs(block: Block, way: Way, number: int) -> dict[str, Any]:
 @contextmanager
 def without(block: Block, given: Mapping[str, Any]) -> Iterator[None]:
     """Inside, sections of ``block`` do not run, nor do their norms: they give what is ``given``."""
-    norms = {section.module: section.norm for section in sections(block)} if given else {}
+    norms = {writer.partition(".")[0]: norm for writer, norm in block.residual.items()}
     with ExitStack() as stack:
         for name, out in given.items():
             module, norm = block.layer(name), block.layer(norms[name])

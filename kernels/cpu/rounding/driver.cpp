@@ -1,6 +1,7 @@
 // The library's C face: tiles of outputs, or some rows, shared out among threads.
 #include <algorithm>
 #include <atomic>
+#include <vector>
 #include "../threads.h"
 #include "job.h"
 
@@ -117,18 +118,27 @@ PUBLIC int64_t qtr_sums_scratch(int path, const Sum* job) {
 
 PUBLIC void qtr_sum(int path, const Sum* given) {
   const SumLoops& loops = *SUMS[path].loops;
-  Sum job = *given;
+  const Sum& job = *given;
   const auto blocks = [](int64_t lines, int64_t size) { return (lines + size - 1) / size; };
   const int64_t large = blocks(job.left.lines, loops.most) * blocks(job.right.lines, loops.most);
   const int64_t at_once = large < MANY * max_threads() ? SUMS_AT_ONCE : loops.most;
   const int64_t down = blocks(job.left.lines, at_once), across = blocks(job.right.lines, at_once);
-  for (int64_t step = 0; step < job.steps; step += SUMS_STEPS, job.keep = 1) {
-    const int64_t steps = std::min(SUMS_STEPS, job.steps - step);
-    const int64_t left = loops.packs(job.left, steps), right = sums_shared(job) ? 0 : loops.packs(job.right, steps);
-    share(left + right, [&](int64_t i) { loops.pack(job, i >= left, i < left ? i : i - left, step, steps); });
-    share(down * across, [&](int64_t i) {
-      if (!job.upper || i % across >= i / across)
-        loops.multiply(job, i / across * at_once, i % across * at_once, at_once, steps);
-    });
-  }
+  const int64_t passes = blocks(job.steps, SUMS_STEPS);
+  std::vector<std::atomic<int64_t>> next(size_t(2 * passes));  // tasks of every pass, to pack and to multiply
+  auto body = [&](int, int threads) {
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      Sum own = job;
+      own.keep = pass ? 1.0f : job.keep;
+      const int64_t step = pass * SUMS_STEPS, steps = std::min(SUMS_STEPS, job.steps - step);
+      const int64_t left = loops.packs(job.left, steps), right = sums_shared(job) ? 0 : loops.packs(job.right, steps);
+      for (int64_t i; (i = next[size_t(2 * pass)].fetch_add(1)) < left + right;)
+        loops.pack(own, i >= left, i < left ? i : i - left, step, steps);
+      barrier(threads);
+      for (int64_t i; (i = next[size_t(2 * pass + 1)].fetch_add(1)) < down * across;)
+        if (!job.upper || i % across >= i / across)
+          loops.multiply(own, i / across * at_once, i % across * at_once, at_once, steps);
+      if (pass + 1 < passes) barrier(threads);
+    }
+  };
+  parallel(int(std::min<int64_t>(down * across, max_threads())), body);
 }

@@ -251,7 +251,7 @@ def add_product(
 
 
 def _scratch(size: int) -> Tensor:
-    """Return at least ``size`` bytes, the same in every call of a thread: new ones come from the system page by page."""
+    """Return at least ``size`` bytes, the same in a thread's every call: new ones come from the system page by page."""
     kept: Tensor | None = getattr(_own, "scratch", None)
     if kept is None or len(kept) < size:
         _own.scratch = None  # before there is another
