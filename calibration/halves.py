@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtoolkit import attention
-from qtoolkit.calibration import processor, products
+from qtoolkit import layers
+from qtoolkit.calibration import processor, products, quick
 from qtoolkit.stages import Block
 
 ATTENTION = "qtoolkit_bfloat16"  # transformers' name for attention that multiplies in bfloat16
@@ -32,6 +32,8 @@ def pays(device: torch.device) -> bool:
 
 def hasten(block: Block, device: torch.device) -> Block:
     """Let ``block``, which computes on ``device``, do so in the fastest way of those here."""
+    if device.type == "cpu":
+        quick.hasten(block)
     if pays(device):
         return halve(block)
     if device.type == "cpu":
@@ -135,8 +137,8 @@ def _attend_in_parts(
     plain = options.get("position_bias") is None and options.get("cache") is None
     alone = query.shape[2] == key.shape[2] and not (torch.is_grad_enabled() and query.requires_grad)
     if ordered and plain and alone:
-        if attention.runs(query, key, value):
-            return attention.causal(query, key, value, options.get("scaling")), None
+        if layers.attends(query, key, value):
+            return layers.causal(query, key, value, options.get("scaling")), None
         if ROWS < query.shape[2] <= KEYS:
             return _attend_back(query, key, value, options.get("scaling")), None
     return _attend_at_once(module, query, key, value, attention_mask, **options), None

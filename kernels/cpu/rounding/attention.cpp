@@ -7,8 +7,6 @@
 
 namespace {
 
-typedef int32_t Bits __attribute__((vector_size(WIDTH * sizeof(int32_t))));
-
 constexpr int64_t HELD = WIDTH == 16 ? 8 : 4;  // rows whose sums are in registers, two vectors each
 constexpr int64_t PANEL = 2 * WIDTH;           // keys that lie side by side, [width][PANEL]
 
@@ -50,25 +48,6 @@ inline void multiply(const float* left, int64_t left_stride, const float* right,
     for (int64_t r = 0; r < HELD; ++r) own[r][0] += first * left[r * left_stride + i], own[r][1] += second * left[r * left_stride + i];
   }
   std::memcpy(&sums, &own, sizeof own);
-}
-
-// e^x for x of 0 or less: 2^n times a polynomial (Cephes, expf); NaN stays.
-inline Vector exponential(Vector x) {
-  x = x < -87.0f ? Vector{} - 87.0f : x;
-  const Vector shifted = x * 1.44269504f + HALFWAY, n = shifted - HALFWAY;
-  const Vector f = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Vector y = f * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * f + 8.3334519073e-3f;
-  y = y * f + 4.1665795894e-2f;
-  y = y * f + 1.6666665459e-1f;
-  y = y * f + 5.0000001201e-1f;
-  y = y * f * f + f + 1.0f;
-  Bits power;
-  std::memcpy(&power, &shifted, sizeof power);
-  power = (power - 0x4b400000 + 127) << 23;  // n stands in the lowest bits of 1.5 * 2^23 + n
-  Vector scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return y * scale;
 }
 
 // The first `count` scores of a row become weights, zeros behind them up to `end`; returns one over their sum.

@@ -21,16 +21,17 @@ const struct Choice {
   const char* name;
   const ColumnLoops* columns;
   const GridLoops* grids;
+  const LayerLoops* layers;
   const AttentionLoops* attention;
   bool (*supported)();
 } CHOICES[] = {
 #if defined(__x86_64__) && !defined(WITHOUT_COLUMNS_AVX512)
-    {"avx512", &AVX512_COLUMNS, &AVX512_GRIDS, &AVX512_ATTENTION, has_avx512},
+    {"avx512", &AVX512_COLUMNS, &AVX512_GRIDS, &AVX512_LAYERS, &AVX512_ATTENTION, has_avx512},
 #endif
 #if defined(__x86_64__) && !defined(WITHOUT_COLUMNS_AVX2)
-    {"avx2", &AVX2_COLUMNS, &AVX2_GRIDS, &AVX2_ATTENTION, has_avx2},
+    {"avx2", &AVX2_COLUMNS, &AVX2_GRIDS, &AVX2_LAYERS, &AVX2_ATTENTION, has_avx2},
 #endif
-    {"portable", &PORTABLE_COLUMNS, &PORTABLE_GRIDS, &PORTABLE_ATTENTION, always},
+    {"portable", &PORTABLE_COLUMNS, &PORTABLE_GRIDS, &PORTABLE_LAYERS, &PORTABLE_ATTENTION, always},
 };
 constexpr int COUNT = int(sizeof(CHOICES) / sizeof(CHOICES[0]));
 
@@ -90,6 +91,10 @@ PUBLIC void qtr_descend(int path, const Descent* job) { run(*job, job->n, LANES,
 PUBLIC void qtr_nearest(int path, const Nearest* job) { run(*job, job->grid.n, ROWS, CHOICES[path].grids->nearest); }
 
 PUBLIC void qtr_trials(int path, const Trials* job) { run(*job, job->grid.n, ROWS, CHOICES[path].grids->trials); }
+
+PUBLIC void qtr_norm(int path, const Norm* job) { run(*job, job->n, ROWS, CHOICES[path].layers->norm); }
+
+PUBLIC void qtr_gate(int path, const Gate* job) { run(*job, job->count, GATED, CHOICES[path].layers->gate); }
 
 PUBLIC int64_t qtr_attention_scratch(int path, const Attention* job) { return CHOICES[path].attention->scratch(*job); }
 

@@ -5,16 +5,6 @@
 
 namespace {
 
-typedef int32_t Bits __attribute__((vector_size(WIDTH * sizeof(int32_t))));
-
-// fn(place, numbers from there on: WIDTH of them but at the end), for the whole vectors and then for what is left of [first, last).
-template <class F>
-inline void each_vector(int64_t first, int64_t last, F fn) {
-  int64_t i = first;
-  for (; i + WIDTH <= last; i += WIDTH) fn(i, WIDTH);
-  if (i < last) fn(i, last - i);
-}
-
 // To the nearest bfloat16, even on a tie.
 inline void store_halves(Vector value, uint16_t* to, int64_t count) {
   Bits bits;

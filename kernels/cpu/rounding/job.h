@@ -66,6 +66,24 @@ struct Trials {
 constexpr int64_t MOST_TRIALS = 16;
 constexpr int64_t ROWS = 8;  // of a grid that a thread takes at once
 
+// made = x / sqrt(mean of a row's squares + epsilon), times weight.
+struct Norm {
+  const float* x;       // [n, k], dense
+  const float* weight;  // [k]
+  int64_t n, k;
+  float epsilon;
+  float* made;  // [n, k], dense
+};
+
+// made = gate / (1 + e^-gate), times up.
+struct Gate {
+  const float *gate, *up;
+  int64_t count;
+  float* made;
+};
+
+constexpr int64_t GATED = 4096;  // numbers that a thread takes at once
+
 // A factor of a product: lines (rows of the left one, columns of the right one) of numbers that are summed over, step by step.
 struct Factor {
   const float* numbers;
@@ -122,6 +140,10 @@ struct GridLoops {
   void (*trials)(const Trials& job, int64_t first, int64_t count);
 };
 
+struct LayerLoops {
+  void (*norm)(const Norm& job, int64_t first, int64_t count);  // ROWS rows at most, from `first` on
+  void (*gate)(const Gate& job, int64_t first, int64_t count);  // GATED numbers at most, from `first` on
+};
 struct AttentionLoops {
   int64_t (*scratch)(const Attention& job);
   void (*pack)(const Attention& job, int64_t source);  // of all sequences' sources
@@ -140,5 +162,6 @@ struct SumLoops {
 
 extern const ColumnLoops AVX512_COLUMNS, AVX2_COLUMNS, PORTABLE_COLUMNS;
 extern const GridLoops AVX512_GRIDS, AVX2_GRIDS, PORTABLE_GRIDS;
+extern const LayerLoops AVX512_LAYERS, AVX2_LAYERS, PORTABLE_LAYERS;
 extern const AttentionLoops AVX512_ATTENTION, AVX2_ATTENTION, PORTABLE_ATTENTION;
 extern const SumLoops AMX_SUMS, VNNI_SUMS;

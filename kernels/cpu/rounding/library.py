@@ -17,7 +17,7 @@ from qtoolkit.kernels.cpu import library as linear
 from qtoolkit.kernels.cpu.vision import library as vision
 
 FOLDER = Path(__file__).parent
-SOURCES = ("columns", "grids", "attention")  # compiled for each instruction set
+SOURCES = ("columns", "grids", "layers", "attention")  # compiled for each instruction set
 MOST_COLUMNS, MOST_TRIALS = 256, 16  # as in job.h
 HEAD_STEP, MOST_WIDTH, MOST_LENGTH = 32, 256, 4096  # of attention, as there
 _own = threading.local()  # memory of each thread
@@ -95,6 +95,23 @@ class Sum(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Norm(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p), ("weight", ctypes.c_void_p), ("n", ctypes.c_int64), ("k", ctypes.c_int64),
+        ("epsilon", ctypes.c_float), ("made", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class Gate(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("gate", ctypes.c_void_p), ("up", ctypes.c_void_p), ("count", ctypes.c_int64), ("made", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 class Lanes(ctypes.Structure):
     """The struct of that name in job.h."""
 
@@ -159,6 +176,8 @@ def load() -> linear.Library:
     functions.qtr_descend.argtypes, functions.qtr_descend.restype = [small, ctypes.POINTER(Descent)], None
     functions.qtr_nearest.argtypes, functions.qtr_nearest.restype = [small, ctypes.POINTER(Nearest)], None
     functions.qtr_trials.argtypes, functions.qtr_trials.restype = [small, ctypes.POINTER(Trials)], None
+    functions.qtr_norm.argtypes, functions.qtr_norm.restype = [small, ctypes.POINTER(Norm)], None
+    functions.qtr_gate.argtypes, functions.qtr_gate.restype = [small, ctypes.POINTER(Gate)], None
     functions.qtr_attention_scratch.argtypes = [small, ctypes.POINTER(Attention)]
     functions.qtr_attention_scratch.restype = ctypes.c_int64
     functions.qtr_attend.argtypes, functions.qtr_attend.restype = [small, ctypes.POINTER(Attention)], None
@@ -427,6 +446,41 @@ def trial_errors(
     own = load()
     own.functions.qtr_trials(own.paths[path] if path else own.path_id, job)
     return errors
+
+
+def normed(x: Tensor, weight: Tensor, epsilon: float, path: str | None = None) -> Tensor:
+    """Return x [..., k] over the root of its mean square and ``epsilon``, times weight [k]: all float32.
+
+    Raises:
+        ValueError: a shape or dtype is another.
+    """
+    check([x, weight], torch.float32)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"no norm of {list(x.shape)} by {list(weight.shape)}")
+    x, weight = x.contiguous(), weight.contiguous()
+    made = torch.empty_like(x)
+    k = max(1, x.shape[-1])
+    job = Norm(x.data_ptr(), weight.data_ptr(), x.numel() // k, k, epsilon, made.data_ptr())
+    own = load()
+    own.functions.qtr_norm(own.paths[path] if path else own.path_id, job)
+    return made
+
+
+def gated(gate: Tensor, up: Tensor, path: str | None = None) -> Tensor:
+    """Return silu(gate) times up, of one shape and float32.
+
+    Raises:
+        ValueError: a shape or dtype is another.
+    """
+    check([gate, up], torch.float32)
+    if gate.shape != up.shape:
+        raise ValueError(f"no gate {list(gate.shape)} of {list(up.shape)}")
+    gate, up = gate.contiguous(), up.contiguous()
+    made = torch.empty_like(gate)
+    own = load()
+    job = Gate(gate.data_ptr(), up.data_ptr(), gate.numel(), made.data_ptr())
+    own.functions.qtr_gate(own.paths[path] if path else own.path_id, job)
+    return made
 
 
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -14,6 +14,7 @@ constexpr int64_t WIDTH = 8;
 constexpr int64_t WIDTH = 4;
 #endif
 typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef int32_t Bits __attribute__((vector_size(WIDTH * sizeof(int32_t))));
 constexpr float HALFWAY = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to nearest even
 
 // The nearest whole number within the range; low for NaN.
@@ -33,6 +34,33 @@ inline Vector load(const float* from, int64_t count = WIDTH) {
 
 inline void store(Vector value, float* to, int64_t count = WIDTH) {
   std::memcpy(to, &value, size_t(count < WIDTH ? count : WIDTH) * sizeof(float));
+}
+
+// fn(place, numbers from there on: WIDTH of them but at the end), for the whole vectors and then for what is left of [first, last).
+template <class F>
+inline void each_vector(int64_t first, int64_t last, F fn) {
+  int64_t i = first;
+  for (; i + WIDTH <= last; i += WIDTH) fn(i, WIDTH);
+  if (i < last) fn(i, last - i);
+}
+
+// e^x for x of 0 or less: 2^n times a polynomial (Cephes, expf); NaN stays.
+inline Vector exponential(Vector x) {
+  x = x < -87.0f ? Vector{} - 87.0f : x;
+  const Vector shifted = x * 1.44269504f + HALFWAY, n = shifted - HALFWAY;
+  const Vector f = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vector y = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * f + 8.3334519073e-3f;
+  y = y * f + 4.1665795894e-2f;
+  y = y * f + 1.6666665459e-1f;
+  y = y * f + 5.0000001201e-1f;
+  y = y * f * f + f + 1.0f;
+  Bits power;
+  std::memcpy(&power, &shifted, sizeof power);
+  power = (power - 0x4b400000 + 127) << 23;  // n stands in the lowest bits of 1.5 * 2^23 + n
+  Vector scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return y * scale;
 }
 
 }  // namespace
