@@ -193,5 +193,5 @@ def token_codes(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     return nearest.token_codes(x, _top(bits))
 
 
-def _top(bits: int) -> float:
-    return float((1 << (bits - 1)) - 1)
+def _top(bits: int) -> int:
+    return (1 << (bits - 1)) - 1

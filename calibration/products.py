@@ -124,7 +124,7 @@ def halved(matrix: Tensor, columns: bool = False) -> Tensor:
 def times(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left @ right`` in float32; where one of them is ``halved``, the other becomes so and so does the sum."""
     if left.dtype == right.dtype == torch.float32:
-        if _rough.get() and sums.worthwhile(*left.shape, right.shape[1]):
+        if _rough.get() and sums.worthwhile(left.shape[0], left.shape[1], right.shape[1]):
             return sums.accumulated(left.new_empty(len(left), right.shape[1]), left, right, 0.0, 1.0)
         return left @ right
     return (left.bfloat16() @ right.bfloat16()).float()

@@ -5,7 +5,6 @@ Whether a module is one is seen in what it gives, so that nothing is said here o
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from qtoolkit import layers
 from qtoolkit.stages import Block
 
+_made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 CLOSE = 1e-4  # relative to the largest number of what a module gives for a probe
 
 
@@ -41,7 +41,7 @@ class _Norm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if torch.is_grad_enabled() or hidden.dtype != torch.float32:
-            return super().forward(hidden)  # type: ignore[misc,no-any-return]
+            return super().forward(hidden)
         return layers.normed(hidden, self.weight, self.variance_epsilon)
 
 
@@ -61,8 +61,8 @@ class _Gated(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if torch.is_grad_enabled() or hidden.dtype != torch.float32:
-            return super().forward(hidden)  # type: ignore[misc,no-any-return]
-        return self.down_proj(layers.gated(self.gate_proj(hidden), self.up_proj(hidden)))  # type: ignore[no-any-return]
+            return super().forward(hidden)
+        return self.down_proj(layers.gated(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
 def _plain(weight: Any, dimensions: int) -> bool:
@@ -83,7 +83,8 @@ def _same(module: nn.Module, kind: type[_Norm] | type[_Gated]) -> bool:
     return close and bool((found - wanted).abs().max() <= CLOSE * wanted.abs().max())
 
 
-@cache
 def _derived(kind: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
     """Return a class that computes as ``kind`` and is one of the module's ``own`` in all else."""
-    return type(own.__name__, (kind, own), {})
+    if (kind, own) not in _made:
+        _made[kind, own] = type(own.__name__, (kind, own), {})
+    return _made[kind, own]

@@ -71,7 +71,7 @@ def errors(weight: Tensor, matter: Tensor, scales: Tensor, code_range: tuple[int
     return found
 
 
-def tokens(x: Tensor, top: float, times: Tensor | None = None) -> Tensor:
+def tokens(x: Tensor, top: int, times: Tensor | None = None) -> Tensor:
     """Return x [..., k] rounded per token to whole numbers of -top to top times its scale, its absmax over ``top``.
 
     ``times`` [k] multiplies the inputs first.
@@ -83,7 +83,7 @@ def tokens(x: Tensor, top: float, times: Tensor | None = None) -> Tensor:
     return codes.mul_(scale)
 
 
-def token_codes(x: Tensor, top: float) -> tuple[Tensor, Tensor]:
+def token_codes(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Return the whole numbers of ``tokens``, in x's dtype [..., k], and their scales [..., 1]."""
     largest = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True))  # aminmax: 20 times as long
     scale = largest / top

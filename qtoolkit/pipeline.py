@@ -214,7 +214,8 @@ class Run:
             del block  # before the next is read
             memory.trim()
             if compared and not floats.way.behind and index + 1 < self.blocks:  # a stream more costs more than reading
-                floats = capture.advance(self._block(self.weights, index), floats, spent=True)
+                with halves.steady():
+                    floats = capture.advance(self._block(self.weights, index), floats, spent=True)
         for name, part in self._rest().items():
             job.save(part, {name: self._stored(name)})
 

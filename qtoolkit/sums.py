@@ -41,7 +41,7 @@ def accumulated(
         upper: what is below the diagonal may stay as it is.
     """
     units = native_on(total.device)
-    if units == AMX or (units == VNNI and worthwhile(*left.shape, right.shape[1])):
+    if units == AMX or (units == VNNI and worthwhile(left.shape[0], left.shape[1], right.shape[1])):
         left, right = (each if 1 in each.stride() else each.clone(memory_format=DENSE) for each in (left, right))
         return native.add_product(total, left, right, keep=keep, share=share, upper=upper)
     return total.addmm_(left, right, beta=keep, alpha=share)

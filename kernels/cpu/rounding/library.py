@@ -209,8 +209,8 @@ def runs(device: torch.device, columns: int) -> bool:
 def sums() -> dict[str, int]:
     """Return the ways of ``add_product`` on this CPU by name, the best first; the first call may compile them.
 
-    ``amx`` rounds factors to bfloat16, ``avx512`` to whole numbers: of every 256 steps of a row or column the largest
-    becomes 2895. The environment variable of code paths leaves the one that it names.
+    ``amx`` rounds factors to bfloat16, ``avx512`` to whole numbers: of every 512 steps of a row or column the largest
+    becomes 2047. The environment variable of code paths leaves the one that it names.
     """
     if failure() is not None:
         return {}

@@ -1,6 +1,6 @@
 // Products of float32 matrices whose factors AVX512-VNNI multiplies as whole numbers, 32 at once where float32 has 16.
 //
-// Of 256 steps of a line, a span, the largest becomes 2895: no larger number has squares of which 256 add up in 32 bits. So sums
+// Of 512 steps of a line, a span, the largest becomes 2047: no larger number has squares of which 512 add up in 32 bits. So sums
 // over a span are exact; they are taken to float32, times the scales of their row and column, and added to the total. A tile
 // of the left factor has a line in each row, one of the right factor a word; scales lie behind all tiles.
 #include <algorithm>
@@ -154,6 +154,7 @@ inline void multiply(const char* left, const char* right, int64_t beside, int64_
 void multiply_span(const Sum& job, int64_t span, int64_t row, int64_t column, int64_t at_once, int64_t steps, float keep) {
   const int64_t tiles = std::min(SPAN_TILES, tiles_of(steps) - span * SPAN_TILES), beside = tiles_of(steps) * TILE_BYTES;
   const int64_t rows = std::min(row + at_once, job.left.lines), columns = std::min(column + at_once, job.right.lines);
+  const __m512 share = _mm512_set1_ps(job.share);
   for (int64_t j = column; j < columns; j += COLUMNS * TILE)
     for (int64_t i = row; i < rows; i += ROWS) {
       if (job.upper && j + COLUMNS * TILE <= i) continue;
@@ -168,8 +169,8 @@ void multiply_span(const Sum& job, int64_t span, int64_t row, int64_t column, in
           const __mmask16 mask = first(columns - j - c * TILE);
           float* to = total + r * job.total_stride + c * TILE;
           const __m512 scales = _mm512_load_ps(right.scales + c * spans_of(steps) * TILE);
-          const __m512 times = _mm512_mul_ps(scales, _mm512_set1_ps(left.scales[i % TILE + r] * job.share));
-          __m512 found = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][c]), times);
+          const __m512 times = _mm512_mul_ps(scales, _mm512_set1_ps(left.scales[i % TILE + r]));  // either way round
+          __m512 found = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][c]), _mm512_mul_ps(times, share));
           if (keep != 0) found = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, to), _mm512_set1_ps(keep), found);
           _mm512_mask_storeu_ps(to, mask, found);
         }
