@@ -77,3 +77,15 @@ def test_what_the_loops_cannot_read_is_refused() -> None:
         native.trial_errors(weight, torch.ones(8), torch.ones(4, 3, 1), RANGE)
     with pytest.raises(ValueError, match="with scales"):
         native.trial_errors(weight, torch.ones(8), torch.ones(4, 2, native.MOST_TRIALS + 1), RANGE)
+
+
+@pytest.mark.parametrize("times", [None, torch.rand(50) + 0.5])
+def test_tokens_are_rounded_as_their_codes_say(times: Tensor | None) -> None:
+    x = torch.randn(3, 17, 50) * torch.logspace(-3, 3, 17).view(1, 17, 1)
+    x[0, 3] = 0.0
+    codes, scale = nearest.token_codes(x if times is None else x * times, 127)
+    assert float(codes.abs().max()) == 127.0
+    assert torch.equal(nearest.tokens(x, 127, times), codes * scale)
+    wide = x.double().requires_grad_(False)
+    assert nearest.tokens(wide, 127).dtype == torch.float64  # by torch
+    assert nearest.tokens(x[:, :0], 127).shape == (3, 0, 50)
