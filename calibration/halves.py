@@ -151,7 +151,8 @@ def _attend_in_parts(
     """
     ordered = attention_mask is None and not options.get("dropout") and _causal(module, options.get("is_causal"))
     plain = options.get("position_bias") is None and options.get("cache") is None
-    alone = query.shape[2] == key.shape[2] and not (torch.is_grad_enabled() and query.requires_grad)
+    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
+    alone = query.shape[2] == key.shape[2] and not wanted
     if ordered and plain and alone:
         if layers.attends(query, key, value):
             return layers.causal(query, key, value, options.get("scaling")), None
@@ -201,8 +202,8 @@ class _Rough(nn.Linear):
     """Multiplies as ``products`` may where that is rough: whole numbers, on CPUs with AVX512-VNNI."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype != torch.float32 or torch.is_grad_enabled() or _exact.get():
+        if input.dtype != torch.float32 or input.dim() < 2 or torch.is_grad_enabled() or _exact.get():
             return super().forward(input)
         with products.rough():
-            out = products.times(input.flatten(0, -2), self.weight.T).view(*input.shape[:-1], -1)
+            out = products.times(input.flatten(0, -2), self.weight.T).view(*input.shape[:-1], len(self.weight))
         return out if self.bias is None else out + self.bias

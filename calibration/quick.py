@@ -14,6 +14,7 @@ from qtoolkit import layers
 from qtoolkit.stages import Block
 
 _made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+LARGE = (30.0, 3000.0)  # at which gates are far from straight, and limits show
 CLOSE = 1e-4  # relative to the largest number of what a module gives for a probe
 
 
@@ -21,7 +22,7 @@ def hasten(block: Block) -> Block:
     """Let the modules of ``block`` that lie on a CPU, in float32, compute in the fastest way of those here."""
     for module in block.module.modules():
         for kind in (_Norm, _Gated):
-            if kind.fits(module) and _same(module, kind):
+            if not isinstance(module, kind) and kind.fits(module) and _same(module, kind):
                 module.__class__ = _derived(kind, type(module))
     return block
 
@@ -39,9 +40,10 @@ class _Norm(nn.Module):
     def inputs(module: Any) -> int:
         return len(module.weight)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or hidden.dtype != torch.float32:
-            return super().forward(hidden)
+    def forward(self, *args: Any, **more: Any) -> Any:
+        return super().forward(*args, **more) if _odd(args, more) else self.quick(args[0])
+
+    def quick(self, hidden: Tensor) -> Tensor:
         return layers.normed(hidden, self.weight, self.variance_epsilon)
 
 
@@ -59,9 +61,10 @@ class _Gated(nn.Module):
     def inputs(module: Any) -> int:
         return int(module.gate_proj.in_features)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or hidden.dtype != torch.float32:
-            return super().forward(hidden)
+    def forward(self, *args: Any, **more: Any) -> Any:
+        return super().forward(*args, **more) if _odd(args, more) else self.quick(args[0])
+
+    def quick(self, hidden: Tensor) -> Tensor:
         return self.down_proj(layers.gated(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
@@ -70,17 +73,27 @@ def _plain(weight: Any, dimensions: int) -> bool:
     return known and weight.dim() == dimensions
 
 
+def _odd(args: tuple[Any, ...], more: dict[str, Any]) -> bool:
+    """Tell whether a call is another than that of a hidden state in float32 that nobody wants a gradient of."""
+    return torch.is_grad_enabled() or len(args) != 1 or bool(more) or args[0].dtype != torch.float32
+
+
 @torch.inference_mode()
 def _same(module: nn.Module, kind: type[_Norm] | type[_Gated]) -> bool:
-    """Tell whether ``module`` gives what it would as a ``kind``, for one token."""
-    token = torch.linspace(-1.0, 1.0, kind.inputs(module), device="cpu").view(1, 1, -1)
-    try:
-        wanted = module(token)
-    except (TypeError, ValueError, RuntimeError):  # it wants more than a hidden state
-        return False
-    found = kind.forward(module, token)  # type: ignore[arg-type]
-    close = isinstance(wanted, Tensor) and wanted.shape == found.shape
-    return close and bool((found - wanted).abs().max() <= CLOSE * wanted.abs().max())
+    """Tell whether ``module`` gives what it would as a ``kind``, for small tokens and for large ones."""
+    numbers = torch.linspace(-1.0, 2.0, kind.inputs(module), device="cpu")  # no mean of 0: it may be taken away
+    for size in (1.0, *LARGE):
+        token = (numbers * size).view(1, 1, -1)
+        try:
+            wanted = module(token)
+        except (TypeError, ValueError, RuntimeError):  # it wants more than a hidden state
+            return False
+        found = kind.quick(module, token)  # type: ignore[arg-type]
+        if not isinstance(wanted, Tensor) or wanted.shape != found.shape or not wanted.any():
+            return False
+        if not (found - wanted).abs().max() <= CLOSE * wanted.abs().max():
+            return False
+    return True
 
 
 def _derived(kind: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:

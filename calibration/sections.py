@@ -37,7 +37,7 @@ def sections(block: Block) -> list[Section]:
     """Return the sections of ``block`` in order; none where a target is outside, or two read through one norm."""
     found = [Section(writer.partition(".")[0], norm, writer) for writer, norm in block.residual.items()]
     apart = len({each.module for each in found}) == len({each.norm for each in found}) == len(found)
-    inside = all(any(each.holds(name) for each in found) for name in block.targets)
+    inside = all(each.norm for each in found) and all(any(each.holds(name) for each in found) for name in block.targets)
     return found if apart and inside else []
 
 

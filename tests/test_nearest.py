@@ -89,3 +89,12 @@ def test_tokens_are_rounded_as_their_codes_say(times: Tensor | None) -> None:
     wide = x.double().requires_grad_(False)
     assert nearest.tokens(wide, 127).dtype == torch.float64  # by torch
     assert nearest.tokens(x[:, :0], 127).shape == (3, 0, 50)
+
+
+def test_tokens_with_nan_or_inf_stay_so() -> None:
+    x = torch.randn(4, 256)
+    x[0, 0], x[1, 7] = torch.nan, torch.inf
+    found = nearest.tokens(x, 127)
+    assert not found[0].isfinite().any()
+    assert not found[1].isfinite().all()
+    assert torch.equal(found[2:], nearest.tokens(x[2:].clone(), 127))

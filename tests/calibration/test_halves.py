@@ -251,3 +251,17 @@ def test_weights_are_held_as_they_are_multiplied_and_given_back() -> None:
         assert [layer.weight.dtype for layer in module] == [torch.bfloat16, torch.float32, torch.float32]
         assert torch.equal(module(x), expected)
     assert all(layer.weight.data.data_ptr() == weight.data_ptr() for layer, weight in zip(module, before, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 256), (2, 0, 256), (256,)])
+def test_a_layer_takes_no_tokens_and_one_without_a_dimension(shape: tuple[int, ...]) -> None:
+    given = halves.hasten(block(), torch.device("cpu"))
+    with torch.inference_mode():
+        assert given.layer("wide")(torch.zeros(shape)).shape == (*shape[:-1], given.layer("wide").out_features)
+
+
+def test_gradients_of_keys_and_values_pass() -> None:
+    query, key, value = torch.randn(3, 1, 2, 200, 32)
+    key.requires_grad_()
+    found, _ = halves._attend_in_parts(nn.Module(), query, key, value, None)
+    assert found.requires_grad

@@ -82,3 +82,35 @@ def test_an_mlp_that_wants_more_than_a_hidden_state_stays() -> None:
     module = Other(LlamaConfig(hidden_size=48, intermediate_size=80, num_attention_heads=4))
     hastened(module)
     assert type(module) is Other
+
+
+def test_a_norm_that_takes_the_mean_away_and_a_gate_with_a_limit_stay() -> None:
+    class Centred(LlamaRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(dim=-1, keepdim=True))
+
+    class Limited(LlamaMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7.0)) * self.up_proj(x).clamp(-7.0, 7.0))
+
+    module = Both()
+    module.norm = Centred(48)
+    module.mlp = Limited(LlamaConfig(hidden_size=48, intermediate_size=80, num_attention_heads=4))
+    hastened(module)
+    assert type(module.norm) is Centred
+    assert type(module.mlp) is Limited
+
+
+def test_another_call_is_the_modules_own_and_twice_is_once() -> None:
+    class WithGate(LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+            return super().forward(hidden_states if gate is None else hidden_states * gate)
+
+    module, x, gate = WithGate(48), torch.randn(2, 3, 48), torch.rand(2, 3, 48)
+    wanted = module(x, gate)
+    hastened(module)
+    kind = type(module)
+    assert type(hastened(module).module) is kind
+    with torch.inference_mode():
+        assert torch.equal(module(x, gate), wanted)
+        assert torch.equal(module(hidden_states=x, gate=gate), wanted)

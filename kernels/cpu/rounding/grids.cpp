@@ -23,13 +23,15 @@ void round_row(const Nearest& job, const float* from, int64_t at) {
   };
   for (int64_t first = 0; first < grid.k; first += grid.size) {
     const int64_t last = std::min(grid.k, first + grid.size);
-    Vector most{};
+    Vector most{}, odd{};  // NaN is no largest number, but nothing else than NaN may come of it
     each_vector(first, last, [&](int64_t i, int64_t count) {
       const Vector x = value(i, count), size = x < 0.0f ? -x : x;
       most = size > most ? size : most;
+      odd += x - x;
     });
     float largest = 0;
     for (int64_t i = 0; i < WIDTH; ++i) largest = std::max(largest, most[i]);
+    for (int64_t i = 0; i < WIDTH; ++i) largest += odd[i];
     const float scale = std::max(largest / grid.high, job.smallest);
     each_vector(first, last, [&](int64_t i, int64_t count) {
       const Vector made = code(value(i, count) / scale, grid.low, grid.high) * scale;

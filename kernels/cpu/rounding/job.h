@@ -127,7 +127,7 @@ struct Attention {
   float* scratch;  // keys and values as they are multiplied: as many numbers as `scratch` says
 };
 
-constexpr int64_t HEAD_STEP = 32, MOST_WIDTH = 256, MOST_LENGTH = 4096;
+constexpr int64_t HEAD_STEP = 32, MOST_WIDTH = 256, MOST_LENGTH = 2048;
 constexpr int64_t QUERIES = 32;  // of a head that a thread takes at once
 
 // What a code path fills, one table for each source.

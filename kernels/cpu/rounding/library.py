@@ -19,7 +19,7 @@ from qtoolkit.kernels.cpu.vision import library as vision
 FOLDER = Path(__file__).parent
 SOURCES = ("columns", "grids", "layers", "attention")  # compiled for each instruction set
 MOST_COLUMNS, MOST_TRIALS = 256, 16  # as in job.h
-HEAD_STEP, MOST_WIDTH, MOST_LENGTH = 32, 256, 4096  # of attention, as there
+HEAD_STEP, MOST_WIDTH, MOST_LENGTH = 32, 256, 2048  # of attention, as there
 _own = threading.local()  # memory of each thread
 FUSED = ("-ffp-contract=fast",)  # a sum may fuse with its product: rounding has no reference bit for bit
 
@@ -487,10 +487,11 @@ def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Say whether ``attend`` takes these."""
     tensors = (query, key, value)
     dense = all(each.dtype == torch.float32 and each.stride(3) == 1 for each in tensors)
-    sizes = query.shape[3] % HEAD_STEP == 0 and query.shape[3] <= MOST_WIDTH and 0 < query.shape[2] <= MOST_LENGTH
-    heads = query.shape[1] % max(1, key.shape[1]) == 0 and key.shape == value.shape
+    width, length = query.shape[3], query.shape[2]
+    sizes = width % HEAD_STEP == 0 and 0 < width <= MOST_WIDTH and 0 < length <= MOST_LENGTH
+    heads = key.shape[1] > 0 and query.shape[1] % key.shape[1] == 0 and key.shape == value.shape
     same = (query.shape[0], *query.shape[2:]) == (key.shape[0], *key.shape[2:])
-    return dense and sizes and heads and same and runs(query.device, 1)
+    return dense and sizes and heads and same and all(runs(each.device, 1) for each in tensors)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, path: str | None = None) -> Tensor:
