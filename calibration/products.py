@@ -8,7 +8,7 @@ good enough for sums over thousands of tokens, for what only makes a choice, and
 rounded to int4 next, the solution of a linear system among them; the system's factor stays exact: it may not exist
 otherwise. Sums over tokens are made by our own code then (``qtoolkit.sums``), for narrow models, too;
 products below 1e-38 are 0. Without AMX that code multiplies whole numbers by AVX512-VNNI, which rounds less than
-bfloat16 does and takes three fifths of float32's time: it then makes every product that may be rough. Where 512 factors
+bfloat16 does and is faster than float32: it then makes every product that may be rough. Where 512 factors
 in a row are all below 1e-30 they count as 0.
 """
 

@@ -45,7 +45,10 @@ inline void multiply(const float* left, int64_t left_stride, const float* right,
   Vector own[HELD][2] = {};
   for (int64_t i = 0; i < count; ++i) {
     const Vector first = load(right + i * right_stride), second = load(right + i * right_stride + WIDTH);
-    for (int64_t r = 0; r < HELD; ++r) own[r][0] += first * left[r * left_stride + i], own[r][1] += second * left[r * left_stride + i];
+    for (int64_t r = 0; r < HELD; ++r) {
+      const float by = left[r * left_stride + i];
+      own[r][0] += first * by, own[r][1] += second * by;
+    }
   }
   std::memcpy(&sums, &own, sizeof own);
 }
@@ -75,7 +78,8 @@ float soften(float* scores, int64_t count, int64_t end) {
 
 void attend(const Attention& job, int64_t sequence, int64_t head, int64_t first) {
   alignas(64) float queries[QUERIES * MOST_WIDTH], scores[QUERIES * MOST_LENGTH], inverse[QUERIES];
-  const int64_t count = std::min(QUERIES, job.length - first), source = sequence * job.sources + head / (job.heads / job.sources), width = job.width;
+  const int64_t count = std::min(QUERIES, job.length - first), width = job.width;
+  const int64_t source = sequence * job.sources + head / (job.heads / job.sources);
   const int64_t last = first + count, end = (last + PANEL - 1) / PANEL * PANEL;
   Vector sums[HELD][2];
   for (int64_t r = 0; r < QUERIES; ++r) {
@@ -91,9 +95,10 @@ void attend(const Attention& job, int64_t sequence, int64_t head, int64_t first)
   for (int64_t r = 0; r < count; r += HELD)
     for (int64_t i = 0; i < width; i += PANEL) {
       multiply(scores + r * end, end, values(job, source) + i * padded(job), PANEL, std::min(last, first + r + HELD), sums);
-      for (int64_t q = r; q < std::min(count, r + HELD); ++q)
-        for (int64_t v = 0; v < 2; ++v)
-          store(sums[q - r][v] * inverse[q], job.made + ((sequence * job.length + first + q) * job.heads + head) * width + i + v * WIDTH);
+      for (int64_t q = r; q < std::min(count, r + HELD); ++q) {
+        float* to = job.made + ((sequence * job.length + first + q) * job.heads + head) * width + i;
+        for (int64_t v = 0; v < 2; ++v) store(sums[q - r][v] * inverse[q], to + v * WIDTH);
+      }
     }
 }
 

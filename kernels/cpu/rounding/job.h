@@ -1,5 +1,5 @@
 // What the loops work on, and the functions that a code path fills: blocks of a weight's columns whose codes are decided one
-// after another, and weights whose numbers are rounded each by itself.
+// after another, weights whose numbers are rounded each by itself, what a decoder layer computes, products of rounded factors.
 //
 // Arrays [columns, n] hold a column of the weight in a row of memory: its n outputs go side by side, each by itself.
 #pragma once

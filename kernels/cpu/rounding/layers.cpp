@@ -1,6 +1,6 @@
 // What a decoder layer does between its products, in one pass. Compiled once for each instruction set; vectors are the compiler's.
-#include "job.h"
 #include <cmath>
+#include "job.h"
 #include "vectors.h"
 
 namespace {

@@ -13,7 +13,7 @@ constexpr int64_t SPAN = 512, SPAN_TILES = SPAN / STEPS;
 constexpr int64_t PACKED = 4;  // tiles of lines that are packed together: what lies by steps is read 256 bytes at a time
 constexpr float LARGEST = 2047.0f;
 constexpr float SMALLEST = 1e-30f;  // a span with nothing above counts as zeros: its scale has no inverse
-constexpr int ROWS = 8, COLUMNS = 2;  // vectors of sums that registers hold: rows, and tiles of columns
+constexpr int HELD = 8, COLUMNS = 2;  // vectors of sums that registers hold: rows, and tiles of columns
 
 int64_t tiles_of(int64_t steps) { return (steps + STEPS - 1) / STEPS; }
 int64_t spans_of(int64_t steps) { return (steps + SPAN - 1) / SPAN; }
@@ -129,9 +129,9 @@ void pack_part(const Sum& job, bool right, int64_t part, int64_t step, int64_t s
   }
 }
 
-// Sums of ROWS lines of the left factor and COLUMNS tiles, `beside` bytes apart, of the right one, over so many tiles of steps.
-inline void multiply(const char* left, const char* right, int64_t beside, int64_t tiles, __m512i (&made)[ROWS][COLUMNS]) {
-  __m512i sums[ROWS][COLUMNS];
+// Sums of HELD lines of the left factor and COLUMNS tiles, `beside` bytes apart, of the right one, over so many tiles of steps.
+inline void multiply(const char* left, const char* right, int64_t beside, int64_t tiles, __m512i (&made)[HELD][COLUMNS]) {
+  __m512i sums[HELD][COLUMNS];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm512_setzero_si512();
   for (; tiles; --tiles, left += TILE_BYTES, right += TILE_BYTES)
@@ -140,13 +140,13 @@ inline void multiply(const char* left, const char* right, int64_t beside, int64_
       __m512i columns[COLUMNS];
       for (int j = 0; j < COLUMNS; ++j) columns[j] = _mm512_load_si512(right + j * beside + word * 64);
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) {
+      for (int i = 0; i < HELD; ++i) {
         int32_t own;
         __builtin_memcpy(&own, left + i * 64 + word * 4, 4);
         for (int j = 0; j < COLUMNS; ++j) sums[i][j] = _mm512_dpwssd_epi32(sums[i][j], _mm512_set1_epi32(own), columns[j]);
       }
     }
-  for (int i = 0; i < ROWS; ++i)
+  for (int i = 0; i < HELD; ++i)
     for (int j = 0; j < COLUMNS; ++j) made[i][j] = sums[i][j];
 }
 
@@ -156,15 +156,15 @@ void multiply_span(const Sum& job, int64_t span, int64_t row, int64_t column, in
   const int64_t rows = std::min(row + at_once, job.left.lines), columns = std::min(column + at_once, job.right.lines);
   const __m512 share = _mm512_set1_ps(job.share);
   for (int64_t j = column; j < columns; j += COLUMNS * TILE)
-    for (int64_t i = row; i < rows; i += ROWS) {
+    for (int64_t i = row; i < rows; i += HELD) {
       if (job.upper && j + COLUMNS * TILE <= i) continue;
       const Place left = place(job, false, i / TILE, span, steps), right = place(job, true, j / TILE, span, steps);
       float* total = job.total + i * job.total_stride + j;
-      for (int64_t r = 0; r < std::min<int64_t>(ROWS, rows - i); ++r)
+      for (int64_t r = 0; r < std::min<int64_t>(HELD, rows - i); ++r)
         for (int64_t c = 0; c < COLUMNS; ++c) __builtin_prefetch(total + r * job.total_stride + c * TILE, 1);
-      __m512i sums[ROWS][COLUMNS];
+      __m512i sums[HELD][COLUMNS];
       multiply(left.tiles + i % TILE * 64, right.tiles, beside, tiles, sums);
-      for (int64_t r = 0; r < std::min<int64_t>(ROWS, rows - i); ++r)
+      for (int64_t r = 0; r < std::min<int64_t>(HELD, rows - i); ++r)
         for (int64_t c = 0; c < COLUMNS; ++c) {
           const __mmask16 mask = first(columns - j - c * TILE);
           float* to = total + r * job.total_stride + c * TILE;
