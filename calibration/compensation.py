@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtoolkit import columns, memory
+from qtoolkit import columns, memory, sweeps
 from qtoolkit.calibration import chained, folded, grid, halves, losses, outputs, products, rows, starts, triangles, twin
 from qtoolkit.calibration.hessian import Hessian, shared_inputs
 from qtoolkit.calibration.moments import Seen
@@ -160,11 +160,12 @@ class Solved:
         self.damping = options.damping
         self.factor = self._factor(self.order) if options.compensate else None
         self._halved: Tensor | None = None  # the damped matrix, where products are rough
+        self._packed: tuple[int, sweeps.Packed | None] | None = None  # and for whole sweeps over groups of that size
         self.last = False  # whether the layer that comes is the last: what it needs no more then goes at once
-        self._more: list[tuple[Tensor, Tensor]] = []  # further orders with their factors, made when a layer wants them
+        self._more: list[tuple[Tensor, Tensor | sweeps.Packed]] = []  # further orders, made when a layer wants them
 
-    def _factor(self, order: Tensor | None) -> Tensor:
-        """Return the upper Cholesky factor of the inverse of the damped Hessian in ``order``.
+    def _factor(self, order: Tensor | None) -> Tensor | sweeps.Packed:
+        """Return the upper Cholesky factor of the inverse of the damped Hessian in ``order``, as sweeps take it.
 
         Raises:
             NumericError: it is singular even with a large damping.
@@ -178,7 +179,8 @@ class Solved:
             found = triangles.inverse_factor(turned)
             if found is not None:
                 with products.rough():
-                    return products.halved(found, columns=True)
+                    packed = None if self.options.chained else products.packed_factor(found)
+                    return products.halved(found, columns=True) if packed is None else packed
             self.damping *= 10
         raise NumericError(f"A Hessian of {len(self.diagonal)} inputs is singular even with damping {self.damping:g}.")
 
@@ -208,12 +210,14 @@ class Solved:
             return QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
         rounds = self.options.refine
         orders, stretches = starts.count(weight.shape[0], weight.shape[1], self.options.starts)
-        sweeps = [partial(round_in_order, *each, scheme) for each in self._orders(orders)]
+        over = [partial(round_in_order, *each, scheme) for each in self._orders(orders)]
         with self._damped() as matrix:
+            packed = self._pack(matrix, scheme) if rounds else None
             refit = starts.affordable(*weight.shape) > 1
             begin = partial(
-                starts.best, matrix=matrix, scheme=scheme, sweeps=sweeps, stretches=stretches, fold=fold, refit=refit
-            )
+                starts.best, matrix=matrix, scheme=scheme, sweeps=over, stretches=stretches, fold=fold, refit=refit,
+                packed=packed,
+            )  # fmt: skip
             if metric is None:
                 rows_each = even(len(weight), ROWS)
                 both = zip(weight.split(rows_each), scales.split(rows_each), strict=True)
@@ -222,10 +226,10 @@ class Solved:
             found = rows.rounded(weight, metric, several, scales, once)
             if not rounds:
                 return found
-            del sweeps, begin, once
+            del over, begin, once
             if self.last:
                 self.factor, self._more = None, []
-            return rows.refined(weight, matrix, metric, several, found, scheme)
+            return rows.refined(weight, matrix, metric, several, found, scheme, packed)
 
     @contextmanager
     def _damped(self) -> Iterator[Tensor]:
@@ -245,7 +249,14 @@ class Solved:
                 self.hessian = None
             yield self._halved
 
-    def _orders(self, wanted: int) -> list[tuple[Tensor, Tensor]]:
+    def _pack(self, matrix: Tensor, scheme: Scheme) -> sweeps.Packed | None:
+        """Return the damped ``matrix`` for whole sweeps, where they run; layers that share the input share it."""
+        size = 0 if scheme.group_size == CHANNEL else scheme.group_size
+        if self._packed is None or self._packed[0] != size:
+            self._packed = size, products.packed(matrix, size)
+        return self._packed[1]
+
+    def _orders(self, wanted: int) -> list[tuple[Tensor, Tensor | sweeps.Packed]]:
         """Return so many orders of the inputs with the factor in each."""
         assert self.factor is not None
         if len(self._more) < wanted - 1:
@@ -274,6 +285,7 @@ class Solved:
             found = chained.integers(weight, steps.float())
         else:
             order = torch.arange(k, device=weight.device) if self.order is None else self.order
+            assert isinstance(self.factor, Tensor)
             found = chained.round_in_order(weight, self.factor.float(), steps.float(), order)
         quantized = QuantizedWeight(found, steps / chained.STEP)  # a power of two: exact
         if self.factor is None or not self.options.refine:
@@ -304,12 +316,14 @@ def even(n: int, most: int) -> int:
     return next((part for part in range(most, most // 2, -1) if n % part == 0), most) if n > most else n
 
 
-def round_in_order(order: Tensor, factor: Tensor, scheme: Scheme, weight: Tensor, scales: Tensor) -> Tensor:
+def round_in_order(
+    order: Tensor, factor: Tensor | sweeps.Packed, scheme: Scheme, weight: Tensor, scales: Tensor
+) -> Tensor:
     """Round weight [n, k] column by column in ``order``, spreading each error over the columns still to come.
 
     Args:
         order: int64 [k] permutation of the inputs.
-        factor: float32 [k, k], or ``products.halved``: upper Cholesky factor of the inverse Hessian in ``order``.
+        factor: upper Cholesky factor of the inverse Hessian in ``order``: float32 [k, k], ``halved`` or packed.
         scheme: gives group size and code range.
         weight: float32 [n, k].
         scales: [n, groups], fixed.
@@ -319,9 +333,12 @@ def round_in_order(order: Tensor, factor: Tensor, scheme: Scheme, weight: Tensor
     """
     n, k = weight.shape
     size = k if scheme.group_size == CHANNEL else scheme.group_size
+    groups = order // size
+    if isinstance(factor, sweeps.Packed):
+        made = sweeps.rounded(factor, weight.index_select(1, order), scales.float(), groups, scheme.code_range)
+        return made.index_select(1, torch.argsort(order))
     work = weight.T.contiguous().index_select(0, order)  # [k, n]: a column of the weight is a contiguous row here
     steps = scales.float().T  # [groups, n]
-    groups = order // size
     codes = torch.empty(k, n, dtype=torch.int8, device=weight.device)
     diagonal = factor.diagonal().float().unsqueeze(1)
     for first, last in columns.spans(k):

@@ -80,6 +80,7 @@ def apply(transform: Transform, block: Block, stream: Stream, context: Context) 
                 report[f"{within}{name}"] = figures | {"routed": float(routed), "tokens": float(tokens)}
             else:
                 report[name] = figures
+        block.smoothed |= expert.smoothed
         block.quantized |= {f"{within}{name}": weight for name, weight in expert.quantized.items()}
     return report
 

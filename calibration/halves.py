@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -24,7 +23,6 @@ from qtoolkit.stages import Block
 ATTENTION = "qtoolkit_bfloat16"  # transformers' name for attention that multiplies in bfloat16
 PARTED = "qtoolkit_float32"  # and for one that stays in float32
 ROWS, KEYS = 128, 512  # PyTorch's attention passes over 512 keys at once, those of later tokens among them
-_exact = ContextVar("_exact", default=False)  # whether layers that multiply whole numbers do not
 SMALLEST = 128  # inputs and outputs of a layer that takes part: routers, which decide by small differences, do not
 
 
@@ -52,19 +50,6 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         with products.rough():
             return products.times(left.float(), right.float())
     return (left.bfloat16() @ right.bfloat16()).float()
-
-
-@contextmanager
-def steady() -> Iterator[None]:
-    """Inside, a block smoothed by powers of two computes the same bits as before: nothing is rounded over channels.
-
-    Whole numbers share a scale; bfloat16 has one in every number.
-    """
-    before = _exact.set(True)
-    try:
-        yield
-    finally:
-        _exact.reset(before)
 
 
 def halve(block: Block) -> Block:
@@ -202,7 +187,7 @@ class _Rough(nn.Linear):
     """Multiplies as ``products`` may where that is rough: whole numbers, on CPUs with AVX512-VNNI."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype != torch.float32 or input.dim() < 2 or torch.is_grad_enabled() or _exact.get():
+        if input.dtype != torch.float32 or input.dim() < 2 or torch.is_grad_enabled():
             return super().forward(input)
         with products.rough():
             out = products.times(input.flatten(0, -2), self.weight.T).view(*input.shape[:-1], len(self.weight))

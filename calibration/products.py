@@ -21,7 +21,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from qtoolkit import sums
+from qtoolkit import sums, sweeps
 from qtoolkit.calibration import processor
 
 EXACT, RELAXED = "highest", "medium"  # PyTorch's names
@@ -138,6 +138,16 @@ def add(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tenso
             return sums.accumulated(total, left, right, 1.0, alpha)
         return total.addmm_(left, right, alpha=alpha)
     return total.add_(left.bfloat16() @ right.bfloat16(), alpha=alpha)
+
+
+def packed(matrix: Tensor, size: int = 0) -> sweeps.Packed | None:
+    """Return symmetric ``matrix`` for whole sweeps over weights in groups of ``size``, where they may be ``rough``."""
+    return sweeps.packed(matrix, size) if _rough.get() else None
+
+
+def packed_factor(factor: Tensor) -> sweeps.Packed | None:
+    """Return the upper ``factor`` for whole sweeps, where they may be ``rough``."""
+    return sweeps.packed_factor(factor) if _rough.get() else None
 
 
 @torch.inference_mode()

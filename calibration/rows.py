@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from qtoolkit import sweeps
 from qtoolkit.calibration import products
 from qtoolkit.calibration.refine import descend
 from qtoolkit.calibration.triangles import inverse_factor, ordered
@@ -70,12 +71,19 @@ def rounded(
 
 
 def refined(
-    weight: Tensor, matrix: Tensor, metric: Tensor, several: Sequence[Tensor], start: QuantizedWeight, scheme: Scheme
+    weight: Tensor,
+    matrix: Tensor,
+    metric: Tensor,
+    several: Sequence[Tensor],
+    start: QuantizedWeight,
+    scheme: Scheme,
+    packed: sweeps.Packed | None = None,
 ) -> QuantizedWeight:
     """Return ``start`` with new codes, at most its error: every part's visited once more, beside all the others.
 
     With the other rows' errors D given, the best that a part can have is W_b - G_bb^-1 G_b,rest D_rest; its codes are
-    brought nearer to it under H, and what does not lower the error under G is not taken.
+    brought nearer to it under H, and what does not lower the error under G is not taken. ``packed`` is the matrix for
+    whole sweeps, where they run.
     """
     codes = start.codes.clone()
     lost = start.dequantize().sub_(weight)
@@ -84,12 +92,16 @@ def refined(
         inside = metric[rows][:, rows]
         rest = torch.linalg.solve(inside, metric[rows].index_fill(1, rows, 0.0))  # [rows, n]
         gap = products.add(lost[rows], rest, told)  # from what is best
-        pull = products.times(gap, matrix)
-        scales = start.scales[rows]
-        moving = pull.T.contiguous()
-        after = descend(matrix, QuantizedWeight(codes[rows], scales), scheme, moving)
-        step = QuantizedWeight(after - codes[rows], scales).dequantize()  # codes differ by 15 at most
-        if ((inside @ moving.T) * (gap + step)).sum() < ((inside @ pull) * gap).sum():
+        own = QuantizedWeight(codes[rows], start.scales[rows])
+        if packed is None:
+            pull = products.times(gap, matrix)
+            moving = pull.T.contiguous()
+            after, left = descend(matrix, own, scheme, moving), moving.T
+        else:
+            steps = own.scales.float()
+            after, pull, left = sweeps.descended_with_slopes(packed, gap, own.codes, steps, scheme.code_range)
+        step = QuantizedWeight(after - own.codes, own.scales).dequantize()  # codes differ by 15 at most
+        if ((inside @ left) * (gap + step)).sum() < ((inside @ pull) * gap).sum():
             codes[rows] = after
             lost[rows] += step
             if told is not lost:

@@ -8,7 +8,7 @@ computes the same bits, but for numbers too small for a dtype's normal range.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -240,8 +240,9 @@ def fold(block: Block, group: ChannelGroup, scales: Tensor) -> None:
     """Divide the producers' channels by ``scales`` [k] and multiply the consumers' columns: the block's function stays.
 
     A norm's gain and a linear layer's rows (and bias) are divided; for value heads shared by several query heads the
-    producer's row takes the scale that all of them were given.
+    producer's row takes the scale that all of them were given. ``block.smoothed`` remembers it.
     """
+    block.smoothed[group.name] = scales * block.smoothed.get(group.name, 1.0)
     for name in (*group.consumers, *group.floats):
         block.linear(name).weight.data.mul_(scales)
     if group.heads:
@@ -251,3 +252,10 @@ def fold(block: Block, group: ChannelGroup, scales: Tensor) -> None:
             parameter.data.div_(scales.view(-1, *[1] * (parameter.dim() - 1)))
         if name in block.metrics:  # the loss asks more of what is smaller now
             block.metrics[name] = block.metrics[name] * (scales * scales.unsqueeze(1))  # it may lie on the disk
+
+
+def fold_again(block: Block, scales: Mapping[str, Tensor]) -> None:
+    """Smooth ``block``, as it was loaded, by the scales [k] of each of its groups in ``Block.smoothed``."""
+    for group in block.groups:
+        if group.name in scales:
+            fold(block, group, scales[group.name].to(block.linear(group.consumers[0]).weight.device))

@@ -60,6 +60,7 @@ class Sparsify:
                 mask = projections.mask(parameter.data, context.pattern)
                 sparse = to_matrix(parameter.data * mask)
             else:
+                assert isinstance(solved.factor, torch.Tensor)  # nothing is rough here
                 sparse = prune_in_order(dense.masked_fill(solved.dead, 0.0), solved.factor, *context.pattern.nm)
             report[name] = {"error": solved.relative_error(dense, sparse - dense), "damping": solved.damping}
             parameter.data = from_matrix(sparse, geometry.shape)

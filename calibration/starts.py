@@ -16,6 +16,7 @@ from qtoolkit.calibration.folded import stored
 from qtoolkit.calibration.refine import errors, refined
 from qtoolkit.scheme import Scheme
 from qtoolkit.stages import QuantizedWeight
+from qtoolkit.sweeps import Packed
 
 STRETCHES = (1.0, 0.95, 1.05, 0.9)  # of the scales to begin with
 SPREAD = 0.5  # standard deviation of the logarithm by which an order's keys are jittered
@@ -55,6 +56,7 @@ def best(
     stretches: int,
     fold: bool = False,
     refit: bool = True,
+    packed: Packed | None = None,
 ) -> QuantizedWeight:
     """Return for every row the codes and scales of the start that leaves the least error under ``matrix``.
 
@@ -68,6 +70,7 @@ def best(
         stretches: how many of ``STRETCHES`` are tried.
         fold: scales are to be multiples of one base a row, see ``folded``.
         refit: whether refinement changes scales, too.
+        packed: the matrix for whole sweeps of refinement, where they run.
     """
     n = len(weight)
     tried = STRETCHES[:stretches]
@@ -76,7 +79,7 @@ def best(
     found: list[QuantizedWeight] = []
     for sweep in sweeps:
         made = QuantizedWeight(sweep(copies, begun), begun)
-        made = refined(copies, matrix, made, scheme, rounds, fold, refit) if rounds else made
+        made = refined(copies, matrix, made, scheme, rounds, fold, refit, packed) if rounds else made
         found += [QuantizedWeight(c, s) for c, s in zip(made.codes.split(n), made.scales.split(n), strict=True)]
     if len(found) == 1:
         return found[0]

@@ -116,7 +116,7 @@ def inputs(
                 del codes, scale
             seen = seen if not number else served  # a sample is taken of the first: no other is kept beside the float's
             if both:
-                with weights(block, originals), without(block, stream.floats_way.passed), halves.steady():
+                with weights(block, originals), without(block, stream.floats_way.passed):
                     right = _reach(block, name, norm, exact.to(hidden), kwargs, behind, known if through else [])
                 lack = right.carried - carried if drifts and right.carried is not None and carried is not None else None
                 if through:

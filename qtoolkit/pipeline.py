@@ -28,7 +28,7 @@ from qtoolkit import (
     registry,
 )
 from qtoolkit.bridges import written
-from qtoolkit.calibration import budget, capture, choice, experts, halves, products
+from qtoolkit.calibration import budget, capture, choice, experts, halves, products, smoothing
 from qtoolkit.calibration.gradients import Gradients
 from qtoolkit.calibration.options import read as read_options
 from qtoolkit.errors import ModelError, RequestError
@@ -200,10 +200,12 @@ class Run:
                 if gradients:
                     gradients.tell(block, index)
                 rounded = self._round_floats(block)
-                steady = kept and not rounded  # what the block computes in float is the float network's
-                stream.way, stream.floats_way = Way(moves=True), Way(moves=compared and steady)
+                same = kept and not rounded  # what the block computes in float is the float network's
+                stream.way, stream.floats_way = Way(moves=True), Way(moves=compared and same)
                 figures = self._transform(block, stream)
                 block.probe = None
+                if stream.floats_way.behind and block.smoothed:
+                    job.save(_smoothed(index), {name: scales.cpu() for name, scales in block.smoothed.items()})
                 job.save(_part(index), self._pack(block), figures)
                 if gradients:
                     gradients.forget(index)
@@ -214,8 +216,11 @@ class Run:
             del block  # before the next is read
             memory.trim()
             if compared and not floats.way.behind and index + 1 < self.blocks:  # a stream more costs more than reading
-                with halves.steady():
-                    floats = capture.advance(self._block(self.weights, index), floats, spent=True)
+                block = self._block(self.weights, index)
+                if index < done and job.has(_smoothed(index)):  # the float network of before was: the last bits differ
+                    smoothing.fold_again(block, job.tensors(_smoothed(index)))
+                floats = capture.advance(block, floats, spent=True)
+                del block
         for name, part in self._rest().items():
             job.save(part, {name: self._stored(name)})
 
@@ -404,6 +409,10 @@ def _copied(batches: list[Tensor] | Waiting) -> list[Tensor] | Waiting:
 
 def _part(index: int) -> str:
     return f"block-{index:05d}"
+
+
+def _smoothed(index: int) -> str:
+    return f"smoothed-{index:05d}"
 
 
 def _result(manifest: checkpoint.Manifest, output: Path, recipe: Recipe, seconds: float) -> Result:

@@ -87,6 +87,7 @@ class Block:
         schemes: targets that become something else than the recipe's scheme.
         residual: targets whose output is added to the hidden stream, with the norm that read it before.
         experts: name of the module whose children see a part of the tokens each; their layers are targets too.
+        smoothed: what each channel group's consumers were multiplied with, and its producers divided by [k].
         metrics: how errors of a target's outputs add up in the model's loss [n, n], where that was measured.
         probe: in a block with experts what ``metrics`` are made of, once it is known which tokens an expert gets.
     """
@@ -102,6 +103,7 @@ class Block:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     residual: dict[str, str] = field(default_factory=dict)
     experts: str = ""
+    smoothed: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
     probe: Probe | None = None
 

@@ -48,6 +48,13 @@ const struct {
     {nullptr, nullptr},
 };
 constexpr int SUMS_COUNT = int(sizeof(SUMS) / sizeof(SUMS[0])) - 1;
+#if defined(__x86_64__) && !defined(WITHOUT_SWEEPS_VNNI)
+const SweepLoops& SWEEPS = VNNI_SWEEPS;
+bool has_sweeps() { return SWEEPS.supported(); }
+#else
+const SweepLoops SWEEPS{};
+bool has_sweeps() { return false; }
+#endif
 constexpr int64_t MANY = 8;  // blocks of a total for every thread: enough for blocks to be large
 
 // Outputs 0..n, `size` at a time.
@@ -146,4 +153,32 @@ PUBLIC void qtr_sum(int path, const Sum* given) {
     }
   };
   parallel(int(std::min<int64_t>(down * across, max_threads())), body);
+}
+
+PUBLIC int qtr_sweeps_supported() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+  return has_sweeps();
+}
+
+PUBLIC int64_t qtr_sweep_bytes(const Swept* matrix) { return SWEEPS.bytes(*matrix); }
+
+PUBLIC void qtr_sweep_pack(const Swept* matrix) {
+  share((matrix->factor.lines + 15) / 16, [&](int64_t tile) { SWEEPS.pack(*matrix, tile); });
+}
+
+PUBLIC int64_t qtr_sweep_scratch(const Sweep* job) { return SWEEPS.scratch(*job) * max_threads(); }
+
+PUBLIC void qtr_sweep(int path, const Sweep* job) {
+  const auto& loops = *CHOICES[path].columns;
+  const auto sweep = job->matrix->ahead ? SWEEPS.round : SWEEPS.descend;
+  const int64_t threads = max_threads(), whole = (job->n + LANES - 1) / LANES;
+  const int64_t size = whole % threads && whole < MANY * threads ? LANES / 2 : LANES;  // so that no thread waits long
+  const int64_t parts = (job->n + size - 1) / size;
+  std::atomic<int64_t> next{0};
+  auto body = [&](int thread, int) {
+    for (int64_t i; (i = next.fetch_add(1)) < parts;) sweep(*job, loops, thread, i * size, std::min(size, job->n - i * size));
+  };
+  parallel(int(std::min(parts, threads)), body);
 }

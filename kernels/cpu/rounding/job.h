@@ -112,6 +112,32 @@ inline bool sums_shared(const Sum& job) {
          job.left.line_stride == job.right.line_stride && job.left.step_stride == job.right.step_stride;
 }
 
+// A matrix [k, k] as sweeps over all columns of a weight read it: packed once, with the blocks on its diagonal.
+struct Swept {
+  Factor factor;   // in a line what a column gets of every other, step by step
+  int64_t block;   // columns that are decided before others are told: MOST_SWEPT, or 64 or 32
+  int64_t ahead;   // 1: columns leave something only to those behind them (compensation), 0: to all (descent)
+  float* bend;     // [k], the diagonal
+  float* corners;  // [blocks, block, block], the last one dense
+  char* words;     // sweep_bytes, aligned to 64
+};
+
+// A sweep over all columns: compensation of `numbers`, or descent from `codes` by the slope matrix times `numbers`.
+struct Sweep {
+  const Swept* matrix;
+  const float* numbers;  // [n, k], dense: the weight, or what codes stand for less the weight
+  const float* steps;    // [n, groups], dense
+  const int64_t* group;  // [k]: the group of each column; descent: k / groups neighbours have one
+  int64_t n, groups;
+  float low, high;       // the range of codes
+  int64_t sweeps;        // of descent
+  int8_t* codes;         // [n, k], dense
+  float *before, *after;  // [n, k], dense, or null: the slopes of descent
+  char* scratch;         // sweep_scratch bytes, aligned to 64
+};
+
+constexpr int64_t MOST_SWEPT = 128;
+
 // Rows of a head, token by token.
 struct Lanes {
   const float* numbers;
@@ -160,8 +186,19 @@ struct SumLoops {
   int64_t most;  // of `at_once`, SUMS_AT_ONCE or more, where the total is large
 };
 
+struct SweepLoops {
+  bool (*supported)();
+  int64_t (*bytes)(const Swept& matrix);              // that its words take
+  void (*pack)(const Swept& matrix, int64_t tile);    // 16 lines
+  int64_t (*scratch)(const Sweep& job);               // bytes for a thread
+  // LANES outputs at most, from `output` on; blocks of columns by `loops`.
+  void (*round)(const Sweep& job, const ColumnLoops& loops, int thread, int64_t output, int64_t count);
+  void (*descend)(const Sweep& job, const ColumnLoops& loops, int thread, int64_t output, int64_t count);
+};
+
 extern const ColumnLoops AVX512_COLUMNS, AVX2_COLUMNS, PORTABLE_COLUMNS;
 extern const GridLoops AVX512_GRIDS, AVX2_GRIDS, PORTABLE_GRIDS;
 extern const LayerLoops AVX512_LAYERS, AVX2_LAYERS, PORTABLE_LAYERS;
 extern const AttentionLoops AVX512_ATTENTION, AVX2_ATTENTION, PORTABLE_ATTENTION;
 extern const SumLoops AMX_SUMS, VNNI_SUMS;
+extern const SweepLoops VNNI_SWEEPS;

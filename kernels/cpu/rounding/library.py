@@ -18,7 +18,7 @@ from qtoolkit.kernels.cpu.vision import library as vision
 
 FOLDER = Path(__file__).parent
 SOURCES = ("columns", "grids", "layers", "attention")  # compiled for each instruction set
-MOST_COLUMNS, MOST_TRIALS = 256, 16  # as in job.h
+MOST_COLUMNS, MOST_TRIALS, MOST_SWEPT = 256, 16, 128  # as in job.h
 HEAD_STEP, MOST_WIDTH, MOST_LENGTH = 32, 256, 2048  # of attention, as there
 _own = threading.local()  # memory of each thread
 FUSED = ("-ffp-contract=fast",)  # a sum may fuse with its product: rounding has no reference bit for bit
@@ -95,6 +95,25 @@ class Sum(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Swept(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("factor", Factor), ("block", ctypes.c_int64), ("ahead", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("bend", "corners", "words")),
+    ]  # fmt: skip
+
+
+class Sweep(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        ("matrix", ctypes.POINTER(Swept)), *((name, ctypes.c_void_p) for name in ("numbers", "steps", "group")),
+        ("n", ctypes.c_int64), ("groups", ctypes.c_int64), ("low", ctypes.c_float), ("high", ctypes.c_float),
+        ("sweeps", ctypes.c_int64), *((name, ctypes.c_void_p) for name in ("codes", "before", "after", "scratch")),
+    ]  # fmt: skip
+
+
 class Norm(ctypes.Structure):
     """The struct of that name in job.h."""
 
@@ -151,6 +170,7 @@ def units() -> tuple[build.Unit, ...]:
     sums = (
         build.Unit("sums_amx", FOLDER / "sums_amx.cpp", linear.AMX_BFLOAT16, optional=True),
         build.Unit("sums_vnni", FOLDER / "sums_vnni.cpp", linear.AVX512, optional=True),
+        build.Unit("sweeps_vnni", FOLDER / "sweeps_vnni.cpp", linear.AVX512, optional=True),
     )
     return (*path("avx512", *vision.AVX512), *path("avx2", *linear.AVX2), *sums, *own)
 
@@ -186,6 +206,11 @@ def load() -> linear.Library:
     functions.qtr_sums_scratch.argtypes = [small, ctypes.POINTER(Sum)]
     functions.qtr_sums_scratch.restype = ctypes.c_int64
     functions.qtr_sum.argtypes, functions.qtr_sum.restype = [small, ctypes.POINTER(Sum)], None
+    functions.qtr_sweeps_supported.argtypes = []
+    functions.qtr_sweep_bytes.argtypes, functions.qtr_sweep_bytes.restype = [ctypes.POINTER(Swept)], ctypes.c_int64
+    functions.qtr_sweep_pack.argtypes, functions.qtr_sweep_pack.restype = [ctypes.POINTER(Swept)], None
+    functions.qtr_sweep_scratch.argtypes, functions.qtr_sweep_scratch.restype = [ctypes.POINTER(Sweep)], ctypes.c_int64
+    functions.qtr_sweep.argtypes, functions.qtr_sweep.restype = [small, ctypes.POINTER(Sweep)], None
     paths = linear.supported_paths(functions.qtr_path_name, functions.qtr_path_supported)
     return linear.Library(functions, file, paths, vision.choose(os.environ.get(linear.PATH_VARIABLE), tuple(paths)))
 
@@ -276,6 +301,137 @@ def _scratch(size: int) -> Tensor:
         _own.scratch = None  # before there is another
         _own.scratch = kept = torch.empty(size, dtype=torch.uint8, device="cpu")
     return kept
+
+
+@lru_cache(maxsize=1)
+def sweeps() -> bool:
+    """Say whether this CPU runs whole sweeps: it has AVX512-VNNI, and no code path without it was asked for."""
+    if failure() is not None or not load().functions.qtr_sweeps_supported():
+        return False
+    return os.environ.get(linear.PATH_VARIABLE) in (None, "", "avx512")
+
+
+class Packed:
+    """A matrix [k, k] packed for sweeps over all columns of weights: 2 bytes an entry, of either half those wanted.
+
+    Attributes:
+        k: columns.
+        block: how many are decided before others are told.
+        ahead: True: of an upper factor, whose columns leave something to those behind them; False: a symmetric matrix.
+    """
+
+    def __init__(self, matrix: Tensor, *, ahead: bool, block: int = MOST_SWEPT) -> None:
+        """Pack float32 ``matrix`` [k, k], dense along one dimension; ``block`` is 128, 64 or 32.
+
+        Raises:
+            ValueError: a shape, stride, dtype or block is another.
+        """
+        check([matrix], torch.float32)
+        k = len(matrix)
+        if matrix.shape != (k, k) or not k or 1 not in matrix.stride() or block not in (32, 64, MOST_SWEPT):
+            raise ValueError(
+                f"no sweeps by {list(matrix.shape)} with strides {list(matrix.stride())}, blocks of {block}"
+            )
+        self.k, self.block, self.ahead = k, block, ahead
+        self._bend = torch.empty(k, dtype=torch.float32, device="cpu")
+        self._corners = torch.empty(-(-k // block) * block * block, dtype=torch.float32, device="cpu")
+        lines = matrix.T if ahead else matrix  # what a column gets of others is a line
+        self.job = Swept(
+            Factor(matrix.data_ptr(), k, *lines.stride()), block, int(ahead),
+            self._bend.data_ptr(), self._corners.data_ptr(), 0,
+        )  # fmt: skip
+        functions = load().functions
+        self._words = torch.empty(functions.qtr_sweep_bytes(self.job) + 64, dtype=torch.uint8, device="cpu")
+        self.job.words = self._words.data_ptr() + (-self._words.data_ptr()) % 64
+        functions.qtr_sweep_pack(self.job)
+        self.job.factor.numbers = 0  # it may go
+
+
+def sweep_rounding(
+    matrix: Packed, weight: Tensor, steps: Tensor, groups: Tensor, code_range: tuple[int, int], path: str | None = None
+) -> Tensor:
+    """Return codes for a weight whose columns are rounded in turn, each making up for those before.
+
+    Args:
+        matrix: the upper factor, ``ahead``; its diagonal divides what a column lost.
+        weight: float32 [n, k].
+        steps: float32 [n, groups].
+        groups: int64 [k], the group of each column.
+        code_range: least and largest code.
+        path: forces a code path of blocks (tests).
+
+    Returns:
+        int8 [n, k].
+
+    Raises:
+        ValueError: a shape or dtype is another.
+    """
+    check([weight, steps], torch.float32)
+    check([groups], torch.int64)
+    n, k = weight.shape
+    right = matrix.ahead and matrix.k == k and len(steps) == n and groups.shape == (k,)
+    if not right or int(groups.min()) < 0 or int(groups.max()) >= steps.shape[1]:
+        raise ValueError(f"no sweep over {list(weight.shape)} with steps {list(steps.shape)} by {matrix.k} columns")
+    weight, steps, groups = weight.contiguous(), steps.contiguous(), groups.contiguous()
+    codes = torch.empty(n, k, dtype=torch.int8, device="cpu")
+    job = Sweep(
+        ctypes.pointer(matrix.job), weight.data_ptr(), steps.data_ptr(), groups.data_ptr(), n, steps.shape[1],
+        *code_range, 1, codes.data_ptr(),
+    )  # fmt: skip
+    _sweep(job, path)
+    return codes
+
+
+def sweep_descent(
+    matrix: Packed,
+    gap: Tensor,
+    steps: Tensor,
+    codes: Tensor,
+    code_range: tuple[int, int],
+    *,
+    sweeps: int = 1,
+    slopes: bool = False,
+    path: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes that lower ``gap matrix gap^T``: every column visited in turn, ``sweeps`` times.
+
+    Args:
+        matrix: symmetric, not ``ahead``.
+        gap: float32 [n, k], what codes stand for less what they should.
+        steps: float32 [n, groups], of neighbouring columns; a group is a multiple of the matrix's blocks.
+        codes: int8 [n, k].
+        code_range: least and largest code.
+        sweeps: over all columns, at least one.
+        slopes: whether ``gap matrix`` is wanted, before and after.
+        path: forces a code path of blocks (tests).
+
+    Returns:
+        Codes int8 [n, k], and the two slopes float32 [n, k], or [0].
+
+    Raises:
+        ValueError: a shape or dtype is another.
+    """
+    check([gap, steps], torch.float32)
+    check([codes], torch.int8)
+    (n, k), count = gap.shape, steps.shape[1]
+    right = not matrix.ahead and matrix.k == k and codes.shape == gap.shape and len(steps) == n and count and sweeps > 0
+    if not right or k % count or (count > 1 and k // count % matrix.block):
+        raise ValueError(f"no descent of {list(gap.shape)} with steps {list(steps.shape)} by {matrix.k} columns")
+    gap, steps, codes = gap.contiguous(), steps.contiguous(), codes.clone(memory_format=torch.contiguous_format)
+    before, after = (torch.empty(gap.shape if slopes else 0, dtype=torch.float32, device="cpu") for _ in range(2))
+    job = Sweep(
+        ctypes.pointer(matrix.job), gap.data_ptr(), steps.data_ptr(), 0, n, count, *code_range, sweeps,
+        codes.data_ptr(), *(each.data_ptr() if slopes else 0 for each in (before, after)),
+    )  # fmt: skip
+    _sweep(job, path)
+    return codes, before, after
+
+
+def _sweep(job: Sweep, path: str | None) -> None:
+    own = load()
+    scratch = _scratch(own.functions.qtr_sweep_scratch(job) + 64)
+    job.scratch = scratch.data_ptr() + (-scratch.data_ptr()) % 64
+    own.functions.qtr_sweep(own.paths[path] if path else own.path_id, job)
 
 
 def round_columns(
