@@ -187,8 +187,33 @@ class _Rough(nn.Linear):
     """Multiplies as ``products`` may where that is rough: whole numbers, on CPUs with AVX512-VNNI."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype != torch.float32 or input.dim() < 2 or torch.is_grad_enabled():
+        if input.dtype != torch.float32 or input.dim() < 2:
             return super().forward(input)
-        with products.rough():
-            out = products.times(input.flatten(0, -2), self.weight.T).view(*input.shape[:-1], len(self.weight))
+        flat = input.flatten(0, -2)
+        if torch.is_grad_enabled() and input.requires_grad and not self.weight.requires_grad:
+            out: Tensor = _Product.apply(flat, self.weight)
+        elif torch.is_grad_enabled():
+            return super().forward(input)
+        else:
+            out = _multiplied(flat, self.weight.T)
+        out = out.view(*input.shape[:-1], out.shape[1])
         return out if self.bias is None else out + self.bias
+
+
+class _Product(torch.autograd.Function):
+    """Rows times a weight that nobody wants a gradient of, multiplied roughly both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _multiplied(rows, weight.T)
+
+    @staticmethod
+    def backward(ctx: Any, behind: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return _multiplied(behind.contiguous(), weight), None
+
+
+def _multiplied(left: Tensor, right: Tensor) -> Tensor:
+    with products.rough():
+        return products.times(left, right)

@@ -74,17 +74,18 @@ def best(
     """
     n = len(weight)
     tried = STRETCHES[:stretches]
-    begun = torch.cat([stored(scales.float() * stretch, scales.dtype, fold) for stretch in tried])
+    begun = stored(torch.cat([scales.float() * stretch for stretch in tried]), scales.dtype, fold)
     copies = weight.repeat(len(tried), 1)
     found: list[QuantizedWeight] = []
+    lost: list[Tensor] = []  # of every start, [n]
     for sweep in sweeps:
         made = QuantizedWeight(sweep(copies, begun), begun)
         made = refined(copies, matrix, made, scheme, rounds, fold, refit, packed) if rounds else made
+        if len(made.codes) == n and len(sweeps) == 1:
+            return made
+        lost += errors(copies, matrix, made).split(n)
         found += [QuantizedWeight(c, s) for c, s in zip(made.codes.split(n), made.scales.split(n), strict=True)]
-    if len(found) == 1:
-        return found[0]
-    lost = torch.stack([errors(weight, matrix, each) for each in found])  # [starts, n]
-    least = lost.argmin(dim=0)
+    least = torch.stack(lost).argmin(dim=0)
     rows = torch.arange(n, device=weight.device)
     return QuantizedWeight(
         torch.stack([each.codes for each in found])[least, rows],

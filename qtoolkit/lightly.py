@@ -9,6 +9,7 @@ called; what a process that works alone was told, stays.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -27,6 +28,7 @@ COMPILER = "torch._dynamo"
 INSIDE = MappingProxyType({f"{COMPILER}._trace_wrapped_higher_order_op": "TransformGetItemToIndex"})
 LATER = MappingProxyType({"sklearn.metrics": "roc_curve", "scipy.optimize": "linear_sum_assignment"})
 TRITON = "triton"  # PyTorch's compiler loads it wherever it is installed, without a GPU, too
+_alone: list[bool] = []  # one entry where the process is our own
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # what torchrun tells each of its processes
 
 
@@ -37,6 +39,8 @@ def load_transformers() -> None:
         import transformers.loss.loss_utils
         import transformers.modeling_layers
         import transformers.models.auto.modeling_auto  # noqa: F401
+    if _alone:
+        gc.freeze()  # a million objects that stay need not be looked through for what may go
 
 
 @contextmanager
@@ -208,6 +212,7 @@ def work_alone() -> None:
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if torch.cuda.is_available() or several or parent_process() or any(name in os.environ for name in LAUNCHED):
         return
+    _alone[:] = [True]
     from transformers.utils import import_utils
 
     asked: Any = getattr(import_utils, "is_torch_distributed_available", None)

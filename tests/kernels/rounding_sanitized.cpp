@@ -24,6 +24,11 @@ const char* qtr_sums_name(int path);
 int qtr_sums_supported(int path);
 int64_t qtr_sums_scratch(int path, const Sum* job);
 void qtr_sum(int path, const Sum* job);
+int qtr_sweeps_supported();
+int64_t qtr_sweep_bytes(const Swept* matrix);
+void qtr_sweep_pack(const Swept* matrix);
+int64_t qtr_sweep_scratch(const Sweep* job);
+void qtr_sweep(int path, const Sweep* job);
 }
 
 namespace {
@@ -162,6 +167,37 @@ void run_sum(int path) {
     }
 }
 
+// Both kinds of sweeps over a matrix that is nearly diagonal; what they read and write has exactly the size that they say.
+void run_sweep(int path) {
+  const int64_t n = 1 + upto(150), k = 1 + upto(300), ahead = upto(1), block = int64_t(32) << upto(2);
+  const bool grouped = k % block == 0;
+  const int64_t groups = grouped ? k / block : 1;
+  std::vector<float> matrix = numbers(k * k), rows = numbers(n * k), steps(size_t(n * groups), 0.25f);
+  for (float& each : matrix) each *= 0.001f;
+  for (int64_t i = 0; i < k; ++i) matrix[size_t(i * k + i)] = 1.0f;
+  std::vector<float> bend(size_t(k), 0.0f), corners(size_t((k + block - 1) / block * block * block), 0.0f);
+  Swept swept{{matrix.data(), k, ahead ? 1 : k, ahead ? k : 1}, block, ahead, bend.data(), corners.data(), nullptr};
+  std::vector<char> words(size_t(qtr_sweep_bytes(&swept)) + 64);
+  swept.words = words.data() + (64 - uintptr_t(words.data()) % 64) % 64;
+  qtr_sweep_pack(&swept);
+  matrix.clear();
+  std::vector<int64_t> group(size_t(k), 0);
+  for (int64_t i = 0; i < k; ++i) group[size_t(i)] = i * groups / k;
+  std::vector<int8_t> codes(size_t(n * k), 3);
+  std::vector<float> before(size_t(n * k), 0.0f), after(size_t(n * k), 0.0f);
+  const bool slopes = !ahead && upto(1);
+  Sweep job{&swept, rows.data(), steps.data(), group.data(), n, groups, -8.0f, 7.0f, 1 + upto(1), codes.data(),
+            slopes ? before.data() : nullptr, slopes ? after.data() : nullptr, nullptr};
+  std::vector<char> scratch(size_t(qtr_sweep_scratch(&job)) + 64);
+  job.scratch = scratch.data() + (64 - uintptr_t(scratch.data()) % 64) % 64;
+  qtr_sweep(path, &job);
+  for (int64_t i = 0; i < n * k; ++i) {
+    expect(codes[size_t(i)] >= -8 && codes[size_t(i)] <= 7);
+    if (ahead) expect(std::fabs(float(codes[size_t(i)]) * 0.25f - rows[size_t(i)]) < 0.25f);
+    if (slopes) expect(std::fabs(before[size_t(i)] - rows[size_t(i)]) < 0.2f && std::fabs(after[size_t(i)]) < 0.4f);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -174,5 +210,7 @@ int main() {
     }
   for (int path = 0; qtr_sums_name(path); ++path)
     for (int i = 0; qtr_sums_supported(path) && i < 50; ++i) run_sum(path);
+  for (int path = 0; qtr_path_name(path); ++path)
+    for (int i = 0; qtr_sweeps_supported() && qtr_path_supported(path) && i < 50; ++i) run_sweep(path);
   std::printf("%d runs\n", runs);
 }
