@@ -160,7 +160,7 @@ class Solved:
         self.damping = options.damping
         self.factor = self._factor(self.order) if options.compensate else None
         self._halved: Tensor | None = None  # the damped matrix, where products are rough
-        self._packed: tuple[int, sweeps.Packed | None] | None = None  # and for whole sweeps over groups of that size
+        self._packed: dict[tuple[int, float], sweeps.Packed | None] = {}  # for sweeps, by group size and damping: one
         self.last = False  # whether the layer that comes is the last: what it needs no more then goes at once
         self._more: list[tuple[Tensor, Tensor | sweeps.Packed]] = []  # further orders, made when a layer wants them
 
@@ -252,9 +252,11 @@ class Solved:
     def _pack(self, matrix: Tensor, scheme: Scheme) -> sweeps.Packed | None:
         """Return the damped ``matrix`` for whole sweeps, where they run; layers that share the input share it."""
         size = 0 if scheme.group_size == CHANNEL else scheme.group_size
-        if self._packed is None or self._packed[0] != size:
-            self._packed = size, products.packed(matrix, size)
-        return self._packed[1]
+        key = size, self.damping
+        if key not in self._packed:
+            self._packed.clear()  # before there is another
+            self._packed[key] = products.packed(matrix, size)
+        return self._packed[key]
 
     def _orders(self, wanted: int) -> list[tuple[Tensor, Tensor | sweeps.Packed]]:
         """Return so many orders of the inputs with the factor in each."""

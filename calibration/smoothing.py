@@ -3,7 +3,8 @@
 Source: QQQ (Zhang et al. 2024, section 3.2, "adaptive smoothing"): only channels beyond a threshold t are scaled, down
 to t, and t is searched for each group of layers so that the quantized group's output is nearest to the float one's.
 Scales are then rounded to powers of two, so that channels end within a factor of 1.4 of t and the smoothed block
-computes the same bits, but for numbers too small for a dtype's normal range.
+computes the same bits, but for numbers too small for a dtype's normal range, and for products of whole numbers, whose
+scale channels share (``halves``).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Smooth:
     """The transform: for each channel group search the scales, then fold them into producers and consumers."""
 
     Options = SmoothOptions
-    keeps_function = True  # what the block computes in float stays, bit for bit
+    keeps_function = True  # what the block computes in float stays
 
     def __init__(self, options: SmoothOptions) -> None:
         self.options = options
@@ -230,7 +231,7 @@ def smoothed_and_rounded(block: Block, group: ChannelGroup, scales: Tensor, cont
 def powers(scales: Tensor) -> Tensor:
     """Return the powers of two nearest to positive float32 ``scales``, by their ratio.
 
-    Folded in and multiplied, they move exponents only: the float block computes the same bits, and gains are stored
+    Folded in and multiplied, they move exponents only: products of floats have the same bits, and gains are stored
     exactly.
     """
     return ((scales.log2().round().to(torch.int32) + BIAS) << MANTISSA).view(torch.float32)

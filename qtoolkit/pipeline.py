@@ -196,6 +196,7 @@ class Run:
             if index < done:
                 block.schemes |= {name: Scheme.named(kind) for name, kind in job.facts(_part(index))["schemes"].items()}
                 self._restore(block, job.tensors(_part(index)))
+                smoothed = job.tensors(_smoothed(index)) if job.has(_smoothed(index)) else {}
             else:
                 if gradients:
                     gradients.tell(block, index)
@@ -204,8 +205,9 @@ class Run:
                 stream.way, stream.floats_way = Way(moves=True), Way(moves=compared and same)
                 figures = self._transform(block, stream)
                 block.probe = None
-                if stream.floats_way.behind and block.smoothed:
-                    job.save(_smoothed(index), {name: scales.cpu() for name, scales in block.smoothed.items()})
+                smoothed = block.smoothed if stream.floats_way.passed else {}
+                if smoothed:
+                    job.save(_smoothed(index), {name: scales.cpu() for name, scales in smoothed.items()})
                 job.save(_part(index), self._pack(block), figures)
                 if gradients:
                     gradients.forget(index)
@@ -217,8 +219,7 @@ class Run:
             memory.trim()
             if compared and not floats.way.behind and index + 1 < self.blocks:  # a stream more costs more than reading
                 block = self._block(self.weights, index)
-                if index < done and job.has(_smoothed(index)):  # the float network of before was: the last bits differ
-                    smoothing.fold_again(block, job.tensors(_smoothed(index)))
+                smoothing.fold_again(block, smoothed)  # as where it was passed: the last bits may differ
                 floats = capture.advance(block, floats, spent=True)
                 del block
         for name, part in self._rest().items():

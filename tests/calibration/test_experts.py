@@ -251,7 +251,7 @@ def test_experts_that_no_group_fits_stay_in_float_together(tmp_path: Path) -> No
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    folder = save_random(tmp_path / "model", "mixtral")
+    folder = save_random(tmp_path / "model", "mixtral", hidden_size=256, intermediate_size=256)  # products may be rough
 
     class Stop:
         def start(self, blocks: int, done: int) -> None: ...

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from qtoolkit.calibration import halves, processor, twin
+from qtoolkit.calibration import halves, processor, products, twin
 from qtoolkit.calibration.hessian import NARROW, Hessian
+from qtoolkit.kernels.cpu.rounding import library as native
 from qtoolkit.stages import Block, QuantizedWeight
 
 
@@ -35,6 +36,26 @@ def test_outputs_are_those_of_float32_but_for_bfloat16s_rounding() -> None:
     assert wide.dtype == torch.float32
     assert 0 < float((wide - wanted[0]).norm() / wanted[0].norm()) < 2**-8
     assert torch.equal(given.layer("router")(x), wanted[1])  # small differences decide there
+
+
+@pytest.mark.skipif(next(iter(native.sums()), "") != "avx512", reason="whole numbers are for AVX512-VNNI without AMX")
+@pytest.mark.parametrize("shape", [(512, 256), (2, 256, 256)])
+def test_whole_numbers_multiply_forwards_and_backwards(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halves, "pays", lambda device: False)
+    given = block()
+    given.module.requires_grad_(False)
+    x, behind = torch.randn(shape, requires_grad=True), torch.randn(*shape[:-1], 192)
+    layer = given.linear("wide")
+    weight, bias = layer.weight.double(), layer.bias.double()
+    halves.hasten(given, torch.device("cpu"))
+    with products.fast(torch.device("cpu"), 256):
+        out = layer(x)
+        (gradient,) = torch.autograd.grad(out, x, behind)
+        with torch.no_grad():
+            assert torch.equal(layer(x), out)
+    for found, wanted in ((out, x.double() @ weight.T + bias), (gradient, behind.double() @ weight)):
+        assert found.shape == wanted.shape
+        assert 1e-6 < float((found - wanted).norm() / wanted.norm()) < 2e-3
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <random>
 #include <vector>
 #include "job.h"
@@ -167,6 +168,13 @@ void run_sum(int path) {
     }
 }
 
+using Memory = std::unique_ptr<char, decltype(&std::free)>;
+
+Memory aligned(int64_t bytes) {
+  expect(bytes % 64 == 0);
+  return {static_cast<char*>(std::aligned_alloc(64, size_t(bytes))), &std::free};
+}
+
 // Both kinds of sweeps over a matrix that is nearly diagonal; what they read and write has exactly the size that they say.
 void run_sweep(int path) {
   const int64_t n = 1 + upto(150), k = 1 + upto(300), ahead = upto(1), block = int64_t(32) << upto(2);
@@ -177,10 +185,10 @@ void run_sweep(int path) {
   for (int64_t i = 0; i < k; ++i) matrix[size_t(i * k + i)] = 1.0f;
   std::vector<float> bend(size_t(k), 0.0f), corners(size_t((k + block - 1) / block * block * block), 0.0f);
   Swept swept{{matrix.data(), k, ahead ? 1 : k, ahead ? k : 1}, block, ahead, bend.data(), corners.data(), nullptr};
-  std::vector<char> words(size_t(qtr_sweep_bytes(&swept)) + 64);
-  swept.words = words.data() + (64 - uintptr_t(words.data()) % 64) % 64;
+  const Memory words = aligned(qtr_sweep_bytes(&swept));
+  swept.words = words.get();
   qtr_sweep_pack(&swept);
-  matrix.clear();
+  std::vector<float>().swap(matrix);
   std::vector<int64_t> group(size_t(k), 0);
   for (int64_t i = 0; i < k; ++i) group[size_t(i)] = i * groups / k;
   std::vector<int8_t> codes(size_t(n * k), 3);
@@ -188,8 +196,8 @@ void run_sweep(int path) {
   const bool slopes = !ahead && upto(1);
   Sweep job{&swept, rows.data(), steps.data(), group.data(), n, groups, -8.0f, 7.0f, 1 + upto(1), codes.data(),
             slopes ? before.data() : nullptr, slopes ? after.data() : nullptr, nullptr};
-  std::vector<char> scratch(size_t(qtr_sweep_scratch(&job)) + 64);
-  job.scratch = scratch.data() + (64 - uintptr_t(scratch.data()) % 64) % 64;
+  const Memory scratch = aligned(qtr_sweep_scratch(&job));
+  job.scratch = scratch.get();
   qtr_sweep(path, &job);
   for (int64_t i = 0; i < n * k; ++i) {
     expect(codes[size_t(i)] >= -8 && codes[size_t(i)] <= 7);
