@@ -40,7 +40,7 @@ def load_transformers() -> None:
         import transformers.modeling_layers
         import transformers.models.auto.modeling_auto  # noqa: F401
     if _alone:
-        gc.freeze()  # a million objects that stay need not be looked through for what may go
+        gc.freeze()  # what imports left stays: collections need not look through it for what may go
 
 
 @contextmanager
