@@ -94,11 +94,6 @@ void multiply_part(const Sum& job, int64_t row, int64_t column, int64_t at_once,
     multiply_span(job, span, row, column, at_once, steps, span ? 1.0f : job.keep);
 }
 
-bool supported() {
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
 }  // namespace
 
 const SumLoops VNNI_SUMS{supported, scratch, packs, pack_part, multiply_part, 2 * SUMS_AT_ONCE};

@@ -47,7 +47,8 @@ void pack(const Swept& matrix, int64_t tile) {
     if (matrix.ahead && step > line) break;  // columns decided later leave nothing to these
     Place own = place(matrix, tile, span);
     std::memset(own.tiles, 0, size_t(SPAN_BYTES));
-    (factor.step_stride == 1 ? pack_by_line : pack_by_step)(factor, line, step, std::min(SPAN, factor.lines - step), {&own, nullptr});
+    const auto pack_span = factor.step_stride == 1 ? pack_by_line : pack_by_step;
+    pack_span(factor, line, step, std::min(SPAN, factor.lines - step), {&own, nullptr});
   }
   for (int64_t first = whole(line, matrix.block); first < std::min(line + TILE, factor.lines); first += matrix.block)
     corner(matrix, first);
@@ -117,7 +118,8 @@ void tell(const Swept& matrix, const Desk& own, int64_t line, int64_t end, int64
   }
 }
 
-void tell(const Swept& matrix, const Desk& own, int64_t outputs, int64_t line, int64_t end, int64_t step, int64_t steps, float share) {
+void tell(const Swept& matrix, const Desk& own, int64_t outputs, int64_t line, int64_t end, int64_t step, int64_t steps,
+          float share) {
   (outputs > LANES / 2 ? tell<4> : tell<2>)(matrix, own, line, whole(end, TILE), step, steps, share);
 }
 
@@ -188,7 +190,8 @@ void codes_from_lanes(Read read, int64_t count, int64_t steps, int8_t* to, int64
 Desk begun(const Sweep& job, int thread, int64_t output, int64_t count) {
   const Desk own = desk(job, thread);
   for (int64_t group = 0; group < job.groups; ++group)
-    for (int64_t i = 0; i < LANES; ++i) own.steps[group * LANES + i] = i < count ? job.steps[(output + i) * job.groups + group] : 1.0f;
+    for (int64_t i = 0; i < LANES; ++i)
+      own.steps[group * LANES + i] = i < count ? job.steps[(output + i) * job.groups + group] : 1.0f;
   return own;
 }
 
@@ -201,7 +204,9 @@ void round(const Sweep& job, const ColumnLoops& loops, int thread, int64_t outpu
     const int64_t width = std::min(matrix.block, k - first);
     const Spread spread{matrix.corners + first * matrix.block, width, job.low, job.high};
     loops.round({spread, own.work + first * LANES, own.steps, job.group + first, LANES, LANES, own.small, own.left}, 0, LANES);
-    const auto read = [&](int64_t at) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(own.small + at))); };
+    const auto read = [&](int64_t at) {
+      return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(own.small + at)));
+    };
     codes_from_lanes(read, count, width, job.codes + output * k + first, k);
     if (first + width == k) return;
     for (int64_t i = 0; i < width; ++i)
@@ -241,11 +246,6 @@ void descend(const Sweep& job, const ColumnLoops& loops, int thread, int64_t out
     }
   }
   if (job.after) from_lanes(own.work, count, k, job.after + output * k, k);
-}
-
-bool supported() {
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
 }  // namespace

@@ -99,4 +99,10 @@ void pack_by_step(const Factor& factor, int64_t line, int64_t step, int64_t left
   }
 }
 
+// Whether this CPU has what the sources that include this are compiled for.
+inline bool supported() {
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
 }  // namespace
