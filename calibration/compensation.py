@@ -117,7 +117,7 @@ class Compensate:
                 else:
                     several = rows.parts(len(aim), aim.shape[1], outputs.heads(block, name), aim.device)
                     quantized = solved.quantize(aim, scheme, context.scale_dtype, metrics.pop(name, None), several)
-                gap = quantized.dequantize().sub_(aim)
+                gap = quantized.gap(aim)
                 if not all(end.isfinite() for end in gap.aminmax()):
                     raise NumericError(f"The scales of {block.name}.{name} overflow {context.scale_dtype}.")
                 report[name] = report.get(name, {}) | {
@@ -176,7 +176,7 @@ class Solved:
             assert self.hessian is not None
             with self.hessian.under(self.damping) as damped:
                 turned = triangles.ordered(damped, last_first)
-            found = triangles.inverse_factor(turned)
+            found = triangles.inverse_factor(turned, rough=self.hessian.may_be_rough)
             if found is not None:
                 with products.rough():
                     packed = None if self.options.chained else products.packed_factor(found)
@@ -258,13 +258,12 @@ class Solved:
             self._packed[key] = products.packed(matrix, size)
         return self._packed[key]
 
-    def _orders(self, wanted: int) -> list[tuple[Tensor, Tensor | sweeps.Packed]]:
-        """Return so many orders of the inputs with the factor in each."""
+    def _orders(self, wanted: int) -> list[tuple[Tensor | None, Tensor | sweeps.Packed]]:
+        """Return so many orders of the inputs, None as they lie, with the factor in each."""
         assert self.factor is not None
         if len(self._more) < wanted - 1:
             self._more = [(order, self._factor(order)) for order in starts.orders(self.diagonal, wanted - 1)]
-        own = torch.arange(len(self.diagonal), device=self.diagonal.device) if self.order is None else self.order
-        return [(own, self.factor), *self._more[: wanted - 1]]
+        return [(self.order, self.factor), *self._more[: wanted - 1]]
 
     def quantize_chained(self, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
         """Return int8 weights of the chained grid, and their scales in ``dtype``: sixteenths of int4 steps.
@@ -305,7 +304,7 @@ class Solved:
         assert matrix is not None
         added = matrix.diagonal() - self.diagonal  # the damping, where it is there
         with products.rough():
-            several = (mix @ gap, mix @ weight)
+            several = (products.times(mix, each) for each in (gap, weight))
             lost, total = ((products.times(each, matrix) * each - each.square() * added).sum() for each in several)
         return float(lost / total) if total > 0 else 0.0
 
@@ -319,12 +318,12 @@ def even(n: int, most: int) -> int:
 
 
 def round_in_order(
-    order: Tensor, factor: Tensor | sweeps.Packed, scheme: Scheme, weight: Tensor, scales: Tensor
+    order: Tensor | None, factor: Tensor | sweeps.Packed, scheme: Scheme, weight: Tensor, scales: Tensor
 ) -> Tensor:
     """Round weight [n, k] column by column in ``order``, spreading each error over the columns still to come.
 
     Args:
-        order: int64 [k] permutation of the inputs.
+        order: int64 [k] permutation of the inputs; None: as they lie.
         factor: upper Cholesky factor of the inverse Hessian in ``order``: float32 [k, k], ``halved`` or packed.
         scheme: gives group size and code range.
         weight: float32 [n, k].
@@ -335,11 +334,13 @@ def round_in_order(
     """
     n, k = weight.shape
     size = k if scheme.group_size == CHANNEL else scheme.group_size
-    groups = order // size
+    groups = (torch.arange(k, device=weight.device) if order is None else order) // size
     if isinstance(factor, sweeps.Packed):
-        made = sweeps.rounded(factor, weight.index_select(1, order), scales.float(), groups, scheme.code_range)
-        return made.index_select(1, torch.argsort(order))
-    work = weight.T.contiguous().index_select(0, order)  # [k, n]: a column of the weight is a contiguous row here
+        work = weight if order is None else weight.index_select(1, order)
+        made = sweeps.rounded(factor, work, scales.float(), groups, scheme.code_range)
+        return made if order is None else made.index_select(1, torch.argsort(order))
+    work = weight.T.clone(memory_format=torch.contiguous_format)  # [k, n]: a column of the weight lies in a row here
+    work = work if order is None else work.index_select(0, order)
     steps = scales.float().T  # [groups, n]
     codes = torch.empty(k, n, dtype=torch.int8, device=weight.device)
     diagonal = factor.diagonal().float().unsqueeze(1)
@@ -356,4 +357,4 @@ def round_in_order(
         told = errors.to(factor.dtype)
         for begin, end in columns.spans(k, last):
             products.add(work[begin:end], factor[first:last, begin:end].T, told, alpha=-1.0)
-    return codes[torch.argsort(order)].T.contiguous()
+    return (codes if order is None else codes[torch.argsort(order)]).T.contiguous()

@@ -102,10 +102,10 @@ def to_codes(weight: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
     )
 
 
-def rounded(weight: Tensor, scheme: Scheme, times: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def rounded(weight: Tensor, scheme: Scheme, times: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Return weight [n, k], its inputs multiplied with ``times`` [k] first, after min-max rounding to the nearest code.
 
-    It comes in ``dtype``, float32 or bfloat16.
+    It comes in ``out`` [n, k], float32 or bfloat16, or else in float32 anew.
     """
     size = weight.shape[1] // scheme.groups(weight.shape[1])
-    return nearest.rounded(weight, size, scheme.code_range, times, dtype)
+    return nearest.rounded(weight, size, scheme.code_range, times, out)

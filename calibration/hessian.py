@@ -12,6 +12,7 @@ from qtoolkit.calibration import products, triangles
 from qtoolkit.stages import Block, Stream
 from qtoolkit.vision.matrix import Geometry
 
+SHRUNK = 0.1  # from which the smallest eigenvalue is far above what rounded products change: it is factored with such
 PART, PARTS = 128, 8  # rows that are summed together, at least, and of how many parts
 NARROW = 1024  # inputs below which parts pay: oneDNN keeps 400 MB for all the sizes of a wide layer's parts
 TOKENS = 131072  # inputs a convolution's Hessian is made of: over 200 for each of 576 rows
@@ -41,7 +42,7 @@ class Hessian:
         for first in range(0, k, rows):  # nothing below the diagonal: half the work
             here = slice(first, first + rows)
             part, kept = self._matrix[here, first:], self.tokens / seen
-            products.accumulated(part, x[:, here].T, x[:, first:], keep=kept, share=2.0 / seen, upper=True)
+            products.accumulated(part, x[:, here].T, x[:, first:], keep=kept, share=2.0 / seen, half="upper")
         self._whole = False
         self.mean.mul_(self.tokens / seen).add_(x.sum(dim=0), alpha=1.0 / seen)
         self.tokens = seen
@@ -73,6 +74,11 @@ class Hessian:
         found = self.matrix.diagonal() + self.dead
         return (found + damping * float(found.mean())) / (1 - self.shrinkage)
 
+    @property
+    def may_be_rough(self) -> bool:
+        """Tell whether its factor may be made of rounded products."""
+        return self.shrinkage >= SHRUNK
+
     @contextmanager
     def under(self, damping: float) -> Iterator[Tensor]:
         """Inside, the matrix itself has the diagonal of ``damping``: no other of its size is made."""
@@ -88,7 +94,7 @@ class Hessian:
         """Inside, the matrix's lower triangle is its Cholesky factor, under ``damping``; None: it is singular."""
         with self.under(damping) as matrix:
             try:
-                yield matrix if triangles.factor(matrix) else None
+                yield matrix if triangles.factor(matrix, rough=self.may_be_rough) else None
             finally:
                 triangles.mirrored(matrix)
 

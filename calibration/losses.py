@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qtoolkit.calibration import products
 from qtoolkit.calibration.twin import Inputs
 
 
@@ -14,7 +15,9 @@ def inherited(sample: Inputs, weight: Tensor, aim: Tensor) -> dict[str, float]:
     W is the float ``weight`` [n, k], A the ``aim`` it was to have, which makes up for a part of it, x the layer's input
     and y the float network's, of held-out tokens.
     """
-    return _shares(sample.seen @ aim.T, {"inherited_error": (sample.seen - sample.wanted) @ weight.T})
+    with products.rough():
+        seen = products.times(sample.seen, aim.T)
+        return _shares(seen, {"inherited_error": products.times(sample.seen - sample.wanted, weight.T)})
 
 
 def parts(sample: Inputs, aim: Tensor, gap: Tensor) -> dict[str, float]:
@@ -27,13 +30,14 @@ def parts(sample: Inputs, aim: Tensor, gap: Tensor) -> dict[str, float]:
     - ``activation_error``: |A x' - A x|^2, from the rounded inputs alone;
     - ``both_error``: |(A + gap) x' - A x|^2, what the layer loses when it is served; about the sum of the two.
     """
-    exact = sample.seen @ aim.T  # [tokens, n]
-    rounded = sample.served @ aim.T - exact
-    found = {
-        "weight_error": sample.seen @ gap.T,
-        "activation_error": rounded,
-        "both_error": sample.served @ gap.T + rounded,
-    }
+    with products.rough():
+        exact = products.times(sample.seen, aim.T)  # [tokens, n]
+        rounded = products.times(sample.served - sample.seen, aim.T)
+        found = {
+            "weight_error": products.times(sample.seen, gap.T),
+            "activation_error": rounded,
+            "both_error": products.times(sample.served, gap.T).add_(rounded),
+        }
     return _shares(exact, found)
 
 

@@ -72,12 +72,12 @@ class Moments:
         """
         assert self._shift is not None
         weight = self.weights[index]
-        if self.whole:
-            first = sum(len(each) for each in self.weights[:index])
-            own = self._shift[first : first + len(weight)]
-            return own.clone() if rows is None else rows @ own
         with products.rough():
-            found = (weight if rows is None else rows @ weight) @ self._shift
+            if self.whole:
+                first = sum(len(each) for each in self.weights[:index])
+                own = self._shift[first : first + len(weight)]
+                return own.clone() if rows is None else products.times(rows, own)
+            found = products.times(weight if rows is None else products.times(rows, weight), self._shift)
         if self._drift is not None:
             found += self._drift if rows is None else rows @ self._drift
         return found
@@ -127,15 +127,16 @@ class HeldOut:
         found = rows.new_zeros(len(rows), weight.shape[1])
         with products.rough():
             for x, lack, drift in self.batches():
-                outputs = lack[:, first : first + len(weight)] if self.moments.whole else lack @ weight.T
-                outputs = outputs if drift is None else outputs + drift
-                found.addmm_((outputs @ rows.T).T, x, alpha=2.0 / self.tokens)
+                own = lack[:, first : first + len(weight)] if self.moments.whole else products.times(lack, weight.T)
+                own = own if drift is None else own + drift
+                products.add(found, products.times(own, rows.T).T, x, alpha=2.0 / self.tokens)
         return found
 
     def bend(self, step: Tensor) -> float:
         """Return tr(S H S^T) for a step S [m, k] and the Hessian H of these inputs."""
         with products.rough():
-            return 2.0 / self.tokens * sum(float((x @ step.T).square_().sum()) for x, _, _ in self.batches())
+            moved = (products.times(x, step.T) for x, _, _ in self.batches())
+            return 2.0 / self.tokens * sum(float(each.square_().sum()) for each in moved)
 
     def hand_over(self) -> None:
         """Add these tokens to the moments; they are gone here afterwards."""

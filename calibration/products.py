@@ -26,6 +26,7 @@ from qtoolkit.calibration import processor
 
 EXACT, RELAXED = "highest", "medium"  # PyTorch's names
 SHAPE = (256, 512, 256)  # of the product that is looked at: large enough for oneDNN
+SQUARE = 512  # rows and columns of a product in ``take_square``: those of one size share what oneDNN makes
 WIDE = 1024  # channels of a hidden state from which it pays: oneDNN's code takes 60 MB, and narrow models gain a tenth
 ERROR = 4e-6  # relative, of float32 sums of so many products; bfloat16's would be 2e-3
 
@@ -75,11 +76,8 @@ def rough() -> Iterator[None]:
     matrix stays one.
     """
     if not _rounds.get() or _native.get() == sums.VNNI:
-        before = _rough.set(_native.get() == sums.VNNI)
-        try:
+        with in_whole_numbers(True):
             yield
-        finally:
-            _rough.reset(before)
         return
     torch.set_float32_matmul_precision(RELAXED)
     try:
@@ -88,15 +86,26 @@ def rough() -> Iterator[None]:
         torch.set_float32_matmul_precision(EXACT)
 
 
+@contextmanager
+def in_whole_numbers(wanted: bool) -> Iterator[bool]:
+    """Inside, products are rough only if that is ``wanted`` and in whole numbers of 12 bits; tell whether they are."""
+    may = wanted and _native.get() == sums.VNNI
+    before = _rough.set(may)
+    try:
+        yield may
+    finally:
+        _rough.reset(before)
+
+
 def accumulated(
-    total: Tensor, left: Tensor, right: Tensor, *, keep: float = 1.0, share: float = 1.0, upper: bool = False
+    total: Tensor, left: Tensor, right: Tensor, *, keep: float = 1.0, share: float = 1.0, half: str = ""
 ) -> Tensor:
     """Return ``keep * total + share * left @ right`` in the total's place [m, n], all float32; it may be rough.
 
-    With ``keep`` 0 what the total holds is not read; ``upper``: what is below its diagonal may stay as it is.
+    With ``keep`` 0 what the total holds is not read; ``half`` "upper": what is below its diagonal may stay.
     """
     if _native.get():
-        return sums.accumulated(total, left, right, keep, share, upper=upper)
+        return sums.accumulated(total, left, right, keep, share, half=half)
     with rough():
         return total.addmm_(left, right, beta=keep, alpha=share)
 
@@ -138,6 +147,19 @@ def add(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tenso
             return sums.accumulated(total, left, right, 1.0, alpha)
         return total.addmm_(left, right, alpha=alpha)
     return total.add_(left.bfloat16() @ right.bfloat16(), alpha=alpha)
+
+
+def take_square(total: Tensor, left: Tensor) -> None:
+    """Take ``left left^T`` from the lower triangle of float32 ``total`` [m, m], in its place; above it all stays."""
+    if _rough.get() and sums.worthwhile(len(left), left.shape[1], len(left)):
+        sums.accumulated(total, left, left.T, 1.0, -1.0, half="lower")
+        return
+    for first in range(0, len(left), SQUARE):
+        last = first + SQUARE
+        right = left[first:last].T
+        total[first:last, first:last].sub_((left[first:last] @ right).tril_())
+        for start in range(last, len(left), SQUARE):
+            total[start : start + SQUARE, first:last].addmm_(left[start : start + SQUARE], right, alpha=-1.0)
 
 
 def packed(matrix: Tensor, size: int = 0) -> sweeps.Packed | None:

@@ -57,7 +57,7 @@ def descended(
 ) -> QuantizedWeight:
     """Return ``start`` with codes that ``rounds`` of visits to every column have made better."""
     if packed is not None:
-        gap, steps = start.dequantize().sub_(weight), start.scales.float()
+        gap, steps = start.gap(weight), start.scales.float()
         return QuantizedWeight(
             sweeps.descended(packed, gap, start.codes, steps, scheme.code_range, rounds), start.scales
         )
@@ -69,7 +69,7 @@ def descended(
 
 def gradient(weight: Tensor, matrix: Tensor, quantized: QuantizedWeight) -> Tensor:
     """Return H (Q - W)^T, float32 [k, n]."""
-    return products.times(matrix, quantized.dequantize().sub_(weight).T)
+    return products.times(matrix, quantized.gap(weight).T)
 
 
 def refitted_scales(
@@ -146,5 +146,5 @@ def descend(matrix: Tensor, start: QuantizedWeight, scheme: Scheme, slope: Tenso
 
 def errors(weight: Tensor, matrix: Tensor, quantized: QuantizedWeight) -> Tensor:
     """Return (q - w) H (q - w)^T of every row: [n]."""
-    difference = quantized.dequantize() - weight
+    difference = quantized.gap(weight)
     return (products.times(difference, matrix) * difference).sum(dim=1)

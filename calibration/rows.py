@@ -60,10 +60,10 @@ def rounded(
     for rows in several:
         stop = start + len(rows)
         made = rounder(work[start:stop], scales[rows])
-        lost = work[start:stop] - made.dequantize()
+        gap = made.gap(work[start:stop])
         inside, behind = factor[start:stop, start:stop], stop // TOGETHER * TOGETHER  # what is done gets zeros
-        moved = torch.linalg.solve_triangular(inside.T, lost, upper=False)
-        work[behind:].addmm_(factor[start:stop, behind:].T, moved, alpha=-1.0)
+        moved = torch.linalg.solve_triangular(inside.T, gap, upper=False)
+        work[behind:].addmm_(factor[start:stop, behind:].T, moved)
         found.append(made)
         start = stop
     made, back = QuantizedWeight.joined(found), torch.argsort(order)
@@ -86,7 +86,7 @@ def refined(
     whole sweeps, where they run.
     """
     codes = start.codes.clone()
-    lost = start.dequantize().sub_(weight)
+    lost = start.gap(weight)
     told = products.halved(lost)
     for rows in several:
         inside = metric[rows][:, rows]
@@ -111,5 +111,5 @@ def refined(
 
 def error(weight: Tensor, matrix: Tensor, metric: Tensor, quantized: QuantizedWeight) -> float:
     """Return tr(G D H D^T) for D = Q - W."""
-    difference = quantized.dequantize() - weight
+    difference = quantized.gap(weight)
     return float(((metric @ difference @ matrix) * difference).sum())

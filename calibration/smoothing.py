@@ -75,6 +75,10 @@ class Smooth:
         steps = max(self.options.grid, int(start / 0.5))
         lowest = min(LOWEST, start / 100)
         losses: dict[int, float] = {}
+        room = {
+            name: torch.empty_like(layer.weight, dtype=halves.dtype(layer), memory_format=torch.contiguous_format)
+            for name, layer in zip(group.consumers, consumers, strict=True)
+        }
         known: dict[bytes, float] = {}  # powers of two change in jumps: neighbours often ask for the same scales
 
         def scales_at(step: int) -> Tensor:
@@ -88,7 +92,7 @@ class Smooth:
                         scales = scales_at(step)
                         same = scales.cpu().numpy().tobytes()
                         if same not in known:
-                            known[same] = group_loss(block, group, calls, scales, context)
+                            known[same] = group_loss(block, group, calls, scales, context, room)
                         losses[step] = known[same]
             return min(losses, key=lambda step: (losses[step], step))
 
@@ -202,10 +206,20 @@ def observe(block: Block, group: ChannelGroup, args: tuple[Any, ...], kwargs: di
     return seen[0]
 
 
-def group_loss(block: Block, group: ChannelGroup, calls: list[Call], scales: Tensor, context: Context) -> float:
-    """Return the mean over tokens of the squared output difference when the group runs quantized under ``scales``."""
+def group_loss(
+    block: Block,
+    group: ChannelGroup,
+    calls: list[Call],
+    scales: Tensor,
+    context: Context,
+    room: Mapping[str, Tensor] | None = None,
+) -> float:
+    """Return the mean over tokens of the squared output difference when the group runs quantized under ``scales``.
+
+    ``room`` takes the rounded weights of the consumers, so that trials need no new memory.
+    """
     total, tokens = 0.0, 0
-    with smoothed_and_rounded(block, group, scales, context):
+    with smoothed_and_rounded(block, group, scales, context, room or {}):
         for call in calls:
             difference = observe(block, group, call.args, call.kwargs) - call.expected
             total += float(difference.square().sum())
@@ -214,7 +228,9 @@ def group_loss(block: Block, group: ChannelGroup, calls: list[Call], scales: Ten
 
 
 @contextmanager
-def smoothed_and_rounded(block: Block, group: ChannelGroup, scales: Tensor, context: Context) -> Iterator[None]:
+def smoothed_and_rounded(
+    block: Block, group: ChannelGroup, scales: Tensor, context: Context, room: Mapping[str, Tensor]
+) -> Iterator[None]:
     """Inside, the group's consumers compute ``Q(x / s) @ Q(W * s).T``: int8 per token, int4 by rounding to nearest."""
     bits = context.scheme.activation_bits
     with ExitStack() as stack:
@@ -222,7 +238,7 @@ def smoothed_and_rounded(block: Block, group: ChannelGroup, scales: Tensor, cont
             layer = block.linear(name)
             original = layer.weight.data
             stack.callback(setattr, layer.weight, "data", original)
-            layer.weight.data = grid.rounded(original, context.scheme, scales, halves.dtype(layer))
+            layer.weight.data = grid.rounded(original, context.scheme, scales, room.get(name))
             hook = layer.register_forward_pre_hook(lambda module, args: (round_tokens(args[0], bits, 1 / scales),))
             stack.callback(hook.remove)
         yield

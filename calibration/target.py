@@ -60,7 +60,8 @@ def choose(fit: Moments, check: HeldOut) -> list[Choice]:
     lost = [0.0 for _ in fit.weights]
     mixes = [combinations(len(weight)).to(weight) for weight in fit.weights]
     pulls, fitted = ([each.pull(index, mix) for index, mix in enumerate(mixes)] for each in (check, fit))
-    for damping in DAMPINGS:
+    few = fit.tokens < len(fit.hessian.mean)  # than inputs: a step overfits, and the one held back most the least
+    for damping in sorted(DAMPINGS, reverse=few):
         with fit.hessian.factored(damping) as factor:
             if factor is None:
                 continue
@@ -72,8 +73,9 @@ def choose(fit: Moments, check: HeldOut) -> list[Choice]:
                     change = strength * strength * bend - 2 * strength * slope
                     if change < lost[index]:
                         best[index], lost[index] = Choice(damping, strength), change
-        if all(choice.strength == STRENGTHS[0] for choice in best):
-            break  # nothing is overfitted: more damping would only hold back
+        strengths = {choice.strength for choice in best}
+        if strengths == {0.0 if few else STRENGTHS[0]}:
+            break  # nothing is overfitted, more damping would only hold back; or less would overfit even more
     return best
 
 

@@ -15,11 +15,24 @@ BLOCK = 512  # columns that are factored and solved by the library, for so many 
 SOLVED = 128  # rows of a triangular matrix that are inverted by a solver
 
 
-def factor(matrix: Tensor) -> bool:
+def factor(matrix: Tensor, rough: bool = False) -> bool:
     """Put the Cholesky factor L of symmetric ``matrix`` [k, k] into its lower triangle; False where it is singular.
 
-    The strict upper triangle stays; the lower one is spoilt where there is no factor.
+    The strict upper triangle stays; the lower one is spoilt where there is no factor. ``rough``: products may be, if
+    in whole numbers, which gives the factor of a matrix whose entries are off by 2e-4 of their row's and column's
+    diagonal; where that is none, an exact one is looked for.
     """
+    with products.in_whole_numbers(rough) as may:
+        diagonal = matrix.diagonal().clone() if may else None
+        if _factor(matrix):
+            return True
+    if diagonal is None:
+        return False
+    mirrored(matrix).diagonal().copy_(diagonal)
+    return factor(matrix)
+
+
+def _factor(matrix: Tensor) -> bool:
     k = len(matrix)
     for first, last in spans(k):
         here, below = matrix[first:last, first:last], matrix[last:, first:last]
@@ -28,11 +41,7 @@ def factor(matrix: Tensor) -> bool:
             return False
         here.copy_(found + here.triu(1))
         _divide(below, found)
-        for start, stop in spans(k, last):
-            right = matrix[start:stop, first:last].T
-            matrix[start:stop, start:stop].sub_((matrix[start:stop, first:last] @ right).tril_())
-            for top, end in spans(k, stop):
-                matrix[top:end, start:stop].addmm_(matrix[top:end, first:last], right, alpha=-1.0)
+        products.take_square(matrix[last:, last:], below)
     return True
 
 
@@ -85,13 +94,16 @@ def ordered(matrix: Tensor, order: Tensor) -> Tensor:
     return found
 
 
-def inverse_factor(matrix: Tensor) -> Tensor | None:
+def inverse_factor(matrix: Tensor, rough: bool = False) -> Tensor | None:
     """Return the upper U [k, k] with U^T U the inverse of ``matrix``, or None where it is singular.
 
     ``matrix`` comes with rows and columns reversed, and is overwritten: its factor's inverse, reversed, is U, and no
-    inverse of the matrix is formed.
+    inverse of the matrix is formed. ``rough`` is as in ``factor``.
     """
-    return _reversed(_inverse(matrix.tril_())) if factor(matrix) else None
+    if not factor(matrix, rough):
+        return None
+    with products.in_whole_numbers(rough):
+        return _reversed(_inverse(matrix.tril_()))
 
 
 def _reversed(matrix: Tensor) -> Tensor:
@@ -110,9 +122,9 @@ def _inverse(lower: Tensor) -> Tensor:
     k = len(lower)
     for first, last in reversed(spans(k)):
         corner = _inverse_corner(lower[first:last, first:last])
-        column = lower[last:, first:last] @ corner
+        column = products.times(lower[last:, first:last], corner)
         for start, stop in spans(k, last):
-            lower[start:stop, first:last] = -(lower[start:stop, last:stop] @ column[: stop - last])
+            lower[start:stop, first:last] = products.times(lower[start:stop, last:stop], column[: stop - last]).neg_()
     return lower
 
 

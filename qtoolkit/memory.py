@@ -10,9 +10,9 @@ import os
 import sys
 from functools import cache
 
-LARGE = 4 << 20  # bytes from which a tensor has pages of its own, which go back as soon as it is freed
+LARGE = 32 << 20  # bytes from which a tensor has pages of its own, which go back as soon as it is freed
 PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch's variable, read at its first large tensor: 2 MB pages for those
-KEPT = 16 << 20  # bytes that smaller ones may leave free at the heap's end: they would go back and forth
+KEPT = 64 << 20  # bytes that smaller ones may leave free at the heap's end: they would go back and forth
 THRESHOLD, END = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of <malloc.h>; once one is set, glibc raises neither
 
 

@@ -20,7 +20,7 @@ def rounded(
     size: int,
     code_range: tuple[int, int],
     times: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return what the nearest codes stand for if every group's scale is its absmax over the largest code.
 
@@ -29,20 +29,27 @@ def rounded(
         size: inputs of a group; k is a multiple.
         code_range: least and largest code.
         times: float32 [k], what inputs are multiplied with first.
-        dtype: of the result, float32 or bfloat16.
-
-    Returns:
-        [n, k].
+        out: takes the result, float32 or bfloat16 [n, k], dense; without it there is a new one in float32.
     """
     if _runs(weight):
-        return native.round_rows(weight, size, code_range, SMALLEST, times, dtype)
-    made = torch.empty_like(weight, dtype=dtype)
+        return native.round_rows(weight, size, code_range, SMALLEST, times, out)
+    made = torch.empty_like(weight) if out is None else out
     some = max(1, TOGETHER // weight.shape[1])
     for part, to in zip(weight.split(some), made.split(some), strict=True):
         scaled = (part if times is None else part * times).unflatten(1, (-1, size))
         step = (scaled.abs().amax(dim=-1, keepdim=True) / float(code_range[1])).clamp_min(SMALLEST)
         to.copy_((scaled / step).round_().clamp_(*code_range).mul_(step).flatten(1))
     return made
+
+
+def restored(codes: Tensor, scales: Tensor, less: Tensor | None = None) -> Tensor:
+    """Return what ``codes`` int8 [n, k] of ``scales`` [n, groups] stand for, less a weight: float32 [n, k]."""
+    if codes.dtype == torch.int8 and native.runs(codes.device, 1) and (less is None or less.dtype == torch.float32):
+        return native.restored(codes, scales.float(), less)
+    n, k = codes.shape
+    groups = scales.shape[1]
+    found = codes.float().view(n, groups, k // groups).mul_(scales.float().unsqueeze(-1)).view(n, k)
+    return found if less is None else found.sub_(less)
 
 
 def errors(weight: Tensor, matter: Tensor, scales: Tensor, code_range: tuple[int, int]) -> Tensor:

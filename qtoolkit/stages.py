@@ -55,11 +55,21 @@ class QuantizedWeight:
         """Return the weight the codes stand for [n, k] in float32, or rounded to ``dtype``."""
         import torch
 
+        from qtoolkit import nearest
+
+        if dtype in (None, torch.float32) or dtype != self.scales.dtype:
+            found = nearest.restored(self.codes, self.scales)
+            return found if dtype is None else found.to(dtype)
         n, k = self.codes.shape
         groups = self.scales.shape[1]
-        inside = self.scales.dtype if dtype == self.scales.dtype else torch.float32  # codes are exact in either
-        steps = self.scales.to(inside).unsqueeze(-1)
-        return self.codes.to(inside).view(n, groups, k // groups).mul_(steps).view(n, k).to(dtype or inside)
+        grouped = self.codes.to(dtype).view(n, groups, k // groups)  # codes are exact in it
+        return grouped.mul_(self.scales.unsqueeze(-1)).view(n, k)
+
+    def gap(self, weight: Tensor) -> Tensor:
+        """Return what the codes stand for less ``weight`` float32 [n, k]."""
+        from qtoolkit import nearest
+
+        return nearest.restored(self.codes, self.scales, weight)
 
     @classmethod
     def joined(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:

@@ -27,9 +27,7 @@ def worthwhile(m: int, steps: int, n: int) -> bool:
     return m * steps * n >= SMALL and m * n >= NARROW * (m + n)
 
 
-def accumulated(
-    total: Tensor, left: Tensor, right: Tensor, keep: float, share: float, *, upper: bool = False
-) -> Tensor:
+def accumulated(total: Tensor, left: Tensor, right: Tensor, keep: float, share: float, *, half: str = "") -> Tensor:
     """Return ``keep * total + share * left @ right`` in the total's place; sums are float32.
 
     Args:
@@ -38,10 +36,10 @@ def accumulated(
         right: float32 [steps, n].
         keep: with 0, what the total holds is not read.
         share: of the product.
-        upper: what is below the diagonal may stay as it is.
+        half: "upper": what is below the diagonal may stay as it is; "lower": above it, too.
     """
     units = native_on(total.device)
     if units == AMX or (units == VNNI and worthwhile(left.shape[0], left.shape[1], right.shape[1])):
         left, right = (each if 1 in each.stride() else each.clone(memory_format=DENSE) for each in (left, right))
-        return native.add_product(total, left, right, keep=keep, share=share, upper=upper)
+        return native.add_product(total, left, right, keep=keep, share=share, half=half)
     return total.addmm_(left, right, beta=keep, alpha=share)

@@ -33,9 +33,12 @@ def expected(weight: Tensor, size: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_rounding_is_torchs_bit_for_bit(rounding_path: str, n: int, k: int, size: int, dtype: torch.dtype) -> None:
     weight, times = weights(n, k), torch.rand(k) + 0.5
-    assert torch.equal(nearest.rounded(weight, size, RANGE, dtype=dtype), expected(weight, size).to(dtype))
-    made = nearest.rounded(weight, size, RANGE, times, dtype)
+    out = torch.full((n, k), torch.nan, dtype=dtype)
+    assert torch.equal(nearest.rounded(weight, size, RANGE, out=out), expected(weight, size).to(dtype))
+    made = nearest.rounded(weight, size, RANGE, times, out)
     assert torch.equal(made, expected(weight * times, size).to(dtype))
+    assert made is out
+    assert torch.equal(nearest.rounded(weight, size, RANGE), expected(weight, size))
 
 
 def test_rounding_takes_rows_that_lie_apart(rounding_path: str) -> None:
@@ -47,7 +50,7 @@ def test_rounding_takes_rows_that_lie_apart(rounding_path: str) -> None:
 def test_bfloat16_is_rounded_to_nearest_even(rounding_path: str) -> None:
     size = 1.0 + 2.0**-8  # halfway between two numbers of bfloat16; times 7 it is the largest of its group
     weight = torch.tensor([[7 * size, size, -3 * size, 3 * size + 2.0**-7]])
-    made = nearest.rounded(weight, 4, RANGE, dtype=torch.bfloat16)
+    made = nearest.rounded(weight, 4, RANGE, out=torch.empty_like(weight, dtype=torch.bfloat16))
     assert made[0, 1] == 1.0
     assert torch.equal(made, expected(weight, 4).bfloat16())
 
@@ -65,14 +68,33 @@ def test_errors_are_those_of_float64(rounding_path: str, n: int, k: int, size: i
     torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("n", "k", "size"), SHAPES)
+def test_codes_stand_for_themselves_times_their_scales(rounding_path: str, n: int, k: int, size: int) -> None:
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    codes.view(-1)[:2] = torch.tensor([-128, 127])
+    scales, wide = torch.rand(n, k // size) + 0.5, torch.randn(n, 2 * k)
+    wanted = (codes.double().view(n, -1, size) * scales.double().unsqueeze(2)).view(n, k)
+    torch.testing.assert_close(nearest.restored(codes, scales).double(), wanted, rtol=1e-7, atol=0)
+    gap = nearest.restored(codes, scales, wide[:, :k])  # rows lie apart
+    torch.testing.assert_close(gap.double(), wanted - wide[:, :k].double(), rtol=1e-6, atol=1e-5)
+    assert torch.equal(nearest.restored(codes, scales, wide[:, :k].T.contiguous().T), gap)
+    turned = codes.T.contiguous().T
+    assert torch.equal(nearest.restored(turned, scales, wide[:, :k]), gap)
+    assert torch.equal(nearest.restored(codes, scales.half()), nearest.restored(codes, scales.half().float()))
+
+
 def test_what_the_loops_cannot_read_is_refused() -> None:
     if native.failure():
         pytest.skip(native.failure() or "")
     weight = torch.zeros(4, 8)
-    with pytest.raises(ValueError, match=r"a weight \[4, 8\] in groups of 4, made torch\.float16"):
-        native.round_rows(weight, 4, RANGE, nearest.SMALLEST, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"rounding loops take torch\.float32 on the CPU"):
+        native.round_rows(weight, 4, RANGE, nearest.SMALLEST, out=torch.empty_like(weight, dtype=torch.float16))
     with pytest.raises(ValueError, match=r"rounding loops take torch\.float32 on the CPU"):
         native.round_rows(weight.double(), 4, RANGE, nearest.SMALLEST)
+    with pytest.raises(ValueError, match=r"a weight \[4, 8\] in groups of 4, into \[8, 4\]"):
+        native.round_rows(weight, 4, RANGE, nearest.SMALLEST, out=torch.empty(8, 4))
+    with pytest.raises(ValueError, match=r"codes \[4, 8\] with scales \[4, 3\]"):
+        native.restored(weight.to(torch.int8), torch.ones(4, 3))
     with pytest.raises(ValueError, match=r"a weight \[4, 8\] with scales \[4, 3, 1\]"):
         native.trial_errors(weight, torch.ones(8), torch.ones(4, 3, 1), RANGE)
     with pytest.raises(ValueError, match="with scales"):

@@ -82,14 +82,18 @@ def test_one_whose_numbers_lie_apart_is_copied() -> None:
 
 @paths
 @pytest.mark.parametrize("k", [20, 64, 200])
-def test_what_a_matrix_is_with_itself_may_do_without_the_lower_half(k: int, path: str) -> None:
+def test_what_a_matrix_is_with_itself_may_do_without_a_half(k: int, path: str) -> None:
     x = factors(k, 1, 300)[0].T
     whole = native.add_product(torch.zeros(k, k), x.T, x, share=0.3, path=path)
     assert away(whole, 0.3 * product(x.T, x, path)) < 1e-6
     assert torch.equal(whole, whole.T)
     for other in (x, x.clone()):
-        found = native.add_product(torch.zeros(k, k), x.T, other, share=0.3, upper=True, path=path)
+        found = native.add_product(torch.zeros(k, k), x.T, other, share=0.3, half="upper", path=path)
         assert torch.equal(found.triu(), whole.triu())
+        held = torch.randn(k, k)
+        found = native.add_product(held.clone(), x.T, other, keep=0.0, share=0.3, half="lower", path=path)
+        assert torch.equal(found.tril(), whole.tril())
+        assert torch.equal(found.triu(1), held.triu(1))
 
 
 @pytest.mark.skipif("avx512" not in native.sums(), reason="no AVX512-VNNI, or the library is not there")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -101,10 +102,10 @@ def test_the_search_tries_no_scales_twice(
     loss = smoothing.group_loss
 
     def counted(
-        block: Block, group: ChannelGroup, calls: list[smoothing.Call], scales: torch.Tensor, to: Context
+        block: Block, group: ChannelGroup, calls: list[smoothing.Call], scales: torch.Tensor, *rest: Any
     ) -> float:
         tried.append((group.name, tuple(scales.tolist())))
-        return loss(block, group, calls, scales, to)
+        return loss(block, group, calls, scales, *rest)
 
     monkeypatch.setattr(smoothing, "group_loss", counted)
     smoothing.Smooth(smoothing.SmoothOptions(grid=400)).apply(block, stream, CONTEXT)  # powers of two: fewer differ

@@ -99,6 +99,8 @@ PUBLIC void qtr_nearest(int path, const Nearest* job) { run(*job, job->grid.n, R
 
 PUBLIC void qtr_trials(int path, const Trials* job) { run(*job, job->grid.n, ROWS, CHOICES[path].grids->trials); }
 
+PUBLIC void qtr_restore(int path, const Restored* job) { run(*job, job->n, ROWS, CHOICES[path].grids->restore); }
+
 PUBLIC void qtr_norm(int path, const Norm* job) { run(*job, job->n, ROWS, CHOICES[path].layers->norm); }
 
 PUBLIC void qtr_gate(int path, const Gate* job) { run(*job, job->count, GATED, CHOICES[path].layers->gate); }
@@ -147,8 +149,9 @@ PUBLIC void qtr_sum(int path, const Sum* given) {
         loops.pack(own, i >= left, i < left ? i : i - left, step, steps);
       barrier(threads);
       for (int64_t i; (i = next[size_t(2 * pass + 1)].fetch_add(1)) < down * across;)
-        if (!job.upper || i % across >= i / across)
-          loops.multiply(own, i / across * at_once, i % across * at_once, at_once, steps);
+        if (const int64_t row = i / across * at_once, column = i % across * at_once;
+            sums_wanted(job, row, at_once, column, at_once))
+          loops.multiply(own, row, column, at_once, steps);
       if (pass + 1 < passes) barrier(threads);
     }
   };

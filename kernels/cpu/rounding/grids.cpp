@@ -78,7 +78,20 @@ void trials(const Trials& job, int64_t first, int64_t count) {
   }
 }
 
+void restore(const Restored& job, int64_t first, int64_t count) {
+  const int64_t size = job.k / job.groups;
+  for (int64_t row = first; row < first + count; ++row)
+    for (int64_t g = 0; g < job.groups; ++g) {
+      const float scale = job.scales[row * job.groups + g];
+      const int64_t at = row * job.k, less = row * job.stride;
+      each_vector(g * size, (g + 1) * size, [&](int64_t i, int64_t some) {
+        const Vector made = load(job.codes + at + i, some) * scale;
+        store(job.less ? made - load(job.less + less + i, some) : made, job.made + at + i, some);
+      });
+    }
+}
+
 }  // namespace
 
 extern const GridLoops TABLE;
-const GridLoops TABLE = {nearest, trials};
+const GridLoops TABLE = {nearest, trials, restore};

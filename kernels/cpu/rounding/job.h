@@ -63,6 +63,15 @@ struct Trials {
   float* errors;        // [n, groups, count], dense
 };
 
+// What codes stand for, less a weight: made = code scale - less.
+struct Restored {
+  const int8_t* codes;  // [n, k], dense
+  const float* scales;  // [n, groups], dense
+  const float* less;    // [n, k], rows `stride` apart, or null
+  int64_t n, k, stride, groups;
+  float* made;          // [n, k], dense
+};
+
 constexpr int64_t MOST_TRIALS = 16;
 constexpr int64_t ROWS = 8;  // of a grid that a thread takes at once
 
@@ -90,6 +99,9 @@ struct Factor {
   int64_t lines, line_stride, step_stride;  // one of the strides is 1
 };
 
+// All of a total; what is on and above its diagonal, blocks below it staying as they are; or on and below it, and all else stays.
+enum Half : int64_t { WHOLE, UPPER, LOWER };
+
 // total = keep total + share left right, with factors rounded to what the CPU multiplies faster than float32.
 struct Sum {
   Factor left, right;
@@ -97,9 +109,19 @@ struct Sum {
   float keep, share;
   float* total;          // [left's lines, right's lines], rows total_stride apart; what it held is not read if keep is 0
   int64_t total_stride;
-  int64_t upper;         // 1: blocks below the diagonal are left as they are
+  Half half;             // of the total that is wanted
   char* scratch;         // sums_scratch bytes, aligned to 64
 };
+
+// Whether a block of so many rows and columns, from these on, holds something of what is wanted.
+inline bool sums_wanted(const Sum& job, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  return job.half == WHOLE || (job.half == UPPER ? column + columns > row : row + rows > column);
+}
+
+// The column that a row ends before.
+inline int64_t sums_end(const Sum& job, int64_t row) {
+  return job.half == LOWER && row < job.right.lines ? row + 1 : job.right.lines;
+}
 
 constexpr int64_t SUMS_AT_ONCE = 64;  // rows and columns that a thread takes at once, at least
 constexpr int64_t SUMS_STEPS = 1024;  // that are packed at once
@@ -164,6 +186,7 @@ struct ColumnLoops {
 struct GridLoops {
   void (*nearest)(const Nearest& job, int64_t first, int64_t count);  // ROWS rows at most, from `first` on
   void (*trials)(const Trials& job, int64_t first, int64_t count);
+  void (*restore)(const Restored& job, int64_t first, int64_t count);
 };
 
 struct LayerLoops {

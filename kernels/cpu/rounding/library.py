@@ -20,6 +20,7 @@ FOLDER = Path(__file__).parent
 SOURCES = ("columns", "grids", "layers", "attention")  # compiled for each instruction set
 MOST_COLUMNS, MOST_TRIALS, MOST_SWEPT = 256, 16, 128  # as in job.h
 HEAD_STEP, MOST_WIDTH, MOST_LENGTH = 32, 256, 2048  # of attention, as there
+HALVES = ("", "upper", "lower")  # of a total, as there
 _own = threading.local()  # memory of each thread
 FUSED = ("-ffp-contract=fast",)  # a sum may fuse with its product: rounding has no reference bit for bit
 
@@ -77,6 +78,15 @@ class Trials(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Restored(ctypes.Structure):
+    """The struct of that name in job.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "less")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "stride", "groups")), ("made", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 class Factor(ctypes.Structure):
     """The struct of that name in job.h."""
 
@@ -91,7 +101,7 @@ class Sum(ctypes.Structure):
     _fields_ = [
         ("left", Factor), ("right", Factor), ("steps", ctypes.c_int64), ("keep", ctypes.c_float),
         ("share", ctypes.c_float), ("total", ctypes.c_void_p), ("total_stride", ctypes.c_int64),
-        ("upper", ctypes.c_int64), ("scratch", ctypes.c_void_p),
+        ("half", ctypes.c_int64), ("scratch", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -196,6 +206,7 @@ def load() -> linear.Library:
     functions.qtr_descend.argtypes, functions.qtr_descend.restype = [small, ctypes.POINTER(Descent)], None
     functions.qtr_nearest.argtypes, functions.qtr_nearest.restype = [small, ctypes.POINTER(Nearest)], None
     functions.qtr_trials.argtypes, functions.qtr_trials.restype = [small, ctypes.POINTER(Trials)], None
+    functions.qtr_restore.argtypes, functions.qtr_restore.restype = [small, ctypes.POINTER(Restored)], None
     functions.qtr_norm.argtypes, functions.qtr_norm.restype = [small, ctypes.POINTER(Norm)], None
     functions.qtr_gate.argtypes, functions.qtr_gate.restype = [small, ctypes.POINTER(Gate)], None
     functions.qtr_attention_scratch.argtypes = [small, ctypes.POINTER(Attention)]
@@ -252,7 +263,7 @@ def add_product(
     *,
     keep: float = 1.0,
     share: float = 1.0,
-    upper: bool = False,
+    half: str = "",
     path: str | None = None,
 ) -> Tensor:
     """Return ``keep * total + share * left @ right`` in the total's place, factors rounded as ``sums`` says.
@@ -265,7 +276,7 @@ def add_product(
         right: float32 [steps, n], dense along one dimension.
         keep: with 0, what the total holds is not read.
         share: of the product.
-        upper: what is below the diagonal may stay as it is.
+        half: "upper": what is below the diagonal may stay as it is; "lower": what is above it does.
         path: one of ``sums``; the first of them without.
 
     Raises:
@@ -285,7 +296,7 @@ def add_product(
         return total.mul_(keep) if keep else total.zero_()
     job = Sum(
         Factor(left.data_ptr(), m, *left.stride()), Factor(right.data_ptr(), n, right.stride(1), right.stride(0)),
-        steps, keep, share, total.data_ptr(), total.stride(0), int(upper), 0,
+        steps, keep, share, total.data_ptr(), total.stride(0), HALVES.index(half), 0,
     )  # fmt: skip
     functions = load().functions
     scratch = _scratch(functions.qtr_sums_scratch(own, job) + 64)
@@ -533,7 +544,7 @@ def round_rows(
     code_range: tuple[int, int],
     smallest: float,
     times: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
     path: str | None = None,
 ) -> Tensor:
     """Round every number of a weight to the nearest code of a scale that is its group's absmax over the largest code.
@@ -544,25 +555,27 @@ def round_rows(
         code_range: least and largest code.
         smallest: least scale.
         times: float32 [k], what inputs are multiplied with first.
-        dtype: of the result, float32 or bfloat16.
+        out: takes the result, float32 or bfloat16 [n, k], dense; without it there is a new one in float32.
         path: forces a code path (tests).
 
     Returns:
-        [n, k], what the codes stand for.
+        What the codes stand for.
 
     Raises:
         ValueError: a shape or dtype is another.
     """
     n, k = weight.shape
     check([weight, *([] if times is None else [times])], torch.float32)
-    if dtype not in (torch.float32, torch.bfloat16) or (times is not None and times.shape != (k,)) or size < 1:
-        raise ValueError(f"a weight {list(weight.shape)} in groups of {size}, made {dtype}")
+    made = torch.empty(n, k, dtype=torch.float32, device="cpu") if out is None else out
+    check([made], torch.bfloat16 if made.dtype == torch.bfloat16 else torch.float32)
+    fits = made.shape == (n, k) and made.is_contiguous()
+    if not fits or (times is not None and times.shape != (k,)) or size < 1:
+        raise ValueError(f"a weight {list(weight.shape)} in groups of {size}, into {list(made.shape)}")
     times = None if times is None else times.contiguous()
-    made = torch.empty(n, k, dtype=dtype, device="cpu")
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     job = Nearest(
         Grid(weight.data_ptr(), n, k, weight.stride(0), size, *code_range),
-        0 if times is None else times.data_ptr(), smallest, int(dtype == torch.bfloat16), made.data_ptr(),
+        0 if times is None else times.data_ptr(), smallest, int(made.dtype == torch.bfloat16), made.data_ptr(),
     )  # fmt: skip
     own = load()
     own.functions.qtr_nearest(own.paths[path] if path else own.path_id, job)
@@ -602,6 +615,39 @@ def trial_errors(
     own = load()
     own.functions.qtr_trials(own.paths[path] if path else own.path_id, job)
     return errors
+
+
+def restored(codes: Tensor, scales: Tensor, less: Tensor | None = None, path: str | None = None) -> Tensor:
+    """Return what codes stand for, less a weight.
+
+    Args:
+        codes: int8 [n, k].
+        scales: float32 [n, groups], of neighbouring inputs.
+        less: float32 [n, k], or None.
+        path: forces a code path (tests).
+
+    Returns:
+        float32 [n, k].
+
+    Raises:
+        ValueError: a shape or dtype is another.
+    """
+    n, k = codes.shape
+    check([codes], torch.int8)
+    check([scales, *([] if less is None else [less])], torch.float32)
+    groups = scales.shape[1]
+    if len(scales) != n or not groups or k % groups or (less is not None and less.shape != codes.shape):
+        raise ValueError(f"codes {list(codes.shape)} with scales {list(scales.shape)}")
+    codes, scales = codes.contiguous(), scales.contiguous()
+    less = less if less is None or less.stride(1) == 1 else less.contiguous()
+    made = torch.empty(n, k, dtype=torch.float32, device="cpu")
+    job = Restored(
+        codes.data_ptr(), scales.data_ptr(), 0 if less is None else less.data_ptr(),
+        n, k, 0 if less is None else less.stride(0), groups, made.data_ptr(),
+    )  # fmt: skip
+    own = load()
+    own.functions.qtr_restore(own.paths[path] if path else own.path_id, job)
+    return made
 
 
 def normed(x: Tensor, weight: Tensor, epsilon: float, path: str | None = None) -> Tensor:

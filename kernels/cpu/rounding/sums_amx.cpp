@@ -82,7 +82,7 @@ void add(const Sum& job, int64_t row, int64_t column, const float* sums) {
   for (int64_t i = 0; i < std::min(BLOCK, job.left.lines - row); ++i)
     for (int64_t j = 0; j < 2; ++j) {
       float* to = job.total + (row + i) * job.total_stride + column + j * TILE;
-      const __mmask16 mask = first(job.right.lines - column - j * TILE);
+      const __mmask16 mask = first(sums_end(job, row + i) - column - j * TILE);
       const float* from = sums + ((i / TILE * 2 + j) * TILE + i % TILE) * TILE;
       __m512 made = _mm512_mul_ps(_mm512_load_ps(from), share);
       if (job.keep != 0) made = _mm512_add_ps(made, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, to), keep));
@@ -119,7 +119,7 @@ void multiply_part(const Sum& job, int64_t row, int64_t column, int64_t at_once,
   TILE_CONFIGURE(configuration);
   for (int64_t i = row; i < std::min(row + at_once, job.left.lines); i += BLOCK)
     for (int64_t j = column; j < std::min(column + at_once, job.right.lines); j += BLOCK) {
-      if (job.upper && j + BLOCK <= i) continue;
+      if (!sums_wanted(job, i, BLOCK, j, BLOCK)) continue;
       alignas(64) float sums[BLOCK * BLOCK];
       multiply(packed(job.scratch, i / TILE, depth), packed(job.scratch, before + j / TILE, depth), depth, sums);
       add(job, i, j, sums);

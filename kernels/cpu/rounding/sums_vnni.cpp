@@ -69,7 +69,7 @@ void multiply_span(const Sum& job, int64_t span, int64_t row, int64_t column, in
   const __m512 share = _mm512_set1_ps(job.share);
   for (int64_t j = column; j < columns; j += COLUMNS * TILE)
     for (int64_t i = row; i < rows; i += HELD) {
-      if (job.upper && j + COLUMNS * TILE <= i) continue;
+      if (!sums_wanted(job, i, HELD, j, COLUMNS * TILE)) continue;
       const Place left = place(job, false, i / TILE, span, steps), right = place(job, true, j / TILE, span, steps);
       float* total = job.total + i * job.total_stride + j;
       for (int64_t r = 0; r < std::min<int64_t>(HELD, rows - i); ++r)
@@ -78,7 +78,7 @@ void multiply_span(const Sum& job, int64_t span, int64_t row, int64_t column, in
       multiply(left.tiles + i % TILE * 64, right.tiles, beside, tiles, sums);
       for (int64_t r = 0; r < std::min<int64_t>(HELD, rows - i); ++r)
         for (int64_t c = 0; c < COLUMNS; ++c) {
-          const __mmask16 mask = first(columns - j - c * TILE);
+          const __mmask16 mask = first(std::min(columns, sums_end(job, i + r)) - j - c * TILE);
           float* to = total + r * job.total_stride + c * TILE;
           const __m512 scales = _mm512_load_ps(right.scales + c * spans_of(steps) * TILE);
           const __m512 times = _mm512_mul_ps(scales, _mm512_set1_ps(left.scales[i % TILE + r]));  // either way round

@@ -32,6 +32,13 @@ inline Vector load(const float* from, int64_t count = WIDTH) {
   return made;
 }
 
+inline Vector load(const int8_t* from, int64_t count = WIDTH) {
+  typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
+  Bytes bytes{};
+  std::memcpy(&bytes, from, size_t(count < WIDTH ? count : WIDTH));
+  return __builtin_convertvector(bytes, Vector);
+}
+
 inline void store(Vector value, float* to, int64_t count = WIDTH) {
   std::memcpy(to, &value, size_t(count < WIDTH ? count : WIDTH) * sizeof(float));
 }
