@@ -170,12 +170,10 @@ class Solved:
         Raises:
             NumericError: it is singular even with a large damping.
         """
-        last_first = torch.arange(len(self.diagonal), device=self.diagonal.device) if order is None else order
-        last_first = last_first.flip(0)
         for _ in range(RETRIES):
             assert self.hessian is not None
             with self.hessian.under(self.damping) as damped:
-                turned = triangles.ordered(damped, last_first)
+                turned = damped.flip(0, 1) if order is None else triangles.ordered(damped, order.flip(0))
             found = triangles.inverse_factor(turned, rough=self.hessian.may_be_rough)
             if found is not None:
                 with products.rough():

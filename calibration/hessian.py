@@ -90,13 +90,15 @@ class Hessian:
             self.matrix.diagonal().copy_(before)
 
     @contextmanager
-    def factored(self, damping: float) -> Iterator[Tensor | None]:
+    def factored(self, damping: float) -> Iterator[triangles.Factor | None]:
         """Inside, the matrix's lower triangle is its Cholesky factor, under ``damping``; None: it is singular."""
         with self.under(damping) as matrix:
+            root = triangles.normalized(matrix)
             try:
-                yield matrix if triangles.factor(matrix, rough=self.may_be_rough) else None
+                found = triangles.factor(matrix, rough=self.may_be_rough)
+                yield triangles.Factor(matrix, root) if found else None
             finally:
-                triangles.mirrored(matrix)
+                triangles.scaled(triangles.mirrored(matrix), 1 / root)
 
 
 def shared_inputs(block: Block) -> dict[str, list[str]]:

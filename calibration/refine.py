@@ -45,7 +45,7 @@ def refined(
     best = start
     if not refit:
         return descended(weight, matrix, start, scheme, rounds, packed) if rounds else start
-    product = products.times(weight, matrix)
+    product = _times(weight, matrix, packed)
     for _ in range(rounds):
         scaled = QuantizedWeight(best.codes, refitted_scales(weight, matrix, best, scheme, fold, product))
         best = descended(weight, matrix, scaled, scheme, 1, packed)
@@ -144,7 +144,11 @@ def descend(matrix: Tensor, start: QuantizedWeight, scheme: Scheme, slope: Tenso
     return codes.to(torch.int8).T.contiguous()
 
 
-def errors(weight: Tensor, matrix: Tensor, quantized: QuantizedWeight) -> Tensor:
-    """Return (q - w) H (q - w)^T of every row: [n]."""
+def errors(weight: Tensor, matrix: Tensor, quantized: QuantizedWeight, packed: sweeps.Packed | None = None) -> Tensor:
+    """Return (q - w) H (q - w)^T of every row: [n]; ``packed`` is H as sweeps take it."""
     difference = quantized.gap(weight)
-    return (products.times(difference, matrix) * difference).sum(dim=1)
+    return _times(difference, matrix, packed).mul_(difference).sum(dim=1)
+
+
+def _times(rows: Tensor, matrix: Tensor, packed: sweeps.Packed | None) -> Tensor:
+    return products.times(rows, matrix) if packed is None else sweeps.times(packed, rows)

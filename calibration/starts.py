@@ -83,7 +83,7 @@ def best(
         made = refined(copies, matrix, made, scheme, rounds, fold, refit, packed) if rounds else made
         if len(made.codes) == n and len(sweeps) == 1:
             return made
-        lost += errors(copies, matrix, made).split(n)
+        lost += errors(copies, matrix, made, packed).split(n)
         found += [QuantizedWeight(c, s) for c, s in zip(made.codes.split(n), made.scales.split(n), strict=True)]
     least = torch.stack(lost).argmin(dim=0)
     rows = torch.arange(n, device=weight.device)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtoolkit.calibration import products, triangles
+from qtoolkit.calibration import products
 from qtoolkit.calibration.moments import HeldOut, Moments, Seen
+from qtoolkit.calibration.triangles import Factor
 
 DAMPINGS = (0.01, 1.0)  # parts of the Hessian's mean diagonal, beside what shrinks it; strengths lie between
 STRENGTHS = (1.0, 0.75, 0.5, 0.25)
@@ -91,10 +92,10 @@ def combinations(n: int, wanted: int = OUTPUTS) -> Tensor:
     return signs.div_(wanted**0.5)
 
 
-def solved(factor: Tensor, pull: Tensor) -> Tensor:
+def solved(factor: Factor, pull: Tensor) -> Tensor:
     """Return the full step W* - W of a layer, float32 [n, k], in the place of its ``pull``.
 
     Products may be rough: what that takes from a step's gain is small, even where inputs have little but their mean.
     """
     with products.rough():
-        return triangles.solved(factor, pull)
+        return factor.solved(pull)

@@ -6,12 +6,15 @@ A factor lies in the lower triangle alone, so that a symmetric matrix is still t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from qtoolkit.calibration import products
 
 BLOCK = 512  # columns that are factored and solved by the library, for so many rows at a time: it is fast in caches
+TINY = 2.0**-100  # of a diagonal
 SOLVED = 128  # rows of a triangular matrix that are inverted by a solver
 
 
@@ -43,6 +46,36 @@ def _factor(matrix: Tensor) -> bool:
         _divide(below, found)
         products.take_square(matrix[last:, last:], below)
     return True
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The Cholesky factor of a matrix D^-1 C D^-1: C's in a ``lower`` triangle [k, k], and ``root`` [k], D's diagonal."""
+
+    lower: Tensor
+    root: Tensor
+
+    def solved(self, right: Tensor) -> Tensor:
+        """Return ``right`` [m, k] times the matrix's inverse, in its place."""
+        return solved(self.lower, right.mul_(self.root)).mul_(self.root)
+
+
+def normalized(matrix: Tensor) -> Tensor:
+    """Bring the diagonal of ``matrix`` [k, k] near one, in its place; return what rows and columns are multiplied with.
+
+    These are powers of two [k], so that ``scaled`` by their inverses the matrix has its old bits. Whole numbers that
+    stand for a row have one scale: without this the largest inputs would take the others' bits.
+    """
+    exponents = matrix.diagonal().clamp_min(TINY).log2().mul_(-0.5).round_()
+    root = torch.ldexp(torch.ones_like(exponents), exponents.to(torch.int32))
+    scaled(matrix, root)
+    return root
+
+
+def scaled(matrix: Tensor, root: Tensor) -> None:
+    """Multiply rows and columns of ``matrix`` [k, k] with ``root`` [k], in its place."""
+    for rows, own in zip(matrix.split(BLOCK), root.split(BLOCK), strict=True):
+        rows.mul_(root).mul_(own.unsqueeze(1))
 
 
 def spans(k: int, first: int = 0) -> list[tuple[int, int]]:
@@ -100,10 +133,12 @@ def inverse_factor(matrix: Tensor, rough: bool = False) -> Tensor | None:
     ``matrix`` comes with rows and columns reversed, and is overwritten: its factor's inverse, reversed, is U, and no
     inverse of the matrix is formed. ``rough`` is as in ``factor``.
     """
+    root = normalized(matrix) if rough else None
     if not factor(matrix, rough):
         return None
     with products.in_whole_numbers(rough):
-        return _reversed(_inverse(matrix.tril_()))
+        found = _reversed(_inverse(matrix.tril_()))
+    return found if root is None else found.mul_(root.flip(0))
 
 
 def _reversed(matrix: Tensor) -> Tensor:

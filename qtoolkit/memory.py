@@ -10,9 +10,12 @@ import os
 import sys
 from functools import cache
 
-LARGE = 32 << 20  # bytes from which a tensor has pages of its own, which go back as soon as it is freed
+LARGE = 32 << 20  # bytes from which a tensor has pages of its own, which go back as soon as it is freed: glibc's most
 PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch's variable, read at its first large tensor: 2 MB pages for those
-KEPT = 64 << 20  # bytes that smaller ones may leave free at the heap's end: they would go back and forth
+KEPT = 64 << 20  # bytes that smaller ones may leave free at the heap's end: the system takes long to clear new pages
+NEAR = (
+    0.95  # of the most memory this process has held: below, nothing is gained by giving back what soon is wanted again
+)
 THRESHOLD, END = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of <malloc.h>; once one is set, glibc raises neither
 
 
@@ -26,10 +29,16 @@ def keep_little() -> None:
 
 
 def trim() -> None:
-    """Give back whatever is free now; without glibc it goes back when the C library likes."""
+    """Give back whatever is free now if a new peak is near; without glibc it goes back when the C library likes."""
     library = _glibc()
-    if library is not None:
+    if library is not None and _near_peak():
         library.malloc_trim(0)
+
+
+def _near_peak() -> bool:
+    with open("/proc/self/status") as status:
+        held = {line[:5]: int(line.split()[1]) for line in status if line.startswith(("VmHWM", "VmRSS"))}
+    return len(held) < 2 or held["VmRSS"] >= NEAR * held["VmHWM"]
 
 
 @cache

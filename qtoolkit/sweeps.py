@@ -45,6 +45,11 @@ def rounded(factor: Packed, weight: Tensor, steps: Tensor, groups: Tensor, code_
     return native.sweep_rounding(factor, weight, steps, groups, code_range)
 
 
+def times(matrix: Packed, numbers: Tensor) -> Tensor:
+    """Return ``numbers`` [n, k] times the matrix that is packed for ``descended``: float32 [n, k]."""
+    return native.swept_product(matrix, numbers)
+
+
 def descended(
     matrix: Packed, gap: Tensor, codes: Tensor, steps: Tensor, code_range: tuple[int, int], sweeps: int = 1
 ) -> Tensor:

@@ -85,6 +85,7 @@ def test_every_column_gets_the_nearest_code_in_turn(
     packed, kept = native.Packed(matrix, ahead=False, block=block), before.clone()
     codes, first, last = native.sweep_descent(packed, gap, steps, before, RANGE, sweeps=visits, slopes=True, path=path)
     assert before.equal(kept)
+    assert native.swept_product(packed, gap).equal(first)
     exact = matrix.double()
     own, apart = gap.double(), gap.double() + (codes - before.double()) * widths
     assert (first - own @ exact).norm() <= CLOSE * (own @ exact).norm()
@@ -157,6 +158,9 @@ def test_what_cannot_be_swept_is_refused() -> None:
             native.sweep_descent(*wrong, RANGE)
     with pytest.raises(ValueError, match="no descent of"):
         native.sweep_descent(all_ways, weight, steps[:, :1], codes, RANGE, sweeps=0)
+    for by, numbers in ((ahead, weight), (all_ways, weight[:, 1:])):
+        with pytest.raises(ValueError, match="no product of"):
+            native.swept_product(by, numbers)
 
 
 @pytest.fixture

@@ -93,6 +93,23 @@ def test_more_damping_is_not_tried_where_the_full_step_is_best(monkeypatch: pyte
     assert tried == [target.DAMPINGS[0]]
 
 
+@pytest.mark.parametrize(("helps", "wanted"), [(False, [1]), (True, [1, 0])])
+def test_of_few_tokens_the_step_that_is_held_back_most_comes_first(
+    helps: bool, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, weight = made(K - 1, 0.1)
+    fresh, _ = made(4000, 0.1, seed=1)
+    if not helps:
+        assert fresh.drift is not None
+        fresh = Inputs(fresh.seen, fresh.served, 2 * fresh.served - fresh.wanted, -fresh.drift)
+    tried: list[float] = []
+    factored = Hessian.factored
+    monkeypatch.setattr(Hessian, "factored", lambda self, damping: tried.append(damping) or factored(self, damping))
+    (choice,) = target.choose(moments(inputs, [weight]), held_out(fresh, [weight]))
+    assert (choice.strength > 0) == helps
+    assert tried == [target.DAMPINGS[each] for each in wanted]
+
+
 def test_no_step_is_taken_where_none_helps() -> None:
     inputs, weight = made(30, 3.0)
     draw = torch.Generator().manual_seed(5)

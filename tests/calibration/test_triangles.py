@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtoolkit.calibration import triangles
+from qtoolkit import sums
+from qtoolkit.calibration import products, triangles
 
+CPU = torch.device("cpu")
+whole = pytest.mark.skipif(sums.native_on(CPU) != sums.VNNI, reason="products of whole numbers do not run here")
 SIZES = (1, 7, triangles.BLOCK, triangles.BLOCK + 1, 2 * triangles.BLOCK + 77)
 
 
@@ -56,3 +59,60 @@ def test_a_singular_matrix_has_no_factor_and_can_be_had_back(place: int) -> None
     assert triangles.inverse_factor(matrix.flip(0, 1).contiguous()) is None
     matrix[place, place] = torch.nan
     assert not triangles.factor(matrix)
+
+
+@whole
+@pytest.mark.parametrize("k", [300, 1100])
+def test_a_rough_factor_is_that_of_a_matrix_nearby(k: int) -> None:
+    size = torch.logspace(-2, 2, k)[torch.randperm(k, generator=torch.Generator().manual_seed(0))]
+    matrix = symmetric(k)
+    matrix.diagonal().mul_(1.33)  # as a quarter of shrinkage leaves it
+    matrix *= size * size[:, None]
+    both = matrix.clone()
+    with products.fast(CPU, 64):
+        assert triangles.factor(both, rough=True)
+        upper = triangles.inverse_factor(matrix.flip(0, 1).contiguous(), rough=True)
+    assert both.triu(1).equal(matrix.triu(1))
+    root = matrix.diagonal().double().sqrt()
+    away = (both.tril().double() @ both.tril().double().T - matrix) / root / root[:, None]
+    assert away.abs().max() < 1e-3
+    assert (away.abs().max() > 1e-5) == (k > triangles.BLOCK)  # within a block nothing is rounded
+    assert upper is not None
+    assert upper.equal(upper.triu())
+    identity = upper.double() @ matrix.double() @ upper.double().T
+    assert (identity - torch.eye(k)).abs().max() < 0.02
+
+
+@whole
+def test_a_matrix_that_has_a_rough_factor_no_more_gets_an_exact_one() -> None:
+    k = 1100
+    matrix = 1e-2 * symmetric(k) + 1.0  # of rank one but for a little
+    wanted, rough = matrix.clone(), matrix.clone()
+    assert triangles.factor(wanted)
+    with products.fast(CPU, 64):
+        with products.in_whole_numbers(True) as may:
+            assert may
+            assert not triangles._factor(rough)
+        again = matrix.clone()
+        assert triangles.factor(again, rough=True)
+        assert again.equal(wanted)
+        with products.rough():  # it is for whoever asks for the factor to say
+            again = matrix.clone()
+            assert triangles.factor(again)
+            assert again.equal(wanted)
+
+
+def test_a_matrix_is_normalized_and_had_back_with_its_bits() -> None:
+    k = triangles.BLOCK + 40
+    size = torch.logspace(-6, 6, k)
+    matrix = symmetric(k) * size * size[:, None]
+    both, right = matrix.clone(), torch.randn(5, k) * size
+    root = triangles.normalized(both)
+    assert (both.diagonal() > 0.49).all()
+    assert (both.diagonal() < 2.01).all()
+    again = both.clone()
+    triangles.scaled(again, 1 / root)
+    assert again.equal(matrix)
+    assert triangles.factor(both)
+    found = triangles.Factor(both, root).solved(right.clone()).double() @ matrix.double()
+    assert ((found - right) / size).norm() < 1e-3 * (right / size).norm()

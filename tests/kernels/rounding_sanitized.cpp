@@ -17,6 +17,7 @@ void qtr_round(int path, const Rounding* job);
 void qtr_descend(int path, const Descent* job);
 void qtr_nearest(int path, const Nearest* job);
 void qtr_trials(int path, const Trials* job);
+void qtr_restore(int path, const Restored* job);
 void qtr_norm(int path, const Norm* job);
 void qtr_gate(int path, const Gate* job);
 int64_t qtr_attention_scratch(int path, const Attention* job);
@@ -96,6 +97,13 @@ void run_grid(int path) {
   const Trials trials{grid, matter.data(), scales.data(), count, errors.data()};
   qtr_trials(path, &trials);
   for (const float each : errors) expect(each >= 0.0f && each <= float(size) * 0.0157f);  // codes end at 1.75
+  const std::vector<int8_t> codes(size_t(n * k), -3);
+  const std::vector<float> steps(size_t(n * groups), 0.5f);
+  const Restored restored{codes.data(), steps.data(), some ? weight.data() : nullptr, n, k, stride, groups, made.data()};
+  qtr_restore(path, &restored);
+  for (int64_t row = 0; row < n; ++row)
+    for (int64_t i = 0; i < k; ++i)
+      expect(std::fabs(made[size_t(row * k + i)] + 1.5f + (some ? weight[size_t(row * stride + i)] : 0.0f)) < 1e-6f);
 }
 
 // Ones in a head's values come out as ones whatever the scores; a norm of equal numbers is one, and a gate of zeros zero.
@@ -195,8 +203,9 @@ void run_sweep(int path) {
   std::vector<int8_t> codes(size_t(n * k), 3);
   std::vector<float> before(size_t(n * k), 0.0f), after(size_t(n * k), 0.0f);
   const bool slopes = !ahead && upto(1);
-  Sweep job{&swept, rows.data(), steps.data(), group.data(), n, groups, -8.0f, 7.0f, 1 + upto(1), codes.data(),
-            slopes ? before.data() : nullptr, slopes ? after.data() : nullptr, nullptr};
+  const int64_t visits = slopes ? upto(2) : 1 + upto(1);  // of none there is only what comes before
+  Sweep job{&swept, rows.data(), steps.data(), group.data(), n, visits ? groups : 0, -8.0f, 7.0f, visits, codes.data(),
+            slopes ? before.data() : nullptr, slopes && visits ? after.data() : nullptr, nullptr};
   const Memory scratch = aligned(qtr_sweep_scratch(&job));
   job.scratch = scratch.get();
   qtr_sweep(path, &job);

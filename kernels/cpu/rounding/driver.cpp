@@ -78,6 +78,27 @@ void share(int64_t n, const Task& task) {
   parallel(int(std::min<int64_t>(n, max_threads())), body);
 }
 
+int64_t blocks(int64_t lines, int64_t size) { return (lines + size - 1) / size; }
+
+// A total's blocks, one after another as threads take them. Where threads pack columns themselves a block has many rows.
+struct Tasks {
+  int64_t m, n, rows = SUMS_AT_ONCE, columns = SUMS_AT_ONCE;
+
+  Tasks(const Sum& job, bool packing) : m(job.left.lines), n(job.right.lines) {
+    const int64_t threads = max_threads();
+    if (!packing) return;
+    if (blocks(n, SUMS_COLUMNS) >= MANY * threads) columns = SUMS_COLUMNS;
+    const int64_t down = blocks(2 * threads, std::max<int64_t>(1, blocks(n, columns)));  // so that no thread waits long
+    rows = std::max(rows, blocks(blocks(m, down), SUMS_AT_ONCE) * SUMS_AT_ONCE);
+  }
+  int64_t count() const { return blocks(m, rows) * blocks(n, columns); }
+  Part rows_of(int64_t i) const { return part(i % blocks(m, rows), rows, m); }
+  Part columns_of(int64_t i) const { return part(i / blocks(m, rows), columns, n); }
+
+ private:
+  static Part part(int64_t i, int64_t size, int64_t end) { return {i * size, std::min(size, end - i * size)}; }
+};
+
 }  // namespace
 
 #define PUBLIC extern "C" __attribute__((visibility("default")))
@@ -127,35 +148,36 @@ PUBLIC int qtr_sums_supported(int path) {
 }
 
 PUBLIC int64_t qtr_sums_scratch(int path, const Sum* job) {
-  return SUMS[path].loops->scratch(*job, std::min(job->steps, SUMS_STEPS));
+  const SumLoops& loops = *SUMS[path].loops;
+  return loops.scratch(*job, std::min(job->steps, SUMS_STEPS)) + loops.own * max_threads();
 }
 
 PUBLIC void qtr_sum(int path, const Sum* given) {
   const SumLoops& loops = *SUMS[path].loops;
   const Sum& job = *given;
-  const auto blocks = [](int64_t lines, int64_t size) { return (lines + size - 1) / size; };
-  const int64_t large = blocks(job.left.lines, loops.most) * blocks(job.right.lines, loops.most);
-  const int64_t at_once = large < MANY * max_threads() ? SUMS_AT_ONCE : loops.most;
-  const int64_t down = blocks(job.left.lines, at_once), across = blocks(job.right.lines, at_once);
+  const Tasks tasks(job, loops.own > 0);
   const int64_t passes = blocks(job.steps, SUMS_STEPS);
   std::vector<std::atomic<int64_t>> next(size_t(2 * passes));  // tasks of every pass, to pack and to multiply
-  auto body = [&](int, int threads) {
+  char* const desks = job.scratch + loops.scratch(job, std::min(job.steps, SUMS_STEPS));
+  auto body = [&](int thread, int threads) {
     for (int64_t pass = 0; pass < passes; ++pass) {
       Sum own = job;
       own.keep = pass ? 1.0f : job.keep;
       const int64_t step = pass * SUMS_STEPS, steps = std::min(SUMS_STEPS, job.steps - step);
-      const int64_t left = loops.packs(job.left, steps), right = sums_shared(job) ? 0 : loops.packs(job.right, steps);
+      const int64_t left = loops.packs(job.left, steps);
+      const int64_t right = loops.own || sums_shared(job) ? 0 : loops.packs(job.right, steps);
       for (int64_t i; (i = next[size_t(2 * pass)].fetch_add(1)) < left + right;)
         loops.pack(own, i >= left, i < left ? i : i - left, step, steps);
       barrier(threads);
-      for (int64_t i; (i = next[size_t(2 * pass + 1)].fetch_add(1)) < down * across;)
-        if (const int64_t row = i / across * at_once, column = i % across * at_once;
-            sums_wanted(job, row, at_once, column, at_once))
-          loops.multiply(own, row, column, at_once, steps);
+      for (int64_t i; (i = next[size_t(2 * pass + 1)].fetch_add(1)) < tasks.count();) {
+        const Part rows = tasks.rows_of(i), columns = tasks.columns_of(i);
+        if (sums_wanted(job, rows.first, rows.count, columns.first, columns.count))
+          loops.multiply(own, desks + thread * loops.own, rows, columns, {step, steps});
+      }
       if (pass + 1 < passes) barrier(threads);
     }
   };
-  parallel(int(std::min<int64_t>(down * across, max_threads())), body);
+  parallel(int(std::min<int64_t>(tasks.count(), max_threads())), body);
 }
 
 PUBLIC int qtr_sweeps_supported() {

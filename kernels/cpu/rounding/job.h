@@ -123,7 +123,8 @@ inline int64_t sums_end(const Sum& job, int64_t row) {
   return job.half == LOWER && row < job.right.lines ? row + 1 : job.right.lines;
 }
 
-constexpr int64_t SUMS_AT_ONCE = 64;  // rows and columns that a thread takes at once, at least
+constexpr int64_t SUMS_AT_ONCE = 64;  // rows and columns that a thread takes at once
+constexpr int64_t SUMS_COLUMNS = 128;  // at most, where it packs them itself, and then many rows
 constexpr int64_t SUMS_STEPS = 1024;  // that are packed at once
 
 inline int64_t sums_tiles(const Factor& factor) { return (factor.lines + 31) / 32 * 2; }
@@ -144,7 +145,8 @@ struct Swept {
   char* words;     // sweep_bytes, aligned to 64
 };
 
-// A sweep over all columns: compensation of `numbers`, or descent from `codes` by the slope matrix times `numbers`.
+// A sweep over all columns: compensation of `numbers`, or descent from `codes` by the slope matrix times `numbers`; no `sweeps`:
+// only that product, which is put `before` them.
 struct Sweep {
   const Swept* matrix;
   const float* numbers;  // [n, k], dense: the weight, or what codes stand for less the weight
@@ -198,15 +200,18 @@ struct AttentionLoops {
   void (*pack)(const Attention& job, int64_t source);  // of all sequences' sources
   void (*attend)(const Attention& job, int64_t sequence, int64_t head, int64_t first);  // QUERIES at most, from `first` on
 };
+struct Part {
+  int64_t first, count;
+};
 struct SumLoops {
   bool (*supported)();
   int64_t (*scratch)(const Sum& job, int64_t steps);  // bytes that packed factors take, `steps` at once
+  int64_t own;                                        // bytes for a thread beside it, or 0
   int64_t (*packs)(const Factor& factor, int64_t steps);
-  // Packs a part of a factor, of `packs` parts, for `steps` steps from `step` on.
+  // Packs a part of a factor, of `packs` parts, for `steps` steps from `step` on; if threads have their own, of the left one.
   void (*pack)(const Sum& job, bool right, int64_t part, int64_t step, int64_t steps);
-  // Adds the sums over the packed steps of `at_once` rows and columns, from these on.
-  void (*multiply)(const Sum& job, int64_t row, int64_t column, int64_t at_once, int64_t steps);
-  int64_t most;  // of `at_once`, SUMS_AT_ONCE or more, where the total is large
+  // Adds the sums over the packed steps of some rows and columns. A thread's own bytes take the columns' steps first.
+  void (*multiply)(const Sum& job, char* own, Part rows, Part columns, Part steps);
 };
 
 struct SweepLoops {

@@ -438,6 +438,22 @@ def sweep_descent(
     return codes, before, after
 
 
+def swept_product(matrix: Packed, numbers: Tensor) -> Tensor:
+    """Return ``numbers matrix`` float32 [n, k], rounded as sweeps do, for a symmetric matrix that is not ``ahead``.
+
+    Raises:
+        ValueError: a shape or dtype is another.
+    """
+    check([numbers], torch.float32)
+    n, k = numbers.shape
+    if matrix.ahead or matrix.k != k:
+        raise ValueError(f"no product of {list(numbers.shape)} by {matrix.k} columns")
+    numbers = numbers.contiguous()
+    made = torch.empty(n, k, dtype=torch.float32, device="cpu")
+    _sweep(Sweep(ctypes.pointer(matrix.job), numbers.data_ptr(), 0, 0, n, 0, 0, 0, 0, 0, made.data_ptr(), 0), None)
+    return made
+
+
 def _sweep(job: Sweep, path: str | None) -> None:
     own = load()
     scratch = _scratch(own.functions.qtr_sweep_scratch(job) + 64)

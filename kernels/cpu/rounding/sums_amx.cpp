@@ -113,12 +113,12 @@ void pack_part(const Sum& job, bool right, int64_t part, int64_t step, int64_t s
     for (int64_t tile = 0; tile < sums_tiles(factor); ++tile) one(tile, part);
 }
 
-void multiply_part(const Sum& job, int64_t row, int64_t column, int64_t at_once, int64_t steps) {
-  const int64_t depth = (steps + STEPS - 1) / STEPS, before = sums_tiles(job.left);
+void multiply_part(const Sum& job, char*, Part rows, Part columns, Part steps) {
+  const int64_t depth = (steps.count + STEPS - 1) / STEPS, before = sums_tiles(job.left);
   const TileConfiguration configuration;
   TILE_CONFIGURE(configuration);
-  for (int64_t i = row; i < std::min(row + at_once, job.left.lines); i += BLOCK)
-    for (int64_t j = column; j < std::min(column + at_once, job.right.lines); j += BLOCK) {
+  for (int64_t i = rows.first; i < rows.first + rows.count; i += BLOCK)
+    for (int64_t j = columns.first; j < columns.first + columns.count; j += BLOCK) {
       if (!sums_wanted(job, i, BLOCK, j, BLOCK)) continue;
       alignas(64) float sums[BLOCK * BLOCK];
       multiply(packed(job.scratch, i / TILE, depth), packed(job.scratch, before + j / TILE, depth), depth, sums);
@@ -131,4 +131,4 @@ bool supported() { return __builtin_cpu_supports("avx512bf16") && may_use_tiles(
 
 }  // namespace
 
-const SumLoops AMX_SUMS{supported, scratch, packs, pack_part, multiply_part, SUMS_AT_ONCE};
+const SumLoops AMX_SUMS{supported, scratch, 0, packs, pack_part, multiply_part};

@@ -11,33 +11,38 @@ namespace {
 
 constexpr int64_t SPAN = 512, SPAN_TILES = SPAN / STEPS;
 constexpr int64_t PACKED = 4;  // tiles of lines that are packed together: what lies by steps is read 256 bytes at a time
+constexpr int64_t TOGETHER = 64;  // rows whose numbers stay in the cache, beside those of the columns
 constexpr int HELD = 8, COLUMNS = 2;  // vectors of sums that registers hold: rows, and tiles of columns
 
-int64_t tiles_of(int64_t steps) { return (steps + STEPS - 1) / STEPS; }
-int64_t spans_of(int64_t steps) { return (steps + SPAN - 1) / SPAN; }
+constexpr int64_t OWN_TILES = SUMS_COLUMNS / TILE;  // of columns that a thread packs
 
-int64_t scratch(const Sum& job, int64_t steps) {
-  const int64_t each = tiles_of(steps) * TILE_BYTES + spans_of(steps) * TILE * int64_t(sizeof(float));
-  return (sums_tiles(job.left) + sums_tiles(job.right)) * each;
+constexpr int64_t tiles_of(int64_t steps) { return (steps + STEPS - 1) / STEPS; }
+constexpr int64_t spans_of(int64_t steps) { return (steps + SPAN - 1) / SPAN; }
+
+// Of so many tiles: their numbers, and behind all of them their scales.
+constexpr int64_t bytes(int64_t tiles, int64_t steps) {
+  return tiles * (tiles_of(steps) * TILE_BYTES + spans_of(steps) * TILE * int64_t(sizeof(float)));
 }
 
-Place place(const Sum& job, bool right, int64_t tile, int64_t span, int64_t steps) {
-  const int64_t first_tile = right ? sums_tiles(job.left) : 0, all = sums_tiles(job.left) + sums_tiles(job.right);
-  float* scales = reinterpret_cast<float*>(job.scratch + all * tiles_of(steps) * TILE_BYTES);
-  return {job.scratch + ((first_tile + tile) * tiles_of(steps) + span * SPAN_TILES) * TILE_BYTES,
-          scales + ((first_tile + tile) * spans_of(steps) + span) * TILE};
+int64_t scratch(const Sum& job, int64_t steps) { return bytes(sums_tiles(job.left), steps); }
+
+Place place(char* packed, int64_t tiles, int64_t tile, int64_t span, int64_t steps) {
+  float* scales = reinterpret_cast<float*>(packed + tiles * tiles_of(steps) * TILE_BYTES);
+  return {packed + (tile * tiles_of(steps) + span * SPAN_TILES) * TILE_BYTES, scales + (tile * spans_of(steps) + span) * TILE};
+}
+
+Place left_place(const Sum& job, int64_t line, int64_t span, int64_t steps) {
+  return place(job.scratch, sums_tiles(job.left), line / TILE, span, steps);
 }
 
 int64_t packs(const Factor& factor, int64_t steps) { return (sums_tiles(factor) + PACKED - 1) / PACKED * spans_of(steps); }
 
-void pack_part(const Sum& job, bool right, int64_t part, int64_t step, int64_t steps) {
-  const Factor& factor = right ? job.right : job.left;
-  const auto pack = factor.step_stride == 1 ? pack_by_line : pack_by_step;
+void pack_part(const Sum& job, bool, int64_t part, int64_t step, int64_t steps) {
+  const auto pack = job.left.step_stride == 1 ? pack_by_line : pack_by_step;
   const int64_t span = part % spans_of(steps), begin = part / spans_of(steps) * PACKED;
-  for (int64_t tile = begin; tile < std::min(begin + PACKED, sums_tiles(factor)); ++tile) {
-    Place by_line = place(job, false, tile, span, steps), by_word = place(job, true, tile, span, steps);
-    const Wanted wanted{right ? nullptr : &by_line, right || sums_shared(job) ? &by_word : nullptr};
-    pack(factor, tile * TILE, step + span * SPAN, std::min(SPAN, steps - span * SPAN), wanted);
+  for (int64_t tile = begin; tile < std::min(begin + PACKED, sums_tiles(job.left)); ++tile) {
+    Place by_line = left_place(job, tile * TILE, span, steps);
+    pack(job.left, tile * TILE, step + span * SPAN, std::min(SPAN, steps - span * SPAN), {&by_line, nullptr});
   }
 }
 
@@ -63,22 +68,23 @@ inline void multiply(const char* left, const char* right, int64_t beside, int64_
 }
 
 // One span of steps: its sums times their scales, and what the total keeps.
-void multiply_span(const Sum& job, int64_t span, int64_t row, int64_t column, int64_t at_once, int64_t steps, float keep) {
+void multiply_span(const Sum& job, char* own, Part rows, Part columns, int64_t span, int64_t steps, float keep) {
   const int64_t tiles = std::min(SPAN_TILES, tiles_of(steps) - span * SPAN_TILES), beside = tiles_of(steps) * TILE_BYTES;
-  const int64_t rows = std::min(row + at_once, job.left.lines), columns = std::min(column + at_once, job.right.lines);
+  const int64_t last_row = rows.first + rows.count, last_column = columns.first + columns.count;
   const __m512 share = _mm512_set1_ps(job.share);
-  for (int64_t j = column; j < columns; j += COLUMNS * TILE)
-    for (int64_t i = row; i < rows; i += HELD) {
+  for (int64_t j = columns.first; j < last_column; j += COLUMNS * TILE)
+    for (int64_t i = rows.first; i < last_row; i += HELD) {
       if (!sums_wanted(job, i, HELD, j, COLUMNS * TILE)) continue;
-      const Place left = place(job, false, i / TILE, span, steps), right = place(job, true, j / TILE, span, steps);
+      const Place left = left_place(job, i, span, steps);
+      const Place right = place(own, OWN_TILES, (j - columns.first) / TILE, span, steps);
       float* total = job.total + i * job.total_stride + j;
-      for (int64_t r = 0; r < std::min<int64_t>(HELD, rows - i); ++r)
+      for (int64_t r = 0; r < std::min<int64_t>(HELD, last_row - i); ++r)
         for (int64_t c = 0; c < COLUMNS; ++c) __builtin_prefetch(total + r * job.total_stride + c * TILE, 1);
       __m512i sums[HELD][COLUMNS];
       multiply(left.tiles + i % TILE * 64, right.tiles, beside, tiles, sums);
-      for (int64_t r = 0; r < std::min<int64_t>(HELD, rows - i); ++r)
+      for (int64_t r = 0; r < std::min<int64_t>(HELD, last_row - i); ++r)
         for (int64_t c = 0; c < COLUMNS; ++c) {
-          const __mmask16 mask = first(std::min(columns, sums_end(job, i + r)) - j - c * TILE);
+          const __mmask16 mask = first(std::min(last_column, sums_end(job, i + r)) - j - c * TILE);
           float* to = total + r * job.total_stride + c * TILE;
           const __m512 scales = _mm512_load_ps(right.scales + c * spans_of(steps) * TILE);
           const __m512 times = _mm512_mul_ps(scales, _mm512_set1_ps(left.scales[i % TILE + r]));  // either way round
@@ -89,11 +95,23 @@ void multiply_span(const Sum& job, int64_t span, int64_t row, int64_t column, in
     }
 }
 
-void multiply_part(const Sum& job, int64_t row, int64_t column, int64_t at_once, int64_t steps) {
-  for (int64_t span = 0; span < spans_of(steps); ++span)
-    multiply_span(job, span, row, column, at_once, steps, span ? 1.0f : job.keep);
+// The columns are packed by the thread that multiplies with them: in its cache.
+void multiply_part(const Sum& job, char* own, Part rows, Part columns, Part steps) {
+  const auto pack = job.right.step_stride == 1 ? pack_by_line : pack_by_step;
+  for (int64_t span = 0; span < spans_of(steps.count); ++span) {
+    const int64_t begin = span * SPAN, some = std::min(SPAN, steps.count - begin);
+    for (int64_t column = 0; column < columns.count; column += COLUMNS * TILE)
+      for (int64_t c = 0; c < COLUMNS; ++c) {
+        const int64_t line = column + c * TILE;
+        Place by_word = place(own, OWN_TILES, line / TILE, span, steps.count);
+        pack(job.right, columns.first + line, steps.first + begin, some, {nullptr, &by_word});
+      }
+    const float keep = span ? 1.0f : job.keep;
+    for (int64_t row = 0; row < rows.count; row += TOGETHER)
+      multiply_span(job, own, {rows.first + row, std::min(TOGETHER, rows.count - row)}, columns, span, steps.count, keep);
+  }
 }
 
 }  // namespace
 
-const SumLoops VNNI_SUMS{supported, scratch, packs, pack_part, multiply_part, 2 * SUMS_AT_ONCE};
+const SumLoops VNNI_SUMS{supported, scratch, bytes(OWN_TILES, SUMS_STEPS), packs, pack_part, multiply_part};

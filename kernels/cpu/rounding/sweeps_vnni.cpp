@@ -221,7 +221,7 @@ void round(const Sweep& job, const ColumnLoops& loops, int thread, int64_t outpu
 
 void descend(const Sweep& job, const ColumnLoops& loops, int thread, int64_t output, int64_t count) {
   const Swept& matrix = *job.matrix;
-  const int64_t k = matrix.factor.lines, size = k / job.groups;
+  const int64_t k = matrix.factor.lines, size = job.sweeps ? k / job.groups : k;
   const Desk own = begun(job, thread, output, count);
   std::memset(own.work, 0, size_t(whole(k, TILE) * LANES) * sizeof(float));
   for (int64_t step = 0; step < k; step += SPAN) {
