@@ -23,7 +23,9 @@ def groups(weight: Tensor, scheme: Scheme) -> Tensor:
 def minmax_scales(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
     """Return absmax / 7 for every group of weight [n, k], rounded to ``dtype``: [n, groups]."""
     top = float(scheme.code_range[1])
-    return (groups(weight, scheme).abs().amax(dim=-1) / top).clamp_min(SMALLEST).to(dtype)
+    grouped = groups(weight, scheme)
+    largest = torch.maximum(grouped.amax(dim=-1), -grouped.amin(dim=-1))  # no absolute values are written down
+    return (largest / top).clamp_min(SMALLEST).to(dtype)
 
 
 def searched_scales(

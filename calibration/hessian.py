@@ -29,7 +29,8 @@ class Hessian:
 
     def __init__(self, k: int, device: torch.device | None = None, shrinkage: float = 0.0) -> None:
         self.shrinkage = shrinkage
-        self._matrix = torch.zeros(k, k, device=device)
+        self._matrix = torch.empty(k, k, device=device)
+        self._blank = True  # nothing was written there: it stands for zeros
         self._whole = True  # what is below the diagonal is there, too
         self.mean = torch.zeros(k, device=device)
         self.tokens = 0
@@ -43,7 +44,7 @@ class Hessian:
             here = slice(first, first + rows)
             part, kept = self._matrix[here, first:], self.tokens / seen
             products.accumulated(part, x[:, here].T, x[:, first:], keep=kept, share=2.0 / seen, half="upper")
-        self._whole = False
+        self._blank = self._whole = False
         self.mean.mul_(self.tokens / seen).add_(x.sum(dim=0), alpha=1.0 / seen)
         self.tokens = seen
 
@@ -58,16 +59,18 @@ class Hessian:
     @property
     def matrix(self) -> Tensor:
         """Return H [k, k] itself, which may be changed for a while."""
-        if not self._whole:
-            with torch.inference_mode():  # where the inputs may have been added, too
+        with torch.inference_mode():  # where the inputs may have been added, too
+            if self._blank:
+                self._matrix.zero_()
+            elif not self._whole:
                 triangles.mirrored(self._matrix)
-            self._whole = True
+        self._blank, self._whole = False, True
         return self._matrix
 
     @property
     def dead(self) -> Tensor:
         """Return which inputs were always zero: bool [k]. Nothing is known of them."""
-        return self._matrix.diagonal() == 0
+        return (self.matrix if self._blank else self._matrix).diagonal() == 0
 
     def diagonal(self, damping: float) -> Tensor:
         """Return the shrunk diagonal [k] and ``damping`` times its mean; an input that was always zero has one."""

@@ -14,7 +14,7 @@ in a row are all below 1e-30 they count as 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
@@ -147,6 +147,16 @@ def add(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tenso
             return sums.accumulated(total, left, right, 1.0, alpha)
         return total.addmm_(left, right, alpha=alpha)
     return total.add_(left.bfloat16() @ right.bfloat16(), alpha=alpha)
+
+
+def add_beside(
+    total: Tensor, left: Tensor, right: Tensor, spans: Sequence[tuple[int, int]], alpha: float = 1.0
+) -> None:
+    """``add`` in neighbouring ``spans`` of the columns of ``total`` and ``right``: oneDNN makes code for each size."""
+    if _rough.get() and spans:
+        spans = [(spans[0][0], spans[-1][1])]
+    for first, last in spans:
+        add(total[:, first:last], left, right[:, first:last], alpha)
 
 
 def take_square(total: Tensor, left: Tensor) -> None:

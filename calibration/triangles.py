@@ -50,7 +50,7 @@ def _factor(matrix: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Factor:
-    """The Cholesky factor of a matrix D^-1 C D^-1: C's in a ``lower`` triangle [k, k], and ``root`` [k], D's diagonal."""
+    """The Cholesky factor of D^-1 C D^-1: C's in the triangle ``lower`` [k, k], and D's diagonal, ``root`` [k]."""
 
     lower: Tensor
     root: Tensor
@@ -100,14 +100,12 @@ def solved(lower: Tensor, right: Tensor) -> Tensor:
         part = right[:, first:last]
         _divide(part, lower[first:last, first:last].tril())
         told = products.halved(part)
-        for start, stop in blocks[place + 1 :]:
-            products.add(right[:, start:stop], told, lower[start:stop, first:last].T, alpha=-1.0)
+        products.add_beside(right, told, lower[:, first:last].T, blocks[place + 1 :], alpha=-1.0)
     for place, (first, last) in reversed(list(enumerate(blocks))):
         part = right[:, first:last]
         _divide(part, lower[first:last, first:last].tril(), transposed=False)
         told = products.halved(part)
-        for start, stop in blocks[:place]:
-            products.add(right[:, start:stop], told, lower[first:last, start:stop], alpha=-1.0)
+        products.add_beside(right, told, lower[first:last], blocks[:place], alpha=-1.0)
     return right
 
 

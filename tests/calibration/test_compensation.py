@@ -143,6 +143,23 @@ def test_scales_are_rounded_before_codes_are_chosen() -> None:
     assert torch.equal(quantized.codes, grid.to_codes(weight, quantized.scales, Scheme(group_size=16)))
 
 
+def test_a_hessian_that_has_seen_nothing_is_zero_and_can_be_damped() -> None:
+    torch.full((64, 64), torch.nan)  # so that new memory holds something
+    hessian = Hessian(64)
+    with hessian.under(0.5) as damped:
+        assert damped.equal(1.5 * torch.eye(64))
+    assert hessian.dead.all()
+    assert not hessian.matrix.any()
+    other, inputs = Hessian(64), torch.randn(100, 64)
+    other.update(inputs)
+    hessian.merge(other)
+    assert hessian.matrix.equal(other.matrix)
+    again = Hessian(64)
+    assert again.dead.all()
+    again.update(inputs)
+    assert again.matrix.equal(other.matrix)
+
+
 def test_dead_inputs_and_a_singular_hessian_are_survived() -> None:
     hessian = Hessian(32)
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(7))  # 5 tokens: rank 5 of 32
