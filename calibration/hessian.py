@@ -12,7 +12,7 @@ from qtoolkit.calibration import products, triangles
 from qtoolkit.stages import Block, Stream
 from qtoolkit.vision.matrix import Geometry
 
-SHRUNK = 0.1  # from which the smallest eigenvalue is far above what rounded products change: it is factored with such
+SHRUNK = 0.1  # from which it is factored with rounded products: most eigenvalues are far above what these change
 PART, PARTS = 128, 8  # rows that are summed together, at least, and of how many parts
 NARROW = 1024  # inputs below which parts pay: oneDNN keeps 400 MB for all the sizes of a wide layer's parts
 TOKENS = 131072  # inputs a convolution's Hessian is made of: over 200 for each of 576 rows

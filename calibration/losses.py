@@ -1,4 +1,7 @@
-"""Where a layer's loss comes from: its int4 weights, its int8 inputs, both, and what earlier layers have changed."""
+"""Where a layer's loss comes from: its int4 weights, its int8 inputs, both, and what earlier layers have changed.
+
+Products may be rough: these are shares of an energy, for a reader.
+"""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ AVX2. PyTorch asks oneDNN only where products may be less precise than float32. 
 units for it (AMX), whose products of factors rounded to bfloat16 take a third of the time; on AMD's its float32
 products are what they were, at twice the speed (Zen 5, AVX-512). Which it is shows in a product. Rounded factors are
 good enough for sums over thousands of tokens, for what only makes a choice, and for corrections of a weight that is
-rounded to int4 next, the solution of a linear system among them; the system's factor stays exact: it may not exist
-otherwise. Sums over tokens are made by our own code then (``qtoolkit.sums``), for narrow models, too;
-products below 1e-38 are 0. Without AMX that code multiplies whole numbers by AVX512-VNNI, which rounds less than
+rounded to int4 next, the solution of a linear system among them; the system's factor, which may not exist then, stays
+exact unless whole numbers are asked for. Sums over tokens are made by our own code then (``qtoolkit.sums``), for narrow
+models, too; products below 1e-38 are 0. Without AMX that code multiplies whole numbers by AVX512-VNNI, which rounds less than
 bfloat16 does and is faster than float32: it then makes every product that may be rough. Where 512 factors
 in a row are all below 1e-30 they count as 0.
 """
@@ -88,7 +88,7 @@ def rough() -> Iterator[None]:
 
 @contextmanager
 def in_whole_numbers(wanted: bool) -> Iterator[bool]:
-    """Inside, products are rough only if that is ``wanted`` and in whole numbers of 12 bits; tell whether they are."""
+    """Inside, products are in whole numbers of 12 bits if that is ``wanted`` and they may be; tell whether they are."""
     may = wanted and _native.get() == sums.VNNI
     before = _rough.set(may)
     try:

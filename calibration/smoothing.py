@@ -75,10 +75,7 @@ class Smooth:
         steps = max(self.options.grid, int(start / 0.5))
         lowest = min(LOWEST, start / 100)
         losses: dict[int, float] = {}
-        room = {
-            name: torch.empty_like(layer.weight, dtype=halves.dtype(layer), memory_format=torch.contiguous_format)
-            for name, layer in zip(group.consumers, consumers, strict=True)
-        }
+        room = {name: rounded_room(layer) for name, layer in zip(group.consumers, consumers, strict=True)}
         known: dict[bytes, float] = {}  # powers of two change in jumps: neighbours often ask for the same scales
 
         def scales_at(step: int) -> Tensor:
@@ -238,10 +235,16 @@ def smoothed_and_rounded(
             layer = block.linear(name)
             original = layer.weight.data
             stack.callback(setattr, layer.weight, "data", original)
-            layer.weight.data = grid.rounded(original, context.scheme, scales, room.get(name))
+            made = room[name] if name in room else rounded_room(layer)
+            layer.weight.data = grid.rounded(original, context.scheme, scales, made)
             hook = layer.register_forward_pre_hook(lambda module, args: (round_tokens(args[0], bits, 1 / scales),))
             stack.callback(hook.remove)
         yield
+
+
+def rounded_room(layer: nn.Linear) -> Tensor:
+    """Return memory for a rounded weight of ``layer``, in the dtype it multiplies in."""
+    return torch.empty_like(layer.weight, dtype=halves.dtype(layer), memory_format=torch.contiguous_format)
 
 
 def powers(scales: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ def factor(matrix: Tensor, rough: bool = False) -> bool:
 
     The strict upper triangle stays; the lower one is spoilt where there is no factor. ``rough``: products may be, if
     in whole numbers, which gives the factor of a matrix whose entries are off by 2e-4 of their row's and column's
-    diagonal; where that is none, an exact one is looked for.
+    diagonal; where that is none, an exact one is looked for. Such errors add up along what all inputs have in common:
+    there the factor may be off by much, which costs GPTQ's error up to 1 % where they have hardly anything else.
     """
     with products.in_whole_numbers(rough) as may:
         diagonal = matrix.diagonal().clone() if may else None
@@ -63,10 +64,10 @@ class Factor:
 def normalized(matrix: Tensor) -> Tensor:
     """Bring the diagonal of ``matrix`` [k, k] near one, in its place; return what rows and columns are multiplied with.
 
-    These are powers of two [k], so that ``scaled`` by their inverses the matrix has its old bits. Whole numbers that
-    stand for a row have one scale: without this the largest inputs would take the others' bits.
+    These are powers of two [k]: ``scaled`` by their inverses the matrix has its old bits, but for what underflows. Whole
+    numbers that stand for a row have one scale: without this the largest inputs would take the others' bits.
     """
-    exponents = matrix.diagonal().clamp_min(TINY).log2().mul_(-0.5).round_()
+    exponents = matrix.diagonal().clamp(TINY, 1 / TINY).log2().mul_(-0.5).round_()
     root = torch.ldexp(torch.ones_like(exponents), exponents.to(torch.int32))
     scaled(matrix, root)
     return root

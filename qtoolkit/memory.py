@@ -13,14 +13,16 @@ from functools import cache
 LARGE = 32 << 20  # bytes from which a tensor has pages of its own, which go back as soon as it is freed: glibc's most
 PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch's variable, read at its first large tensor: 2 MB pages for those
 KEPT = 64 << 20  # bytes that smaller ones may leave free at the heap's end: the system takes long to clear new pages
-NEAR = (
-    0.95  # of the most memory this process has held: below, nothing is gained by giving back what soon is wanted again
-)
+# Of the most memory this process has held: below, nothing is gained by giving back what soon is wanted again.
+NEAR = 0.95
 THRESHOLD, END = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of <malloc.h>; once one is set, glibc raises neither
 
 
 def keep_little() -> None:
-    """Ask the C library to give back large pieces at once, and PyTorch for large pages; nothing without glibc."""
+    """Ask the C library to give back large pieces at once and to keep few small ones, and PyTorch for large pages.
+
+    Nothing without glibc.
+    """
     library = _glibc()
     if library is not None:
         os.environ.setdefault(PAGES, "1")
@@ -36,9 +38,12 @@ def trim() -> None:
 
 
 def _near_peak() -> bool:
-    with open("/proc/self/status") as status:
-        held = {line[:5]: int(line.split()[1]) for line in status if line.startswith(("VmHWM", "VmRSS"))}
-    return len(held) < 2 or held["VmRSS"] >= NEAR * held["VmHWM"]
+    try:
+        with open("/proc/self/status") as status:
+            held = {line[:5]: int(line.split()[1]) for line in status if line.startswith(("VmHWM", "VmRSS"))}
+        return held["VmRSS"] >= NEAR * held["VmHWM"]
+    except (OSError, KeyError):  # nothing is known
+        return True
 
 
 @cache

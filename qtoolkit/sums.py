@@ -36,10 +36,13 @@ def accumulated(total: Tensor, left: Tensor, right: Tensor, keep: float, share: 
         right: float32 [steps, n].
         keep: with 0, what the total holds is not read.
         share: of the product.
-        half: "upper": what is below the diagonal may stay as it is; "lower": above it, too.
+        half: "upper": what is below the diagonal may stay as it is; "lower": what is above it does.
     """
     units = native_on(total.device)
     if units == AMX or (units == VNNI and worthwhile(left.shape[0], left.shape[1], right.shape[1])):
         left, right = (each if 1 in each.stride() else each.clone(memory_format=DENSE) for each in (left, right))
         return native.add_product(total, left, right, keep=keep, share=share, half=half)
-    return total.addmm_(left, right, beta=keep, alpha=share)
+    if half != "lower":
+        return total.addmm_(left, right, beta=keep, alpha=share)
+    above = total.triu(1)
+    return total.addmm_(left, right, beta=keep, alpha=share).tril_().add_(above)

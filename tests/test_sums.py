@@ -96,6 +96,13 @@ def test_what_a_matrix_is_with_itself_may_do_without_a_half(k: int, path: str) -
         assert torch.equal(found.triu(1), held.triu(1))
 
 
+def test_the_lower_half_alone_is_torchs_business_too() -> None:
+    x, held = factors(20, 1, 30)[0], torch.randn(20, 20)  # too small for the loops
+    found = sums.accumulated(held.clone(), x, x.T, 0.5, -1.0, half="lower")
+    assert torch.equal(found.triu(1), held.triu(1))
+    assert away(found.tril(), (0.5 * held.double() - x.double() @ x.double().T).tril()) < 1e-5
+
+
 @pytest.mark.skipif("avx512" not in native.sums(), reason="no AVX512-VNNI, or the library is not there")
 def test_the_largest_sums_do_not_wrap_and_zeros_and_nan_stay() -> None:
     ones = torch.full((3, 2 * SPAN), 7.0)

@@ -72,6 +72,19 @@ def test_the_loss_is_the_one_of_the_paper(block_and_stream: tuple[Block, Stream]
     assert loss == pytest.approx(total / 72, rel=1e-3)  # rounding ties fall differently in fp32 and fp64
 
 
+def test_trials_share_their_room(block_and_stream: tuple[Block, Stream]) -> None:
+    block, stream = block_and_stream
+    group = next(group for group in block.groups if group.name == "down_proj")
+    calls = smoothing.record(block, group, stream, tokens=72)
+    largest = smoothing.input_ranges(block, [group], stream)[group.name]
+    room = {name: torch.full_like(block.linear(name).weight, torch.nan) for name in group.consumers}
+    several = [largest / 0.01 + 1, largest + 1]
+    shared = [smoothing.group_loss(block, group, calls, scales, CONTEXT, room) for scales in several]
+    assert shared == [smoothing.group_loss(block, group, calls, scales, CONTEXT) for scales in several]
+    assert shared[0] != shared[1]
+    assert all(made.isfinite().all() for made in room.values())
+
+
 def test_thresholds_are_judged_on_text_from_every_batch(block_and_stream: tuple[Block, Stream]) -> None:
     block, stream = block_and_stream
     group = next(group for group in block.groups if group.name == "down_proj")

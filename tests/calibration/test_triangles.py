@@ -116,3 +116,13 @@ def test_a_matrix_is_normalized_and_had_back_with_its_bits() -> None:
     assert triangles.factor(both)
     found = triangles.Factor(both, root).solved(right.clone()).double() @ matrix.double()
     assert ((found - right) / size).norm() < 1e-3 * (right / size).norm()
+
+
+def test_an_infinite_matrix_has_no_factor_and_stays() -> None:
+    matrix = symmetric(40)
+    matrix[3, 3] = torch.inf
+    both = matrix.clone()
+    root = triangles.normalized(both)
+    assert not triangles.factor(both.clone())
+    triangles.scaled(both, 1 / root)
+    assert both.equal(matrix)
