@@ -7,9 +7,9 @@ products are what they were, at twice the speed (Zen 5, AVX-512). Which it is sh
 good enough for sums over thousands of tokens, for what only makes a choice, and for corrections of a weight that is
 rounded to int4 next, the solution of a linear system among them; the system's factor, which may not exist then, stays
 exact unless whole numbers are asked for. Sums over tokens are made by our own code then (``qtoolkit.sums``), for narrow
-models, too; products below 1e-38 are 0. Without AMX that code multiplies whole numbers by AVX512-VNNI, which rounds less than
-bfloat16 does and is faster than float32: it then makes every product that may be rough. Where 512 factors
-in a row are all below 1e-30 they count as 0.
+models, too; products below 1e-38 are 0. Without AMX that code multiplies whole numbers by AVX512-VNNI, which rounds
+less than bfloat16 does and is faster than float32: it then makes every product that may be rough. Where 512 factors in
+a row are all below 1e-30 they count as 0.
 """
 
 from __future__ import annotations

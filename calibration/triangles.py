@@ -64,8 +64,8 @@ class Factor:
 def normalized(matrix: Tensor) -> Tensor:
     """Bring the diagonal of ``matrix`` [k, k] near one, in its place; return what rows and columns are multiplied with.
 
-    These are powers of two [k]: ``scaled`` by their inverses the matrix has its old bits, but for what underflows. Whole
-    numbers that stand for a row have one scale: without this the largest inputs would take the others' bits.
+    These are powers of two [k]: ``scaled`` by their inverses the matrix has its old bits, but for what underflows.
+    Whole numbers that stand for a row have one scale: without this the largest inputs would take the others' bits.
     """
     exponents = matrix.diagonal().clamp(TINY, 1 / TINY).log2().mul_(-0.5).round_()
     root = torch.ldexp(torch.ones_like(exponents), exponents.to(torch.int32))
