@@ -24,7 +24,7 @@ def factor(matrix: Tensor, rough: bool = False) -> bool:
     The strict upper triangle stays; the lower one is spoilt where there is no factor. ``rough``: products may be, if
     in whole numbers, which gives the factor of a matrix whose entries are off by 2e-4 of their row's and column's
     diagonal; where that is none, an exact one is looked for. Such errors add up along what all inputs have in common:
-    there the factor may be off by much, which changes little of what GPTQ leaves (`evals/LOG.md`), and nobody checks it.
+    there the factor may be off by much, unseen, which changes little of what GPTQ leaves (`evals/LOG.md`).
     """
     with products.in_whole_numbers(rough) as may:
         diagonal = matrix.diagonal().clone() if may else None
