@@ -32,8 +32,10 @@ def backward(
                 leaf = hidden.clone().requires_grad_()
                 out = functional_call(block.module, own, (leaf,), _cloned(kwargs))
                 out = out[0] if isinstance(out, tuple) else out
-                wanted = [*([leaf] if inputs else []), *(caught[name] for name in names)]
-                yield passed_back(out, wanted, gradient.to(out, copy=True))
+                wanted = [*([leaf] if inputs else []), *(caught.pop(name) for name in names)]
+                found = [passed_back(out, wanted, gradient.to(out, copy=True))]
+                del hidden, leaf, out, wanted  # nobody holds one batch's while the next goes by
+                yield found.pop()
     finally:
         for handle in handles:
             handle.remove()

@@ -28,6 +28,7 @@ LIGHT = {  # options in a trial: what costs most of a step's time and is the sam
     "gptq": {"aim": False, "refine": 0, "starts": 1},
 }
 MARGIN = 1.05  # a simpler way wins up to so many times the least: trials are short and differ by chance
+SHARE = 8  # blocks of a model for each that is tried: the choice stays cheap beside the run
 APART = 2.0  # times the least, rounded to nearest: a way this bad is not tried again
 
 
@@ -68,10 +69,11 @@ def choose(
         candidates: the ways, the simplest first.
         load: gives block i of a source with what the recipe says about its layers.
         tokens: int64 [sequences, length], the calibration text.
-        blocks: how many blocks are tried.
+        blocks: how many blocks are tried, at most one of ``SHARE`` and at least one.
         context: as in the run.
     """
-    places = trial.spread(len(skeleton.blocks), blocks)
+    depth = len(skeleton.blocks)
+    places = trial.spread(depth, min(blocks, max(1, depth // SHARE)))
     fit, held = trial.split(tokens)
 
     def measured(some: Mapping[str, Candidate], treat: Treatment) -> dict[str, float]:

@@ -43,7 +43,8 @@ class CompensateOptions(Options):
     activation_order: bool = Field(False, description="round the inputs with the largest Hessian diagonal first")
     sequential: bool = Field(True, description="a layer sees its block's earlier layers quantized; false: in float")
     aim: bool = Field(True, description="aim at the float network's outputs, as far as held-out tokens support it")
-    refine: int = Field(2, ge=0, description="rounds of new scales and new codes after compensation")
+    refine: int = Field(2, ge=0, description="rounds of new codes after compensation, column by column")
+    refit: bool = Field(False, description="refinement fits the scales of small layers to their codes, too")
     starts: int = Field(2, ge=1, description="orders of the inputs that a small layer is rounded in; the best is kept")
     couple: bool = Field(True, description="round a layer's outputs together, as the loss of the whole model asks")
     fold: bool = Field(True, description="scales of groups of 128 and more are multiples of one a channel: faster")
@@ -211,7 +212,7 @@ class Solved:
         over = [partial(round_in_order, *each, scheme) for each in self._orders(orders)]
         with self._damped() as matrix:
             packed = self._pack(matrix, scheme) if rounds else None
-            refit = starts.affordable(*weight.shape) > 1
+            refit = self.options.refit and starts.affordable(*weight.shape) > 1
             begin = partial(
                 starts.best, matrix=matrix, scheme=scheme, sweeps=over, stretches=stretches, fold=fold, refit=refit,
                 packed=packed,

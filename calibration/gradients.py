@@ -122,7 +122,7 @@ class Gradients:
 
 
 def at_the_end(skeleton: Skeleton, source: Source, stream: Stream) -> list[Tensor]:
-    """Return the gradient of -log p(drawn token) with respect to what the last block gives, batch by batch."""
+    """Return the gradient of -log p(drawn token) at what the last block gives, batch by batch in bfloat16."""
     norm, head = trial.ending(skeleton, source)
     draw = torch.Generator("cpu").manual_seed(0)
     found = []
@@ -130,7 +130,7 @@ def at_the_end(skeleton: Skeleton, source: Source, stream: Stream) -> list[Tenso
         rows = min(AT_ONCE, max(1, LOGITS // len(head)))
         for hidden, _ in stream.calls():
             found.append(torch.cat([_drawn(norm, head, part, draw) for part in hidden.flatten(0, -2).split(rows)]))
-            found[-1] = found[-1].view(hidden.shape)
+            found[-1] = found[-1].view(hidden.shape).bfloat16()
     return found
 
 

@@ -51,6 +51,8 @@ def measured(block: Block, probe: Probe, *, inputs: bool) -> tuple[list[Tensor],
             if name not in sums:
                 sums[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
             products.accumulated(sums[name], flat.T, flat)
+            del gradient, flat
+        del found  # before there are others
     return before, {name: _scaled(total, DAMPING + len(total) / tokens[name]) for name, total in sums.items()}
 
 

@@ -35,6 +35,8 @@ HUB = {
 HUB_DOCUMENTS = 4000  # enough for 128 windows of 2048 tokens from any of the sets above
 SMALL = 50_000_000  # parameters; tiny writes five times faster on one thread than on two
 PIECE = 1 << 18  # characters, at least, that are tokenized at once
+PLENTY = 64  # characters for each token wanted: of longer text only what windows need is tokenized
+GENEROUS = 8  # characters that a token rarely exceeds on the mean
 LINES = re.compile(r"\n+")  # tokenizers split behind line ends, but not between them
 BATCH = 128  # sequences that a model writes at once
 
@@ -120,7 +122,8 @@ def documents(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> li
 def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int) -> Tensor:
     """Cut ``samples`` windows of ``length`` tokens at random places of the joined texts.
 
-    Each window starts with the tokenizer's own first token (BOS) where it adds one, as every served request does.
+    Each window starts with the tokenizer's own first token (BOS) where it adds one, as every served request does. In
+    much more text than windows take, they begin with a line.
 
     Returns:
         int64 [samples, length]; fewer rows when the text does not hold that many windows without overlap.
@@ -128,30 +131,59 @@ def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, 
     Raises:
         DataError: the text is shorter than one window.
     """
-    ids = encoded(texts, tokenizer)
     start = start_tokens(tokenizer)
     room = length - len(start)
-    if len(ids) < room:
-        raise DataError(
-            f"The calibration text has {len(ids)} tokens, but one window takes {room}.",
-            "Give more text, or lower --length.",
-        )
-    samples = min(samples, max(1, len(ids) // room))
     draw = torch.Generator("cpu").manual_seed(seed)
-    places = torch.randint(0, len(ids) - room + 1, (samples,), generator=draw, device="cpu")
-    return torch.stack([torch.cat([start, ids[place : place + room].long()]) for place in places.tolist()])
+    joined = "\n\n".join(texts)
+    if len(joined) > PLENTY * samples * length:
+        places = torch.randint(0, len(joined), (samples,), generator=draw, device="cpu").tolist()
+        return torch.stack([torch.cat([start, _tokens_behind(joined, place, room, tokenizer)]) for place in places])
+    ids = encoded(joined, tokenizer)
+    if len(ids) < room:
+        raise _too_short(len(ids), room)
+    samples = min(samples, max(1, len(ids) // room))
+    places = torch.randint(0, len(ids) - room + 1, (samples,), generator=draw, device="cpu").tolist()
+    return torch.stack([torch.cat([start, ids[place : place + room].long()]) for place in places])
 
 
-def encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return the tokens of the joined texts, int32 [tokens], without special ones.
+def _tokens_behind(text: str, place: int, wanted: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return ``wanted`` tokens from the first line on that begins behind a ``place`` in the text, int64 [wanted].
+
+    Where the text ends before, they begin as far before the place as needed.
+    """
+    lines = LINES.search(text, place)
+    size = GENEROUS * wanted
+    begin = lines.end() if lines and lines.end() - place < size else place
+    while True:
+        stop = begin + size
+        ids = tokenizer(text[begin:stop], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) > wanted or (stop >= len(text) and len(ids) == wanted):  # a piece may end within its last token
+            return torch.tensor(ids[:wanted], dtype=torch.int64, device="cpu")
+        if stop < len(text):
+            size *= 2
+        elif begin:
+            begin = max(0, begin - size)
+        else:
+            raise _too_short(len(ids), wanted)
+
+
+def _too_short(found: int, wanted: int) -> DataError:
+    return DataError(
+        f"The calibration text has {found} tokens, but one window takes {wanted}.",
+        "Give more text, or lower --length.",
+    )
+
+
+def encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the tokens of a text, int32 [tokens], without special ones.
 
     Long text goes by in pieces that end with a line: a tokenizer takes 140 times the size of a text.
     """
-    joined, found, start = "\n\n".join(texts), [], 0
-    while start < len(joined):
-        lines = LINES.search(joined, start + PIECE)
-        stop = lines.end() if lines else len(joined)
-        ids = tokenizer(joined[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
+    found, start = [], 0
+    while start < len(text):
+        lines = LINES.search(text, start + PIECE)
+        stop = lines.end() if lines else len(text)
+        ids = tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
         found.append(torch.tensor(ids, dtype=torch.int32, device="cpu"))
         start = stop
     return torch.cat(found)

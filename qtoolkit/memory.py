@@ -12,6 +12,7 @@ from functools import cache
 
 LARGE = 32 << 20  # bytes from which a tensor has pages of its own, which go back as soon as it is freed: glibc's most
 PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch's variable, read at its first large tensor: 2 MB pages for those
+BUFFERS = "MKL_DISABLE_FAST_MM"  # MKL's, read at its first product: it keeps what each thread packed otherwise
 KEPT = 64 << 20  # bytes that smaller ones may leave free at the heap's end: the system takes long to clear new pages
 # Of the most memory this process has held: below, nothing is gained by giving back what soon is wanted again.
 NEAR = 0.95
@@ -26,6 +27,7 @@ def keep_little() -> None:
     library = _glibc()
     if library is not None:
         os.environ.setdefault(PAGES, "1")
+        os.environ.setdefault(BUFFERS, "1")
         library.mallopt(THRESHOLD, LARGE)
         library.mallopt(END, KEPT)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = ("tiny",)
+STRETCH = 1 << 24  # bytes of a file that are hashed together
+HASHERS = 8  # threads that hash, at most
 AT_ONCE = 1 << 22  # numbers of a tensor that are looked at together
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]  # never *.bin: pickles run code
 
@@ -94,13 +98,20 @@ class Source:
         import torch
 
         tensor = self.read(name)
-        parts = tensor.flatten().split(AT_ONCE) if tensor.numel() else ()
-        if not all(math.isfinite(extreme) for part in parts for extreme in part.aminmax()):  # faster than every number
-            bad = sum(int((~part.isfinite()).sum()) for part in parts)
-            values = f"{bad} values that are NaN or Inf"
-            raise NumericError(f"{self.name}: {name} holds {values}.", "The weights are damaged.")
+        if name not in self._finite:
+            parts = tensor.flatten().split(AT_ONCE) if tensor.numel() else ()
+            if not all(math.isfinite(extreme) for part in parts for extreme in part.aminmax()):  # faster than each
+                bad = sum(int((~part.isfinite()).sum()) for part in parts)
+                values = f"{bad} values that are NaN or Inf"
+                raise NumericError(f"{self.name}: {name} holds {values}.", "The weights are damaged.")
+            self._finite.add(name)
         chosen = tensor if rows is None else tensor[rows]
         return chosen.to(torch.float32, copy=True)  # float32 would be the file itself, and blocks are changed in place
+
+    @cached_property
+    def _finite(self) -> set[str]:
+        """Return which tensors have been looked through: a block is read several times in a run."""
+        return set()
 
     @property
     def bytes(self) -> int:
@@ -108,14 +119,29 @@ class Source:
         return sum(path.stat().st_size for path in set(self.files.values()))
 
     def digest(self) -> str:
-        """Return 12 hex digits of the content of config.json and every weight file."""
+        """Return 12 hex digits of the content of config.json and every weight file, as first read."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        chunk = memoryview(bytearray(1 << 20))
-        for path in sorted(set(self.files.values())):
-            with path.open("rb", buffering=0) as file:
-                while count := file.readinto(chunk):
-                    state.update(chunk[:count])
+        with ThreadPoolExecutor(min(HASHERS, os.cpu_count() or 1)) as pool:
+            for path in sorted(set(self.files.values())):
+                for part in pool.map(partial(_hashed, path), range(0, path.stat().st_size, STRETCH)):
+                    state.update(part)
         return state.hexdigest()[:12]
+
+
+def _hashed(path: Path, start: int) -> bytes:
+    """Return the hash of ``STRETCH`` bytes of a file from ``start`` on, or of fewer at its end."""
+    state, left = hashlib.sha256(), STRETCH
+    chunk = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (count := file.readinto(chunk[:left])):
+            state.update(chunk[:count])
+            left -= count
+    return state.digest()
 
 
 def resolve(model: str | Path) -> Source:

@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "inputs of the block in float": {"gptq.sequential": False},
     "outputs rounded one by one": {"gptq.couple": False},
     "one start": {"gptq.starts": 1},
+    "scales fitted to the codes": {"gptq.refit": True},
     "no shrinkage of the Hessian": {"gptq.shrinkage": 0},
     "no refinement": {"gptq.refine": 0},
     "min-max scales": {"gptq.scale_search": False},
