@@ -12,7 +12,7 @@ from functools import cache
 
 LARGE = 32 << 20  # bytes from which a tensor has pages of its own, which go back as soon as it is freed: glibc's most
 PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch's variable, read at its first large tensor: 2 MB pages for those
-BUFFERS = "MKL_DISABLE_FAST_MM"  # MKL's, read at its first product: it keeps what each thread packed otherwise
+BUFFERS = "MKL_DISABLE_FAST_MM"  # MKL's, read when PyTorch is imported: else it keeps what each thread packed
 KEPT = 64 << 20  # bytes that smaller ones may leave free at the heap's end: the system takes long to clear new pages
 # Of the most memory this process has held: below, nothing is gained by giving back what soon is wanted again.
 NEAR = 0.95
@@ -22,7 +22,7 @@ THRESHOLD, END = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of <malloc.h>; 
 def keep_little() -> None:
     """Ask the C library to give back large pieces at once and to keep few small ones, and PyTorch for large pages.
 
-    Nothing without glibc.
+    Before PyTorch is imported it also asks MKL to free what it packs. Nothing without glibc.
     """
     library = _glibc()
     if library is not None:

@@ -37,3 +37,19 @@ def test_freed_memory_goes_back(way: str, least: int, most: int) -> None:
     """All that was large, 240 MB; of smaller pieces so many and more if a peak is near, nothing where one is far."""
     out = subprocess.run([sys.executable, "-c", CODE, way], capture_output=True, text=True, check=True).stdout
     assert least <= int(out) <= most
+
+
+COMMAND = """
+import sys
+from qtoolkit import memory
+from qtoolkit.cli import app, quantize
+real = memory.keep_little
+memory.keep_little = lambda: print("torch" in sys.modules, real())
+app(["quantize", "tiny", "--dry-run"])
+"""
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="the C library is not glibc")
+def test_libraries_are_told_before_they_are_loaded() -> None:
+    out = subprocess.run([sys.executable, "-c", COMMAND], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[0] == "False None"

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qtoolkit import memory
 from qtoolkit.cli import output
 
 
@@ -29,6 +30,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantize a model to int4 weights and int8 activations."""
+    memory.keep_little()  # before PyTorch is imported
     from qtoolkit import recipe as recipes
     from qtoolkit.errors import RequestError
 

@@ -1,4 +1,7 @@
-"""What a peer is given and gives back: a job file in, dequantized weights and a few figures out."""
+"""What a peer is given and gives back: a job file in, dequantized weights and a few figures out.
+
+PyTorch is imported by the peer that runs: what a package tells it and its libraries before counts.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file, save_file
+if TYPE_CHECKING:
+    import torch
 
 CHANNEL = -1  # group size of one scale per output channel
 JOB, WEIGHTS, FIGURES = "job.json", "weights.safetensors", "figures.json"
@@ -42,6 +45,8 @@ class Job:
 
     def calibration(self) -> torch.Tensor:
         """Return the calibration tokens, int64 [samples, length]."""
+        from safetensors.torch import load_file
+
         return load_file(self.tokens)["tokens"]
 
     def write(self, folder: Path) -> Path:
@@ -104,6 +109,8 @@ class Quantized:
 
     def write(self, folder: Path, meter: Meter) -> None:
         """Write weights and figures into ``folder``; the figures last, so that where they are all is."""
+        from safetensors.torch import save_file
+
         tensors = {name: tensor.detach().float().contiguous().clone() for name, tensor in self.tensors.items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         figures = {
@@ -117,6 +124,8 @@ class Quantized:
 
 def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """Return the linear layers that are quantized: all but the head."""
+    import torch
+
     return {
         name: module
         for name, module in model.named_modules()

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import torch
+from typing import TYPE_CHECKING
 
 from qtoolkit.source import Source
 from quality_peers.contract import SCALE_BITS, Job, Meter, Quantized, linears, tensors
+
+if TYPE_CHECKING:
+    import torch
 
 REQUIRES: tuple[str, ...] = ()  # runs in this package's own environment
 
 
 def quantize(job: Job, meter: Meter) -> Quantized:
     """Quantize with the recipe ``options["recipe"]``."""
+    from qtoolkit import memory
+
+    memory.keep_little()  # as the command does, before PyTorch is imported
+    import torch
+
     import qtoolkit
     from qtoolkit import data, recipe as recipes
     from qtoolkit.lightly import load_transformers, work_alone
 
-    work_alone()  # as the command does
+    work_alone()  # as the command does, too
     load_transformers()  # here, for nobody's imports are timed
     tokens = job.calibration()
     data.calibration_tokens = lambda *_, **__: tokens  # instead of text of its own
