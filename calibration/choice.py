@@ -72,8 +72,7 @@ def choose(
         blocks: how many blocks are tried, at most one of ``SHARE`` and at least one.
         context: as in the run.
     """
-    depth = len(skeleton.blocks)
-    places = trial.spread(depth, min(blocks, max(1, depth // SHARE)))
+    places = tried(len(skeleton.blocks), blocks)
     fit, held = trial.split(tokens)
 
     def measured(some: Mapping[str, Candidate], treat: Treatment) -> dict[str, float]:
@@ -90,6 +89,11 @@ def choose(
         blocks=tuple(f"{skeleton.architecture.blocks}.{index}" for index in places),
         held_out_tokens=held.numel(),
     )
+
+
+def tried(depth: int, wanted: int) -> list[int]:
+    """Return the indices of the blocks that are tried of ``depth``: the wanted number, or ``SHARE`` says fewer."""
+    return trial.spread(depth, min(wanted, max(1, depth // SHARE)))
 
 
 def contenders(glance: Mapping[str, float]) -> list[str]:

@@ -2,7 +2,8 @@
 
 Sources: GPTQ (Frantar et al. 2022, algorithm 1), with static groups, so that the packed layout needs no permutation
 whatever the order of the inputs; the weight it aims at is that of ``target``. The grid's scales are fixed before the
-first column is rounded, in the dtype they are stored in, and refitted afterwards together with the codes (``refine``).
+first column is rounded, in the dtype they are stored in; afterwards codes, and on request scales, are refined
+(``refine``).
 """
 
 from __future__ import annotations

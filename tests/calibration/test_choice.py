@@ -57,6 +57,14 @@ def test_tried_blocks_lie_all_over_the_depth() -> None:
     assert trial.spread(3, 8) == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("depth", "wanted", "places"),
+    [(1, 2, [0]), (6, 2, [3]), (15, 2, [7]), (16, 2, [4, 12]), (32, 1, [16]), (22, 9, [5, 16])],
+)
+def test_shallow_models_try_fewer_blocks(depth: int, wanted: int, places: list[int]) -> None:
+    assert choice.tried(depth, wanted) == places
+
+
 def outliers(folder: Path, factor: float) -> Path:
     """Give three channels behind every norm the outliers that large models have; what the model computes stays."""
     file = folder / "model.safetensors"
@@ -83,6 +91,7 @@ def test_outliers_are_treated_and_the_numbers_say_why(tmp_path: Path) -> None:
     assert found.chosen != "none"
     assert found.divergence[found.chosen] < 0.5 * found.divergence["none"]
     assert found.held_out_tokens == 2 * 48
+    assert found.blocks == ("model.layers.1",)
 
 
 def test_ways_that_rounding_leaves_near_are_tried_again_with_compensation(tmp_path: Path) -> None:

@@ -186,3 +186,17 @@ def test_an_unknown_option_is_refused_with_the_nearest_name() -> None:
 
 def test_rows_are_split_into_like_parts_where_there_are_some() -> None:
     assert [compensation.even(n, 1024) for n in (7, 1024, 2048, 5632, 14336, 2053)] == [7, 1024, 1024, 704, 1024, 1024]
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_scales_stay_as_searched_unless_refinement_is_to_fit_them(size: int) -> None:
+    hessian, _ = made(256, tokens=1000)
+    weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(7))
+    scheme = Scheme(group_size=size)
+    kept, fitted = (
+        Solved(hessian, CompensateOptions(starts=1, fold=False, refit=refit)).quantize(weight, scheme, torch.bfloat16)
+        for refit in (False, True)
+    )
+    assert torch.equal(kept.scales, grid.searched_scales(weight, hessian.matrix.diagonal(), scheme, torch.bfloat16))
+    assert not torch.equal(fitted.scales, kept.scales)
+    assert refine.errors(weight, hessian.matrix, fitted).sum() < refine.errors(weight, hessian.matrix, kept).sum()
