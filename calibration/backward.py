@@ -28,7 +28,8 @@ def backward(
     try:
         with torch.inference_mode(False), torch.enable_grad():
             own = {name: _kept(tensor) for name, tensor in block.module.state_dict().items()}
-            for (hidden, kwargs), gradient in zip(probe.stream.calls(), probe.gradients, strict=True):
+            for number, gradient in enumerate(probe.gradients):
+                hidden, kwargs = probe.stream.call(number)
                 leaf = hidden.clone().requires_grad_()
                 out = functional_call(block.module, own, (leaf,), _cloned(kwargs))
                 out = out[0] if isinstance(out, tuple) else out

@@ -28,7 +28,7 @@ LIGHT = {  # options in a trial: what costs most of a step's time and is the sam
     "gptq": {"aim": False, "refine": 0, "starts": 1},
 }
 MARGIN = 1.05  # a simpler way wins up to so many times the least: trials are short and differ by chance
-SHARE = 8  # blocks of a model for each that is tried: the choice stays cheap beside the run
+TRIED, SHARE = 2, 8  # blocks that are tried at most, and of a model for each: the choice stays cheap beside the run
 APART = 2.0  # times the least, rounded to nearest: a way this bad is not tried again
 
 
@@ -58,7 +58,7 @@ def choose(
     candidates: Mapping[str, Candidate],
     load: Callable[[Source, int], Block],
     tokens: Tensor,
-    blocks: int,
+    blocks: int | None,
     context: Context,
 ) -> Choice:
     """Measure every candidate on held-out text and return the best with the numbers behind it.
@@ -69,7 +69,7 @@ def choose(
         candidates: the ways, the simplest first.
         load: gives block i of a source with what the recipe says about its layers.
         tokens: int64 [sequences, length], the calibration text.
-        blocks: how many blocks are tried, at most one of ``SHARE`` and at least one.
+        blocks: how many blocks are tried; None: ``TRIED``, but at most one of ``SHARE`` where the model is shallow.
         context: as in the run.
     """
     places = tried(len(skeleton.blocks), blocks)
@@ -91,9 +91,9 @@ def choose(
     )
 
 
-def tried(depth: int, wanted: int) -> list[int]:
-    """Return the indices of the blocks that are tried of ``depth``: the wanted number, or ``SHARE`` says fewer."""
-    return trial.spread(depth, min(wanted, max(1, depth // SHARE)))
+def tried(depth: int, wanted: int | None) -> list[int]:
+    """Return the indices of the blocks that are tried of ``depth``, spread over it."""
+    return trial.spread(depth, wanted or min(TRIED, max(1, depth // SHARE)))
 
 
 def contenders(glance: Mapping[str, float]) -> list[str]:

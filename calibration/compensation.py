@@ -45,7 +45,7 @@ class CompensateOptions(Options):
     sequential: bool = Field(True, description="a layer sees its block's earlier layers quantized; false: in float")
     aim: bool = Field(True, description="aim at the float network's outputs, as far as held-out tokens support it")
     refine: int = Field(2, ge=0, description="rounds of new codes after compensation, column by column")
-    refit: bool = Field(False, description="refinement fits the scales of small layers to their codes, too")
+    refit: bool = Field(False, description="refinement fits scales of small layers, too; of the chained grid always")
     starts: int = Field(2, ge=1, description="orders of the inputs that a small layer is rounded in; the best is kept")
     couple: bool = Field(True, description="round a layer's outputs together, as the loss of the whole model asks")
     fold: bool = Field(True, description="scales of groups of 128 and more are multiples of one a channel: faster")

@@ -103,7 +103,7 @@ class Gradients:
         """Keep what the loss asks of ``block``, by the gradients ``behind`` it; return those before it, if any is."""
         probe = Probe(self._before(index), behind)
         if block.experts:
-            found = [each[0] for each in backward(block, probe, ())] if index else []
+            found = [each[0].bfloat16() for each in backward(block, probe, ())] if index else []
             self._save(_asked(index), behind)
         else:
             found, metrics = outputs.measured(block, probe, inputs=index > 0)

@@ -27,7 +27,7 @@ def refined(
     scheme: Scheme,
     rounds: int,
     fold: bool = False,
-    refit: bool = True,
+    refit: bool = False,
     packed: sweeps.Packed | None = None,
 ) -> QuantizedWeight:
     """Return codes and scales with at most the error of ``start`` in every row.
@@ -37,9 +37,9 @@ def refined(
         matrix: float32 [k, k], the damped Hessian; positive definite; or ``products.halved``.
         start: what compensation gave; the scales' dtype is kept.
         scheme: gives the code range.
-        rounds: of new scales, then new codes.
+        rounds: of new codes, after new scales where they are refitted.
         fold: scales are to be multiples of one base a row, see ``folded``.
-        refit: False leaves the scales: 0.3 % more of the error, in half the time.
+        refit: False leaves the scales: 0.3 % more of a layer's error, in half the time.
         packed: the matrix for whole sweeps, where they run.
     """
     best = start

@@ -55,7 +55,7 @@ def best(
     sweeps: Sequence[Callable[[Tensor, Tensor], Tensor]],
     stretches: int,
     fold: bool = False,
-    refit: bool = True,
+    refit: bool = False,
     packed: Packed | None = None,
 ) -> QuantizedWeight:
     """Return for every row the codes and scales of the start that leaves the least error under ``matrix``.

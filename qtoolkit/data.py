@@ -37,6 +37,7 @@ SMALL = 50_000_000  # parameters; tiny writes five times faster on one thread th
 PIECE = 1 << 18  # characters, at least, that are tokenized at once
 PLENTY = 64  # characters for each token wanted: of longer text only what windows need is tokenized
 GENEROUS = 8  # characters that a token rarely exceeds on the mean
+CUT = 16  # tokens at the end of a piece that another end might change
 LINES = re.compile(r"\n+")  # tokenizers split behind line ends, but not between them
 BATCH = 128  # sequences that a model writes at once
 
@@ -123,21 +124,25 @@ def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, 
     """Cut ``samples`` windows of ``length`` tokens at random places of the joined texts.
 
     Each window starts with the tokenizer's own first token (BOS) where it adds one, as every served request does. In
-    much more text than windows take, they begin with a line.
+    much more text than windows take, they lie in equal stretches of it and begin with a line where one is near.
 
     Returns:
-        int64 [samples, length]; fewer rows when the text does not hold that many windows without overlap.
+        int64 [samples, length]; fewer rows when a short text does not hold that many windows without overlap.
 
     Raises:
+        RequestError: a window has no room for text.
         DataError: the text is shorter than one window.
     """
     start = start_tokens(tokenizer)
     room = length - len(start)
+    if room < 1:
+        raise RequestError(f"A window of {length} tokens has no room for text.", "Raise --length.")
     draw = torch.Generator("cpu").manual_seed(seed)
     joined = "\n\n".join(texts)
     if len(joined) > PLENTY * samples * length:
-        places = torch.randint(0, len(joined), (samples,), generator=draw, device="cpu").tolist()
-        return torch.stack([torch.cat([start, _tokens_behind(joined, place, room, tokenizer)]) for place in places])
+        stretches = torch.arange(samples) + torch.rand(samples, generator=draw, device="cpu", dtype=torch.float64)
+        places = (stretches * (len(joined) / samples)).long().tolist()  # one in each of so many equal stretches
+        return torch.stack([torch.cat([start, _tokens_from(joined, place, room, tokenizer)]) for place in places])
     ids = encoded(joined, tokenizer)
     if len(ids) < room:
         raise _too_short(len(ids), room)
@@ -146,23 +151,27 @@ def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, 
     return torch.stack([torch.cat([start, ids[place : place + room].long()]) for place in places])
 
 
-def _tokens_behind(text: str, place: int, wanted: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return ``wanted`` tokens from the first line on that begins behind a ``place`` in the text, int64 [wanted].
+def _tokens_from(text: str, place: int, wanted: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return ``wanted`` tokens from the beginning of the line on that holds a ``place`` in the text, int64 [wanted].
 
-    Where the text ends before, they begin as far before the place as needed.
+    Where that is far they begin behind the next blank; where the text ends before there are so many they are its last.
     """
-    lines = LINES.search(text, place)
     size = GENEROUS * wanted
-    begin = lines.end() if lines and lines.end() - place < size else place
+    line = text.rfind("\n", max(0, place - size), place) + 1
+    if not line and place > size:
+        line = text.find(" ", place, place + size) + 1 or place
+    begin, stop = line, line + size
     while True:
-        stop = begin + size
         ids = tokenizer(text[begin:stop], add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) > wanted or (stop >= len(text) and len(ids) == wanted):  # a piece may end within its last token
+        if stop < len(text) and len(ids) >= wanted + CUT:
             return torch.tensor(ids[:wanted], dtype=torch.int64, device="cpu")
+        if stop >= len(text) and len(ids) >= wanted:
+            found = ids[:wanted] if begin == line else ids[-wanted:]
+            return torch.tensor(found, dtype=torch.int64, device="cpu")
         if stop < len(text):
-            size *= 2
+            stop += stop - begin
         elif begin:
-            begin = max(0, begin - size)
+            begin = max(0, 2 * begin - stop)
         else:
             raise _too_short(len(ids), wanted)
 

@@ -27,7 +27,8 @@ def keep_little() -> None:
     library = _glibc()
     if library is not None:
         os.environ.setdefault(PAGES, "1")
-        os.environ.setdefault(BUFFERS, "1")
+        if "torch" not in sys.modules:
+            os.environ.setdefault(BUFFERS, "1")
         library.mallopt(THRESHOLD, LARGE)
         library.mallopt(END, KEPT)
 

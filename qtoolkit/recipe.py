@@ -46,7 +46,9 @@ class Outliers(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: Method | Literal["auto"] | None = Field(None, description="auto: measured; not given: the steps as written")
-    blocks: int = Field(2, ge=1, description="blocks on which auto tries every method, at most one of eight")
+    blocks: int | None = Field(
+        None, ge=1, description="on which auto tries every method; not given: 2 from 16 on, else 1"
+    )
 
 
 class Budget(BaseModel):

@@ -93,14 +93,14 @@ class Source:
         """Return one tensor, or the ``rows`` (int64) of it, in float32.
 
         Raises:
-            NumericError: it holds NaN or Inf, in whatever row.
+            NumericError: it holds NaN or Inf, in whatever row; it is looked through when first read.
         """
         import torch
 
         tensor = self.read(name)
         if name not in self._finite:
             parts = tensor.flatten().split(AT_ONCE) if tensor.numel() else ()
-            if not all(math.isfinite(extreme) for part in parts for extreme in part.aminmax()):  # faster than each
+            if not all(math.isfinite(extreme) for part in parts for extreme in part.aminmax()):  # faster than isfinite
                 bad = sum(int((~part.isfinite()).sum()) for part in parts)
                 values = f"{bad} values that are NaN or Inf"
                 raise NumericError(f"{self.name}: {name} holds {values}.", "The weights are damaged.")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtoolkit import data, source
-from qtoolkit.errors import DataError
+from qtoolkit.errors import DataError, RequestError
 
 TEXT = "One line.\nAnother, with a list:\n\n  - a\n  - b\n\n\n\n= Heading =\n\r\nThe end of it \n\n and more\n" * 40
 
@@ -28,9 +28,11 @@ def test_text_without_lines_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None
     assert data.encoded(text, tokenizer).tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+LINES = "\n".join(f"The line {number} of many, each a little different." for number in range(20_000))
+
+
 def test_of_plenty_windows_begin_with_a_line_and_little_else_is_tokenized() -> None:
     tokenizer = data.load_tokenizer(source.resolve("tiny"))
-    lines = [f"The line {number} of many, each a little different." for number in range(20_000)]
     asked: list[int] = []
 
     def counted(text: str, **options: bool) -> object:
@@ -39,28 +41,53 @@ def test_of_plenty_windows_begin_with_a_line_and_little_else_is_tokenized() -> N
 
     for name in ("bos_token_id", "eos_token_id"):
         setattr(counted, name, getattr(tokenizer, name))
-    found = data.windows(["\n".join(lines)], counted, 6, 64, seed=3)  # type: ignore[arg-type]
+    found = data.windows([LINES], counted, 6, 64, seed=3)  # type: ignore[arg-type]
     assert found.shape == (6, 64)
     assert sum(asked) < 20_000  # of a million characters
-    start = len(data.start_tokens(tokenizer))
-    for row in found[:, start:]:
+    numbers = []
+    for row in found[:, len(data.start_tokens(tokenizer)) :]:
         text = tokenizer.decode(row)
-        number = int(text.split()[2])
-        assert text == "\n".join(lines[number : number + 9])[: len(text)]
-    assert len({tuple(row) for row in found.tolist()}) == 6
-    assert torch.equal(found, data.windows(["\n".join(lines)], tokenizer, 6, 64, seed=3))
-    assert not torch.equal(found, data.windows(["\n".join(lines)], tokenizer, 6, 64, seed=4))
+        numbers.append(int(text.split()[2]))
+        assert text == LINES[LINES.index(f"The line {numbers[-1]} of") :][: len(text)]
+    sixths = [len(LINES[: LINES.index(f"The line {number} of")]) * 6 // len(LINES) for number in numbers]
+    assert all(abs(sixth - i) <= 1 for i, sixth in enumerate(sixths))  # a line may begin before its stretch
+    assert torch.equal(found, data.windows([LINES], tokenizer, 6, 64, seed=3))
+    assert not torch.equal(found, data.windows([LINES], tokenizer, 6, 64, seed=4))
 
 
-def test_windows_of_plenty_reach_back_where_the_text_ends_or_has_no_lines() -> None:
+def test_windows_of_plenty_seldom_repeat() -> None:
     tokenizer = data.load_tokenizer(source.resolve("tiny"))
-    text = "".join(f" {number}" for number in range(20_000))
-    for size in (64, 512):
-        found = data.windows([text], tokenizer, 2, size, seed=size)
-        assert found.shape == (2, size)
-    behind = data._tokens_behind(text, len(text) - 1, 40, tokenizer)
-    assert len(behind) == 40
-    assert tokenizer.decode(behind) in text
+    text = "\n".join((f"{number} word " * 40)[:300] for number in range(2500))
+    found = data.windows([text], tokenizer, 128, 64, seed=0)
+    assert len({tuple(row) for row in found.tolist()}) >= 126
+
+
+@pytest.mark.parametrize("place", [0, 1, 50, 777, 900_000])
+def test_tokens_of_a_place_are_those_of_the_whole_from_its_line_on(place: int) -> None:
+    tokenizer = data.load_tokenizer(source.resolve("tiny"))
+    begin = LINES.rfind("\n", 0, place) + 1
+    whole = tokenizer(LINES[begin : begin + 5000], add_special_tokens=False)["input_ids"]
+    for wanted in (1, 40, 200):
+        assert data._tokens_from(LINES, place, wanted, tokenizer).tolist() == whole[:wanted]
+
+
+def test_where_the_text_ends_its_last_tokens_are_taken() -> None:
+    tokenizer = data.load_tokenizer(source.resolve("tiny"))
+    for wanted in (30, 500):
+        found = data._tokens_from(LINES, len(LINES) - 1, wanted, tokenizer)
+        assert len(found) == wanted
+        assert LINES.endswith(tokenizer.decode(found))
+    words = "".join(f" word{number}" for number in range(20_000))  # without a line's end
+    found = data._tokens_from(words, 70_000, 40, tokenizer)
+    assert tokenizer.decode(found).startswith("word")
+    assert tokenizer.decode(found) in words[70_000:71_000]
+    assert data.windows([words], tokenizer, 2, 64, seed=0).shape == (2, 64)
+
+
+def test_a_window_without_room_for_text_is_refused() -> None:
+    tokenizer = data.load_tokenizer(source.resolve("tiny"))
+    with pytest.raises(RequestError, match="no room"):
+        data.windows([LINES], tokenizer, 2, len(data.start_tokens(tokenizer)), seed=0)
 
 
 def test_long_text_of_too_few_tokens_is_refused() -> None:

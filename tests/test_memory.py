@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -40,16 +41,17 @@ def test_freed_memory_goes_back(way: str, least: int, most: int) -> None:
 
 
 COMMAND = """
-import sys
+import os, sys
 from qtoolkit import memory
 from qtoolkit.cli import app, quantize
 real = memory.keep_little
-memory.keep_little = lambda: print("torch" in sys.modules, real())
+memory.keep_little = lambda: print("torch" in sys.modules, real(), os.environ.get(memory.BUFFERS))
 app(["quantize", "tiny", "--dry-run"])
 """
 
 
 @pytest.mark.skipif(memory._glibc() is None, reason="the C library is not glibc")
 def test_libraries_are_told_before_they_are_loaded() -> None:
-    out = subprocess.run([sys.executable, "-c", COMMAND], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines()[0] == "False None"
+    environment = {name: value for name, value in os.environ.items() if name != memory.BUFFERS}
+    run = subprocess.run([sys.executable, "-c", COMMAND], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.splitlines()[0] == "False None 1"

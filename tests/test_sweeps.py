@@ -206,9 +206,9 @@ def test_sweeps_and_blocks_lower_the_error_alike(size: str | int, rough: None) -
         QuantizedWeight(round_in_order(order, each, scheme, weight, scales), scales) for each in (ahead, factor)
     )
     assert lost(swept) == pytest.approx(lost(blocks), rel=0.02)
-    refined = [refine.refined(weight, matrix, swept, scheme, 2, packed=each) for each in (packed, None)]
+    refined = [refine.refined(weight, matrix, swept, scheme, 2, refit=True, packed=each) for each in (packed, None)]
     assert lost(refined[0]) == pytest.approx(lost(refined[1]), rel=0.02)
-    again = [refine.refined(weight, matrix, swept, scheme, 2, refit=False, packed=each) for each in (packed, None)]
+    again = [refine.refined(weight, matrix, swept, scheme, 2, packed=each) for each in (packed, None)]
     errors = [float(refine.errors(weight, matrix, each).sum()) for each in (swept, *again)]
     assert errors[1] == pytest.approx(errors[2], rel=0.01)
     assert errors[1] < errors[0]

@@ -1,6 +1,6 @@
 """What a peer is given and gives back: a job file in, dequantized weights and a few figures out.
 
-PyTorch is imported by the peer that runs: what a package tells it and its libraries before counts.
+Nothing here imports PyTorch before the peer does, so that a peer may set what its libraries read on import.
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ def test_tried_blocks_lie_all_over_the_depth() -> None:
 
 @pytest.mark.parametrize(
     ("depth", "wanted", "places"),
-    [(1, 2, [0]), (6, 2, [3]), (15, 2, [7]), (16, 2, [4, 12]), (32, 1, [16]), (22, 9, [5, 16])],
+    [(1, None, [0]), (6, None, [3]), (15, None, [7]), (16, None, [4, 12]), (80, None, [20, 60]), (6, 2, [1, 4])],
 )
-def test_shallow_models_try_fewer_blocks(depth: int, wanted: int, places: list[int]) -> None:
+def test_shallow_models_try_fewer_blocks(depth: int, wanted: int | None, places: list[int]) -> None:
     assert choice.tried(depth, wanted) == places
 
 

@@ -43,8 +43,8 @@ def test_no_row_gets_worse_and_together_they_get_better(
     moved = QuantizedWeight(descend(matrix, before, scheme, slope), before.scales)
     # fp32: a gradient that follows differs from a new one by the order of the sums
     torch.testing.assert_close(slope, gradient(weight, matrix, moved), rtol=1e-3, atol=1e-4 * float(slope.abs().max()))
-    after = refined(weight, matrix, before, scheme, rounds=3)
-    codes = refined(weight, matrix, before, scheme, rounds=3, refit=False)
+    after = refined(weight, matrix, before, scheme, rounds=3, refit=True)
+    codes = refined(weight, matrix, before, scheme, rounds=3)
     old = errors(weight, matrix, before)
     for better in (scaled, moved, codes, after):
         # fp32: the gradient is carried along through 160 updates
@@ -90,7 +90,7 @@ def test_a_row_of_zeros_stays_one() -> None:
     weight, matrix = made(3, 32)
     weight[1] = 0.0
     scheme = Scheme(group_size=8)
-    after = refined(weight, matrix, start_of(weight, scheme), scheme, rounds=2)
+    after = refined(weight, matrix, start_of(weight, scheme), scheme, rounds=2, refit=True)
     assert not after.codes[1].any()
     assert (after.scales > 0).all()
 
@@ -98,6 +98,6 @@ def test_a_row_of_zeros_stays_one() -> None:
 def test_the_same_input_gives_the_same_codes() -> None:
     weight, matrix = made(20, 130)
     scheme = Scheme(group_size=-1)
-    once, again = (refined(weight, matrix, start_of(weight, scheme), scheme, rounds=2) for _ in range(2))
+    once, again = (refined(weight, matrix, start_of(weight, scheme), scheme, rounds=2, refit=True) for _ in range(2))
     assert torch.equal(once.codes, again.codes)
     assert torch.equal(once.scales, again.scales)
