@@ -124,7 +124,8 @@ def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, 
     """Cut ``samples`` windows of ``length`` tokens at random places of the joined texts.
 
     Each window starts with the tokenizer's own first token (BOS) where it adds one, as every served request does. In
-    much more text than windows take, they lie in equal stretches of it and begin with a line where one is near.
+    much more text than windows take, one lies in each of so many equal stretches, and begins
+    with a line where one is near.
 
     Returns:
         int64 [samples, length]; fewer rows when a short text does not hold that many windows without overlap.
@@ -140,8 +141,9 @@ def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, 
     draw = torch.Generator("cpu").manual_seed(seed)
     joined = "\n\n".join(texts)
     if len(joined) > PLENTY * samples * length:
-        stretches = torch.arange(samples) + torch.rand(samples, generator=draw, device="cpu", dtype=torch.float64)
-        places = (stretches * (len(joined) / samples)).long().tolist()  # one in each of so many equal stretches
+        order = torch.randperm(samples, generator=draw, device="cpu")  # the first windows are not the first text
+        parts = order + torch.rand(samples, generator=draw, device="cpu", dtype=torch.float64)
+        places = (parts * (len(joined) / samples)).long().tolist()  # one in each of so many equal stretches
         return torch.stack([torch.cat([start, _tokens_from(joined, place, room, tokenizer)]) for place in places])
     ids = encoded(joined, tokenizer)
     if len(ids) < room:
