@@ -114,7 +114,7 @@ def documents(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> li
         found = list(_hub(repo, configuration or None, split or "train", None, tokenizer))
     else:
         raise RequestError(f"There is no data {name!r}: no such file or data set.", suggest(name, {*HUB, "self"}))
-    found = [text for text in found if text.strip()]
+    found = [text for text in found if text and not text.isspace()]
     if not found:
         raise DataError(f"The data {name} holds no text.", "Give a .txt or .jsonl file, or a data set's name.")
     return found
