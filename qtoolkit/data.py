@@ -124,8 +124,8 @@ def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, 
     """Cut ``samples`` windows of ``length`` tokens at random places of the joined texts.
 
     Each window starts with the tokenizer's own first token (BOS) where it adds one, as every served request does. In
-    much more text than windows take, one lies in each of so many equal stretches, and begins
-    with a line where one is near.
+    much more text than windows take, one lies in each of so many equal stretches and begins with a line where one is
+    near.
 
     Returns:
         int64 [samples, length]; fewer rows when a short text does not hold that many windows without overlap.
