@@ -39,6 +39,7 @@ class CompensateOptions(Options):
 
     compensate: bool = Field(True, description="false: round to nearest")
     scale_search: bool = Field(True, description="search each scale by Hessian-weighted error; false: absmax / 7")
+    signed: bool = Field(True, description="searched scales may be negative: -8 is for a group's larger end")
     damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a part of its mean")
     shrinkage: float = Field(0.25, ge=0, lt=1, description="of what inputs have in common, against other text: 0 to 1")
     activation_order: bool = Field(False, description="round the inputs with the largest Hessian diagonal first")
@@ -199,7 +200,8 @@ class Solved:
         """
         weight = weight.masked_fill(self.dead, 0.0) if self.dead.any() else weight
         if self.options.scale_search:
-            scales = grid.searched_scales(weight, self.diagonal, scheme, dtype)
+            signed = self.options.signed and scheme.weight_bits == 4
+            scales = grid.searched_scales(weight, self.diagonal, scheme, dtype, signed=signed)
         else:
             scales = grid.minmax_scales(weight, scheme, dtype)
         fold = self.options.fold and scheme.weight_bits == 4 and scheme.group_size >= FOLDED

@@ -1,4 +1,4 @@
-"""Group scales for folded groups: each a whole multiple, 1 to 16, of one base a row (``kernels/folded.py``).
+"""Group scales for folded groups: each a whole multiple, 1 to 16 or -1 to -15, of one base a row (``kernels/folded.py``).
 
 Kernels multiply such groups in one integer sum. The scales stay ordinary numbers of their dtype: a base of few
 significant bits makes every product exact there.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MOST = 16  # times a code of -8 is the least int8, so no kernel folds more
+MOST, LEAST = 16, -15  # 16 times a code of -8 is the least int8, and -16 times it one more than the largest
 TOPS = tuple(8 + step / 2 for step in range(17))  # what a row's largest scale is to be a multiple of, before rounding
 FACTOR_BITS = 4  # of a multiple: 15 has four, and 16 is a power of two
 AT_ONCE = 1 << 15  # scales that are tried together: narrow layers in one go, wide ones without leaving the caches
@@ -19,12 +19,12 @@ def nearest(scales: Tensor, dtype: torch.dtype, importance: Tensor | None = None
     """Return the multiples of one base a row that lie nearest to ``scales``.
 
     Args:
-        scales: float [n, groups], above 0.
+        scales: float [n, groups], not 0.
         dtype: in which they are stored; every returned scale is exact there and so are base and multiple.
         importance: float [n, groups], what a squared error of each scale costs; None: all the same.
 
     Returns:
-        [n, groups] in ``dtype``; groups below half a base get the base.
+        [n, groups] in ``dtype``, of the same signs; groups below half a base get the base.
     """
     wide = scales.double()
     weight = torch.ones_like(wide) if importance is None else importance.double()
@@ -35,8 +35,10 @@ def nearest(scales: Tensor, dtype: torch.dtype, importance: Tensor | None = None
 
 def _nearest(wide: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     tops = torch.tensor(TOPS, dtype=wide.dtype, device=wide.device)
-    base = _short(wide.amax(dim=1, keepdim=True) / tops, dtype)[:, :, None]  # [n, tops, 1]
-    tried = (wide[:, None] / base).round_().clamp_(1, MOST).mul_(base)
+    size = wide.abs()
+    base = _short(size.amax(dim=1, keepdim=True) / tops, dtype)[:, :, None]  # [n, tops, 1]
+    most = torch.where(wide < 0, -LEAST, MOST)
+    tried = (size[:, None] / base).round_().clamp_(1).minimum(most[:, None]).mul_(base).copysign_(wide[:, None])
     error = (tried - wide[:, None]).square_().mul_(weight[:, None]).sum(dim=2)
     return tried[torch.arange(len(wide), device=wide.device), error.argmin(dim=1)]
 

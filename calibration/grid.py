@@ -11,7 +11,7 @@ from qtoolkit import nearest
 from qtoolkit.nearest import SMALLEST, TOGETHER
 from qtoolkit.scheme import Scheme
 
-SHRINK = tuple(1 - step / 40 for step in range(0, 25, 3))  # scale candidates: 1.0 down to 0.4 of absmax / 7
+SHRINK = tuple(1 - step / 40 for step in range(0, 25, 3))  # scale candidates: 1.0 down to 0.4 of what clips nothing
 NEAR = (-1 / 40, 1 / 40)  # from the best of them: two more are tried, which finds what 25 in a row would
 
 
@@ -28,12 +28,25 @@ def minmax_scales(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
     return (largest / top).clamp_min(SMALLEST).to(dtype)
 
 
+def signed_scales(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Return for every group the least scale that clips nothing, below 0 where its largest weights are: float32 [n, groups].
+
+    Codes reach one step further down than up, so a scale's sign says which of a group's two ends gets that step.
+    """
+    least, most = scheme.code_range
+    grouped = groups(weight, scheme)
+    up, down = grouped.amax(dim=-1), -grouped.amin(dim=-1)
+    full = torch.maximum(torch.maximum(up, down) / -float(least), torch.minimum(up, down) / float(most))
+    return full.clamp_min(SMALLEST).where(up <= down, -full.clamp_min(SMALLEST))
+
+
 def searched_scales(
     weight: Tensor,
     importance: Tensor,
     scheme: Scheme,
     dtype: torch.dtype,
     rounding: Callable[[Tensor, Tensor], Tensor] | None = None,
+    signed: bool = False,
 ) -> Tensor:
     """Return, for every group, the candidate scale with the least squared error weighted by ``importance``.
 
@@ -43,12 +56,13 @@ def searched_scales(
         scheme: gives the groups and the code range.
         dtype: in which the scale is stored; candidates are rounded to it before they are judged.
         rounding: rounds weights [n, groups, size] onto another grid with steps [n, groups, 1]; None: to nearest codes.
+        signed: candidates are parts of ``signed_scales``; else of absmax over the largest code. Not with ``rounding``.
 
     Returns:
         [n, groups] in ``dtype``.
     """
     if rounding is None:
-        full = minmax_scales(weight, scheme, torch.float32)
+        full = signed_scales(weight, scheme) if signed else minmax_scales(weight, scheme, torch.float32)
         return _best(full, dtype, lambda scales: nearest.errors(weight, importance, scales, scheme.code_range))
     matter = importance.view(scheme.groups(weight.shape[1]), -1)  # [groups, size]
     some = weight.split(max(1, TOGETHER // weight.shape[1]))
@@ -75,7 +89,7 @@ def _best(full: Tensor, dtype: torch.dtype, errors: Callable[[Tensor], Tensor]) 
     """Return, in ``dtype``, the candidates with the least of the ``errors`` that scales [n, groups, trials] have."""
 
     def tried(shrink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scales = (full.unsqueeze(-1) * shrink).clamp_min(SMALLEST).to(dtype)
+        scales = at_least(full.unsqueeze(-1) * shrink, SMALLEST).to(dtype)
         error, least = errors(scales.float()).min(dim=-1, keepdim=True)
         places = shrink.expand_as(scales).gather(-1, least)
         return error, scales.gather(-1, least), places
@@ -83,6 +97,11 @@ def _best(full: Tensor, dtype: torch.dtype, errors: Callable[[Tensor], Tensor]) 
     error, chosen, place = tried(torch.tensor(SHRINK, device=full.device))
     nearby, other, _ = tried((place + torch.tensor(NEAR, device=full.device)).clamp_max(1.0))
     return torch.where(nearby < error, other, chosen).squeeze(-1)
+
+
+def at_least(scales: Tensor, size: float) -> Tensor:
+    """Return ``scales``, of whatever sign, with magnitudes of ``size`` at least."""
+    return torch.where(scales.signbit(), scales.clamp_max(-size), scales.clamp_min(size))
 
 
 def stiffness(weight: Tensor, importance: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:

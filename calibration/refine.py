@@ -108,7 +108,8 @@ def refitted_scales(
     diagonal.add_(ridge)
     found = torch.linalg.solve_ex(gram, right.unsqueeze(2))[0].squeeze(2)
     diagonal.sub_(ridge)
-    sane = (found > SMALLEST) & (found > before / 4) & (found < before * 4)
+    grown = found / before
+    sane = (found.abs() > SMALLEST) & (grown > 1 / 4) & (grown < 4)
     new = stored(torch.where(sane, found, before), start.scales.dtype, fold, diagonal)
     better = lost(new.to(weight.dtype)) < least
     return torch.where(better.unsqueeze(1), new, start.scales)

@@ -88,8 +88,8 @@ def ours(group_size: int, folds: bool = False) -> Callable[[int, int], Layer]:
     def make(k: int, n: int) -> Layer:
         groups = 1 if group_size == -1 else k // group_size
         scales = (torch.rand(n, groups) * 0.01).bfloat16()
-        if folds:  # products of a bfloat16 base and 1..16 are exact
-            scales = scales[:, :1].float() * torch.randint(1, folded.MOST + 1, (n, groups))
+        if folds:  # products of a bfloat16 base and -15..16 are exact
+            scales = scales[:, :1].float() * torch.randint(folded.LEAST, folded.MOST + 1, (n, groups))
         problem = selection.Problem(k, n, group_size, torch.bfloat16, "cpu")
         layer = selection.prepare(random_int4(k, n), scales, problem)
         return lambda x: ops.w4a8_linear(x, layer.weight, layer.scales, None, n, group_size, layer.layout)

@@ -52,7 +52,7 @@ def random_weight(n: int, k: int, group_size: int, device: str, seed: int = 0, f
     codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, device=device, generator=random)
     groups = 1 if group_size == -1 else k // group_size
     if fold:  # multiples and bases of 4 bits each: their products are exact in the checkpoint's 8
-        multiples = torch.randint(0, folded.MOST + 1, (n, groups), device=device, generator=random)
+        multiples = torch.randint(folded.LEAST, folded.MOST + 1, (n, groups), device=device, generator=random)
         base = torch.randint(8, 16, (n, 1), device=device, generator=random) * 2.0 ** (round(log2(0.2 / k**0.5)) - 7)
         return Weight(codes, multiples * base, group_size)
     scales = (0.5 + torch.rand(n, groups, device=device, generator=random)) * (0.2 / k**0.5)

@@ -27,18 +27,21 @@ inline TileConfiguration few_rows(int64_t rows) {
 
 #define NIBBLES(at)                       \
   "vmovdqu64 " at "(%[w]), %[low]\n"      \
-  "vpsrlw $4, %[low], %[high]\n"          \
-  "vpandd %[mask], %[low], %[low]\n"      \
-  "vpandd %[mask], %[high], %[high]\n"
+  "vpsrlw $4, %[low], %[high]\n"
 
 #define MINUS_EIGHT                       \
+  "vpandd %[mask], %[low], %[low]\n"      \
+  "vpandd %[mask], %[high], %[high]\n"    \
   "vpsubb %[eight], %[low], %[low]\n"     \
   "vpsubb %[eight], %[high], %[high]\n"
 
-#define TIMES_MULTIPLES(low, high)            \
-  "vpmullw %[t" low "], %[low], %[low]\n"     \
-  "vpmullw %[t" high "], %[high], %[high]\n"  \
-  "vpsubb %[m" low "], %[low], %[low]\n"      \
+// 0x6a: (first & second) ^ third
+#define TIMES_MULTIPLES(low, high)                                  \
+  "vpternlogd $0x6a, %[n" low "], %[mask], %[low]\n"                \
+  "vpternlogd $0x6a, %[n" high "], %[mask], %[high]\n"              \
+  "vpmullw %[t" low "], %[low], %[low]\n"                           \
+  "vpmullw %[t" high "], %[high], %[high]\n"                        \
+  "vpsubb %[m" low "], %[low], %[low]\n"                            \
   "vpsubb %[m" high "], %[high], %[high]\n"
 
 #define KEEP_ROWS(low, high)              \
@@ -71,7 +74,8 @@ inline void unpack_steps(const uint8_t* w, int64_t steps, uint8_t* to, const Mul
                : [w] "+r"(w), [to] "+r"(to), [steps] "+r"(steps), [low] "=&v"(low), [high] "=&v"(high)
                : [mask] "v"(_mm512_set1_epi8(15)), [far] "i"(FAR_AHEAD), [t0] "v"(by.times[0]), [t1] "v"(by.times[1]),
                  [t2] "v"(by.times[2]), [t3] "v"(by.times[3]), [m0] "v"(by.minus[0]), [m1] "v"(by.minus[1]),
-                 [m2] "v"(by.minus[2]), [m3] "v"(by.minus[3])
+                 [m2] "v"(by.minus[2]), [m3] "v"(by.minus[3]), [n0] "v"(by.turned[0]), [n1] "v"(by.turned[1]),
+                 [n2] "v"(by.turned[2]), [n3] "v"(by.turned[3])
                : "memory", "cc");
 }
 

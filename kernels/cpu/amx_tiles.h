@@ -32,17 +32,21 @@ inline void store_sums(int32_t* to) {
   }
 }
 
-// A folded group's multiples: codes times them are `word's nibbles * times - minus`. A 16-bit lane holds two nibbles: their products
-// stay below 256, so no carry passes between them, and minus 8 multiples is right in eight bits, since -8 * 16 and 7 * 16 are.
+// A folded group's multiples: codes times them are `(word's nibbles ^ turned) * times - minus`. A 16-bit lane holds two nibbles: their
+// products stay below 256, so no carry passes between them, and what is taken away is right in eight bits, since -8 * 16 and 8 * 15 are.
+// Nibbles are code + 8; of a negative multiple they are turned over to 7 - code, and times is its size.
 struct Multiples {
-  __m512i times[4], minus[4];  // of 16 channels each
+  __m512i turned[4], times[4], minus[4];  // of 16 channels each
 
   Multiples(const Tile& tile, int64_t group) {
     for (int i = 0; i < 4; ++i) {
       const char* own = tile.scales + group * PANEL + i * 16;
-      const __m512i multiples = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(own)));
-      times[i] = _mm512_mullo_epi32(multiples, _mm512_set1_epi32(0x00010001));
-      minus[i] = _mm512_mullo_epi32(multiples, _mm512_set1_epi32(0x08080808));
+      const __m512i multiples = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(own)));
+      const __m512i negative = _mm512_srai_epi32(multiples, 31), size = _mm512_abs_epi32(multiples);
+      turned[i] = _mm512_and_si512(negative, _mm512_set1_epi8(15));
+      times[i] = _mm512_mullo_epi32(size, _mm512_set1_epi32(0x00010001));
+      const __m512i middle = _mm512_add_epi32(_mm512_set1_epi32(8), negative);  // of the nibbles: 8, or 7 where they are turned
+      minus[i] = _mm512_mullo_epi32(_mm512_mullo_epi32(size, middle), _mm512_set1_epi32(0x01010101));
     }
   }
 };

@@ -108,7 +108,7 @@ inline void add_floats(const Tile& tile, int64_t g, const int32_t* total) {
 template <int ROWS>
 inline void add_integers(const Tile& tile, int64_t g, const int32_t* total) {
   for (int i = 0; i < PANEL; i += 8) {
-    const __m256i multiple = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(tile.scales + g * PANEL + i)));
+    const __m256i multiple = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(tile.scales + g * PANEL + i)));
     for (int r = 0; r < ROWS; ++r) {
       __m256i* t = (__m256i*)(tile.totals + r * PANEL + i);
       const __m256i sum = group_sum(total, r * PANEL + i);

@@ -87,10 +87,10 @@ namespace {
   "vpslld $16, %%zmm27, %%zmm27\n"
 
 #define MULTIPLES                         \
-  "vpmovzxbd (%[scales]), %%zmm24\n"      \
-  "vpmovzxbd 16(%[scales]), %%zmm25\n"    \
-  "vpmovzxbd 32(%[scales]), %%zmm26\n"    \
-  "vpmovzxbd 48(%[scales]), %%zmm27\n"
+  "vpmovsxbd (%[scales]), %%zmm24\n"      \
+  "vpmovsxbd 16(%[scales]), %%zmm25\n"    \
+  "vpmovsxbd 32(%[scales]), %%zmm26\n"    \
+  "vpmovsxbd 48(%[scales]), %%zmm27\n"
 
 // DO(offset in f, four sums) for each of the first rows.
 #define EACH_1(DO) DO("0", 0, 1, 2, 3)
@@ -354,8 +354,7 @@ void multiply_groups(const Job& job, int64_t panel, int64_t begin, int64_t end, 
 }
 
 // Many rows of a folded layer, or of one with a scale a channel, whose multiples are 1. A panel becomes bytes once: 128 + code *
-// multiple, 0..240, the unsigned operand of the dot
-// products; rows start at -128 * sum(codes). No tile then masks a nibble or ends a group. The first tile unpacks as it
+// multiple, 0..248, the unsigned operand of the dot products; rows start at -128 * sum(codes). No tile then masks a nibble or ends a group. The first tile unpacks as it
 // multiplies, at most UNPACK_STEPS at a time, which stay in L2 for the other tiles; their totals wait in memory meanwhile.
 //
 // It costs the first tile some 8 cycles a step beside the 12 of its dot products, and spares every tile more than a tenth
@@ -364,7 +363,8 @@ constexpr int64_t UNPACK_STEPS = 512, UNPACK_FROM = 32;
 constexpr int64_t UNPACKED_BYTES = 256;  // of a step
 static_assert(UNPACK_FROM >= 26, "from 26 rows on, tiles have 5 or 6 rows and the first one 6");
 
-// A 16-bit lane holds two nibbles: their products with a multiple stay below 256, so no carry passes between them.
+// A 16-bit lane holds two nibbles, code + 8 each. Times a multiple, plus twice 128 - 8 multiples, it is modulo 2**16 the two bytes
+// that are wanted, whose range lets neither lend to the other: multiples may be negative.
 #define UNPACK                            \
   "vmovdqu64 (%[packed]), %%zmm24\n"      \
   "vmovdqu64 64(%[packed]), %%zmm26\n"    \
@@ -376,7 +376,7 @@ static_assert(UNPACK_FROM >= 26, "from 26 rows on, tiles have 5 or 6 rows and th
 #define UNPACK_16(w, at, offset)                               \
   "vpandd %%zmm30, %%zmm" #w ", %%zmm" #w "\n"                 \
   "vpmullw " at "(%[table]), %%zmm" #w ", %%zmm" #w "\n"       \
-  "vpaddb " offset "(%[table]), %%zmm" #w ", %%zmm" #w "\n"    \
+  "vpaddw " offset "(%[table]), %%zmm" #w ", %%zmm" #w "\n"    \
   "vmovdqa64 %%zmm" #w ", 256*.Lstep+" at "(%[w])\n"
 
 #define LOAD_BYTES                               \
@@ -397,7 +397,7 @@ static_assert(UNPACK_FROM >= 26, "from 26 rows on, tiles have 5 or 6 rows and th
                : CLOBBERED)
 
 // One tile times `part.steps` steps whose bytes are (or, for the FIRST tile of 6 rows, become) w; part.scales is the table
-// that unpacks part.w: multiples in 16-bit lanes and bytes 128 - 8 * multiple, [2, 4, 64].
+// that unpacks part.w: multiples in 16-bit lanes, and twice 128 - 8 * multiple in each, [2, 4, 64].
 template <bool FIRST>
 void sum_bytes(Group part, uint8_t* w, int rows, int64_t stride, int64_t ahead_stride) {
   const int8_t* a3 = part.a + 3 * stride;
@@ -409,10 +409,10 @@ void sum_bytes(Group part, uint8_t* w, int rows, int64_t stride, int64_t ahead_s
 void make_table(const char* multiples, char* table) {
   for (int i = 0; i < 4; ++i) {
     const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(multiples + i * 16));
-    const __m512i m = _mm512_cvtepu8_epi32(sixteen);
-    _mm512_store_si512(table + i * 64, _mm512_mullo_epi32(m, _mm512_set1_epi32(0x00010001)));
-    const __m512i eight = _mm512_mullo_epi32(m, _mm512_set1_epi32(0x08080808));
-    _mm512_store_si512(table + 256 + i * 64, _mm512_sub_epi8(_mm512_set1_epi8(int8_t(128)), eight));
+    const __m512i m = _mm512_cvtepi8_epi32(sixteen);
+    const __m512i rest = _mm512_sub_epi32(_mm512_set1_epi32(128), _mm512_slli_epi32(m, 3));  // 0..248
+    _mm512_store_si512(table + i * 64, _mm512_mask_blend_epi16(0x55555555, _mm512_slli_epi32(m, 16), m));
+    _mm512_store_si512(table + 256 + i * 64, _mm512_mullo_epi32(rest, _mm512_set1_epi32(0x01010101)));
   }
 }
 

@@ -63,7 +63,7 @@ def prepare_folded(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Te
 
     Returns:
         weight as from ``prepare``, and scales uint8 [panels, 4 + groups, 64]: a panel's float32 bases, 256 bytes,
-        then the multiples of each group.
+        then the multiples of each group, int8.
 
     Raises:
         ValueError: a shape or dtype is not what ``problem`` says, or the scales do not fold.
@@ -74,7 +74,7 @@ def prepare_folded(packed: Tensor, scales: Tensor, problem: Problem) -> tuple[Te
         raise ValueError("these scales are no small multiples of one scale a channel")
     multiples, base = parts
     bases = _by_panel(base[:, None]).view(torch.uint8).view(-1, BASE_ROWS, PANEL)
-    return weight, torch.cat([bases, _by_panel(multiples)], dim=1)
+    return weight, torch.cat([bases, _by_panel(multiples).view(torch.uint8)], dim=1)
 
 
 def _panels(packed: Tensor, scales: Tensor, problem: Problem) -> Tensor:

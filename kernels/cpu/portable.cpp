@@ -55,7 +55,7 @@ void run_tile(const Tile& tile, int rows) {
     for (int r = 0; r < rows; ++r)
       for (int64_t c = 0; c < PANEL; ++c) {
         const int64_t own = r * PANEL + c, index = g * PANEL + c;
-        if (folded) tile.totals[own] += total[r][c] * uint8_t(tile.scales[index]);
+        if (folded) tile.totals[own] += total[r][c] * int8_t(tile.scales[index]);
         else tile.sums[own] += float(total[r][c]) * scale_at(tile, index);
       }
   }

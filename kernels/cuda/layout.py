@@ -100,22 +100,22 @@ def with_multiples(fragments: Tensor, multiples: Tensor, group_size: int) -> Ten
 
     Args:
         fragments: uint8 [row chunks, k blocks, 8192], of FOLDED order.
-        multiples: uint8 [n, groups], 0..16; see ``kernels/folded.py``.
+        multiples: int8 [n, groups], -15..16; see ``kernels/folded.py``.
         group_size: inputs of a group, whole k-blocks.
 
     Returns:
         uint8 [row chunks, k blocks, 8320].
     """
     rows, k_blocks, _ = fragments.shape
-    own = multiples.repeat_interleave(group_size // K_BLOCK, dim=1)  # [n, k blocks]
+    own = multiples.view(torch.uint8).repeat_interleave(group_size // K_BLOCK, dim=1)  # [n, k blocks]
     own = torch.nn.functional.pad(own, (0, 0, 0, rows * ROWS - own.shape[0]))
     return torch.cat((fragments, own.view(rows, ROWS, k_blocks).transpose(1, 2)), dim=2)
 
 
 def multiples_of(weight: Tensor, n: int, group_size: int) -> Tensor:
-    """Return the multiples uint8 [n, groups] that ``with_multiples`` put into ``weight``."""
+    """Return the multiples int8 [n, groups] that ``with_multiples`` put into ``weight``."""
     own = weight[:, :, CHUNK:].transpose(1, 2).reshape(-1, weight.shape[1])
-    return own[:n, :: group_size // K_BLOCK]
+    return own[:n, :: group_size // K_BLOCK].view(torch.int8)
 
 
 def to_kernel_scales(scales: Tensor, group_size: int, factor: int = 16) -> Tensor:

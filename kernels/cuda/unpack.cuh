@@ -5,11 +5,11 @@
 
 #if FOLDED
 // Of a thread's two rows: the multiple m, and 128 - 8 m in each byte. A nibble is code + 8, so that one multiply-add of a
-// word, nibbles * m + offset, is 128 + code * m four times: 0..240 for m up to 16, and so no byte carries into the next.
+// word, nibbles * m + offset modulo 2^32, is 128 + code * m four times: 0..248 for m of -15 to 16, so no byte lends to the next.
 struct Fold { unsigned multiple[2], offset[2]; };
 
 __device__ __forceinline__ Fold load_fold(unsigned address) {
-    const unsigned upper = load_shared_byte(address), lower = load_shared_byte(address + 8);
+    const unsigned upper = int((signed char)load_shared_byte(address)), lower = int((signed char)load_shared_byte(address + 8));
     return Fold{{upper, lower}, {0x80808080u - upper * 0x08080808u, 0x80808080u - lower * 0x08080808u}};
 }
 #else

@@ -101,10 +101,10 @@ FOLD_HIGH = tl.constexpr(
 
 @triton.jit
 def _fold(q, multiple, HIGH: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return int8 code * multiple of bytes' low or HIGH nibbles, codes + 8; ``multiple`` [ROWS] is 0..16.
+    """Return int8 code * multiple of bytes' low or HIGH nibbles, codes + 8; ``multiple`` [ROWS] is -15..16.
 
     A word of four nibbles times the multiple, plus 128 - 8 multiples in each byte, is 128 + code * multiple four times,
-    0..240: one multiply-add, and nothing carries. Turning the top bits makes that signed: both sides of a dot are of
+    0..248: one multiply-add modulo 2^32, and no byte lends to another. Turning the top bits makes that signed: both sides of a dot are of
     one type here.
     """
     m = multiple.to(tl.int32)[:, None]
@@ -169,7 +169,7 @@ def linear(  # type: ignore[no-untyped-def]
     else:
         x = codes_ptr + columns[None, :].to(tl.int64) * k_padded + first * 128 + inside[:, None]
     if FOLDED:
-        multiples = (scales_ptr + n_padded).to(tl.pointer_type(tl.uint8)) + rows
+        multiples = (scales_ptr + n_padded).to(tl.pointer_type(tl.int8)) + rows
     for block in range(first, last):
         if FOLDED:
             q = tl.load(weight)

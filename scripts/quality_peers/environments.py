@@ -14,6 +14,8 @@ from quality_peers.contract import FIGURES, WEIGHTS, Job
 
 HERE = Path(__file__).resolve().parent
 LOG, STAMP = "log.txt", "installed.txt"
+OWN_PARTS = ("architectures", "calibration", "kernels", "models", "packing")  # of the package, where quantizing happens
+OWN_KINDS = {".py", ".yaml", ".cpp", ".h"}
 
 
 class PeerError(Exception):
@@ -88,9 +90,9 @@ def own_code(module: str) -> str:
         import qtoolkit
 
         root = Path(qtoolkit.__file__).parent
-        for part in (root, root / "calibration", root / "packing"):
-            for path in sorted([*part.glob("*.py"), *part.glob("recipes/*.yaml")]):
-                state.update(path.read_bytes())
+        parts = [*root.glob("*.py"), *(path for part in OWN_PARTS for path in (root / part).rglob("*"))]
+        for path in sorted(path for path in parts if path.suffix in OWN_KINDS):
+            state.update(path.read_bytes())
     return state.hexdigest()[:12]
 
 

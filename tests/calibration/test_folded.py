@@ -8,14 +8,14 @@ import torch
 from qtoolkit.calibration import folded, grid
 from qtoolkit.calibration.compensation import CompensateOptions, Solved
 from qtoolkit.calibration.hessian import Hessian
-from qtoolkit.kernels.folded import MOST, split
+from qtoolkit.kernels.folded import LEAST, MOST, split
 from qtoolkit.scheme import Scheme
 
 GROUPS = Scheme(group_size=128)
 
 
 def test_multiples_end_where_those_of_kernels_do() -> None:
-    assert folded.MOST == MOST
+    assert (folded.LEAST, folded.MOST) == (LEAST, MOST)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -23,9 +23,10 @@ def test_multiples_end_where_those_of_kernels_do() -> None:
 def test_they_fold_exactly_in_every_dtype(dtype: torch.dtype, size: float) -> None:
     scales = torch.rand(64, 24, generator=torch.Generator().manual_seed(0)).clamp_min(0.05) * size
     scales[7] = grid.SMALLEST
+    scales *= torch.randint(0, 2, scales.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1  # of both signs
     stored = folded.nearest(scales, dtype)
     assert stored.dtype == dtype
-    assert (stored > 0).all()
+    assert torch.equal(stored.sign(), scales.sign().to(dtype))
     assert split(stored) is not None
 
 

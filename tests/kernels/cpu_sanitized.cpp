@@ -82,7 +82,7 @@ int main() {
       for (int64_t i = 0; i < 64 + groups * 64; ++i) {
         const float base = float(upto(1000)) * 0.001f;
         if (i < 64) std::memcpy(own + i * 4, &base, 4);
-        else own[192 + i] = char(upto(16));
+        else own[192 + i] = char(int64_t(upto(31)) - 15);
       }
     }
     fill(bias, n, dtype);

@@ -20,7 +20,7 @@ def layer(n: int, k: int, group_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return random packed codes, all 16 values, and scales that fold, with every multiple and a row of zeros."""
     draw = torch.Generator().manual_seed(seed)
     packed = torch.randint(-(2**31), 2**31 - 1, (n, -(-k // 8)), dtype=torch.int32, generator=draw)
-    multiples = torch.randint(0, folded.MOST + 1, (n, -(-k // group_size)), generator=draw)
+    multiples = torch.randint(folded.LEAST, folded.MOST + 1, (n, -(-k // group_size)), generator=draw)
     bases = (torch.rand(n, 1, generator=draw) * 0.002).bfloat16().float()  # products with a multiple are exact
     bases[seed % n] = 0
     return packed, multiples * bases
@@ -118,7 +118,8 @@ def test_zero_rows_and_rows_with_nan_or_infinity(path: str, m: int) -> None:
 def test_extreme_bases(path: str, m: int, size: float) -> None:
     packed, _ = layer(64, 128, 32, seed=7)
     draw = torch.Generator().manual_seed(8)
-    multiples, bases = (torch.randint(1, most, shape, generator=draw) for most, shape in ((17, (64, 4)), (4, (64, 1))))
+    multiples = torch.randint(folded.LEAST, folded.MOST + 1, (64, 4), generator=draw)
+    bases = torch.randint(1, 4, (64, 1), generator=draw)
     scales, x = multiples * (bases * size), torch.randn(m, 128, generator=draw)
     assert_same_bits(ours(x, packed, scales, None, 32, path), expected(x, packed, scales, None, 32))
 

@@ -42,7 +42,7 @@ class Layer:
         groups = 1 if self.group_size == -1 else self.k // self.group_size
         self.scales = torch.rand(self.n, groups, generator=random) * 0.02 + 0.001
         if self.grid is Grid.FOLDED:
-            multiples = torch.randint(0, folded.MOST + 1, (self.n, groups), generator=random)
+            multiples = torch.randint(folded.LEAST, folded.MOST + 1, (self.n, groups), generator=random)
             self.scales = multiples * 2.0**-13 * torch.randint(8, 16, (self.n, 1), generator=random)
         self.bias = torch.randn(self.n, generator=random).to(self.dtype)
 

@@ -59,12 +59,12 @@ def test_a_chained_threads_sixteen_bytes_are_its_operand_as_they_are_and_shifted
 
 
 def test_a_folded_threads_words_and_multiples_are_its_operand() -> None:
-    """Nibbles times the row's multiple plus an offset are 128 + code * multiple in each byte: nothing carries."""
+    """Nibbles times the row's multiple plus an offset are 128 + code * multiple in each byte: nothing carries or borrows."""
     n, k, group_size = 200, 512, 256
     codes = random_codes(n, k)
-    multiples = torch.randint(0, 17, (n, 2), dtype=torch.uint8)
-    multiples[:2] = torch.tensor([[16, 0], [0, 16]])
-    codes[0, :8], codes[1, 256:264] = 7, -8  # the largest byte, 240, and the smallest, 0
+    multiples = torch.randint(-15, 17, (n, 2), dtype=torch.int8)
+    multiples[:2] = torch.tensor([[16, 0], [-15, 16]])
+    codes[0, :8], codes[1, :8], codes[1, 256:264] = 7, -8, -8  # large bytes, 240 and 248, and the smallest, 0
     weight = layout.with_multiples(layout.to_fragments(codes, Grid.FOLDED), multiples, group_size)
     assert weight.shape == (2, 4, 8192 + 128)
     assert torch.equal(layout.from_fragments(weight, n, k, Grid.FOLDED), codes)
@@ -82,16 +82,16 @@ def test_a_folded_threads_words_and_multiples_are_its_operand() -> None:
         upper = block * 64 + 16 * (thread // 32) + thread % 32 // 4
         for r in range(4):
             row = upper + 8 * (r % 2)
-            m = np.uint32(int(weight[row_chunk, k_block, 8192 + row]))
+            m = weight[row_chunk, k_block, 8192 + row : 8193 + row].view(torch.int8).numpy().astype(np.uint32)  # modulo 2^32
             nibbles = (words[r // 2] >> np.uint32(0 if r % 2 else 4)) & np.uint32(0x0F0F0F0F)
-            operand = np.array([nibbles * m + (np.uint32(0x80808080) - m * np.uint32(0x08080808))]).view(np.uint8)
+            operand = (nibbles * m + (np.uint32(0x80808080) - m * np.uint32(0x08080808))).view(np.uint8)
             column = k_block * 128 + step * 32 + 4 * (thread % 4) + 16 * (r // 2)
             want = whole[row_chunk * 128 + row, column : column + 4].astype(int) + 128
             assert operand.tolist() == want.tolist()
 
 
 def test_a_weight_is_prepared_folded_or_refused() -> None:
-    codes, multiples = random_codes(40, 256), torch.randint(0, 17, (40, 2))
+    codes, multiples = random_codes(40, 256), torch.randint(-15, 17, (40, 2))
     scales = multiples * 2.0**-9 * torch.arange(8, 16).repeat(5)[:, None]
     weight, own = layout.prepare(pack_int4(codes), scales, 256, 128, Grid.FOLDED)
     assert torch.equal(layout.multiples_of(weight, 40, 128) * own[0, :40, None], scales)  # nothing is divided by 16

@@ -14,7 +14,7 @@ GROUP = 32
 def layer(n: int = 24, k: int = 128, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (n, k), generator=draw, dtype=torch.int8)
-    multiples = torch.randint(0, 17, (n, k // GROUP), generator=draw)
+    multiples = torch.randint(folded.LEAST, folded.MOST + 1, (n, k // GROUP), generator=draw)
     base = torch.randint(8, 16, (n, 1), generator=draw) * 2.0**-10
     return codes, (multiples * base).bfloat16(), multiples
 
@@ -25,12 +25,12 @@ def test_multiples_and_base_are_read_off_the_scales() -> None:
     parts = folded.split(scales)
     assert parts is not None
     multiples, base = parts
-    assert multiples.dtype == torch.uint8
-    assert int(multiples.max()) <= folded.MOST
+    assert multiples.dtype == torch.int8
+    assert folded.LEAST <= int(multiples.min()) < 0 < int(multiples.max()) <= folded.MOST
     assert torch.equal(multiples * base[:, None], scales.float())
 
 
-@pytest.mark.parametrize("wrong", [17.0, 0.71, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("wrong", [17.0, 0.71, -16.0, -17.0, float("nan"), float("inf")])
 def test_one_scale_that_is_no_multiple_is_enough_to_refuse(wrong: float) -> None:
     scales = torch.ones(4, 8)
     assert folded.split(scales) is not None
@@ -40,8 +40,8 @@ def test_one_scale_that_is_no_multiple_is_enough_to_refuse(wrong: float) -> None
 
 def test_every_code_under_every_multiple_is_an_int8_weight() -> None:
     codes = torch.arange(-8, 8, dtype=torch.int8).repeat_interleave(2).view(16, 2)
-    for multiple in range(folded.MOST + 1):
-        whole = folded.integers(codes, torch.full((16, 1), multiple, dtype=torch.uint8), 2)
+    for multiple in range(folded.LEAST, folded.MOST + 1):
+        whole = folded.integers(codes, torch.full((16, 1), multiple, dtype=torch.int8), 2)
         assert torch.equal(whole.int(), codes.int() * multiple)
 
 

@@ -35,7 +35,7 @@ def quantizer() -> None:
 
 def scales_of(n: int, groups: int, grid: Grid) -> torch.Tensor:
     if grid is Grid.FOLDED:
-        return torch.randint(0, 17, (n, groups)) * 2.0**-13 * torch.randint(8, 16, (n, 1))
+        return torch.randint(-15, 17, (n, groups)) * 2.0**-13 * torch.randint(8, 16, (n, 1))
     return torch.rand(n, groups) * 0.02
 
 
