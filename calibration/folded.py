@@ -1,4 +1,4 @@
-"""Group scales for folded groups: each a whole multiple, 1 to 16 or -1 to -15, of one base a row (``kernels/folded.py``).
+"""Group scales for folded groups: each a whole multiple, -15 to 16, of one base a row (``kernels/folded.py``).
 
 Kernels multiply such groups in one integer sum. The scales stay ordinary numbers of their dtype: a base of few
 significant bits makes every product exact there.

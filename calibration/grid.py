@@ -29,9 +29,10 @@ def minmax_scales(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
 
 
 def signed_scales(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Return for every group the least scale that clips nothing, below 0 where its largest weights are: float32 [n, groups].
+    """Return for every group of weight [n, k] the least scale that clips nothing, float32 [n, groups].
 
-    Codes reach one step further down than up, so a scale's sign says which of a group's two ends gets that step.
+    Codes reach one step further down than up, and a scale's sign gives that step to the larger end of its group: it is
+    below 0 where that is the upper one.
     """
     least, most = scheme.code_range
     grouped = groups(weight, scheme)

@@ -22,7 +22,8 @@ def split(scales: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return multiples and bases of scales [n, groups], or None unless every row folds.
 
     Returns:
-        multiples int8 [n, groups], -15..16, and bases float32 [n], not below 0, with ``scales == multiples * bases`` exactly.
+        multiples int8 [n, groups], -15..16, and bases float32 [n], 0 or more, with ``scales == multiples * bases``
+        exactly.
     """
     scales = scales.float()
     most = scales.abs().amax(dim=1, keepdim=True)

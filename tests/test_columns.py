@@ -17,7 +17,8 @@ def block(count: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(count * n)
     rows = torch.randn(3 * count, count)
     matrix = rows.T @ rows / (3 * count)
-    return torch.randn(count, n), torch.rand(3, n) * 0.2 + 0.05, torch.randint(0, 3, (count,)), matrix
+    steps = (torch.rand(3, n) * 0.2 + 0.05) * (torch.randint(0, 2, (3, n)) * 2 - 1)  # of both signs
+    return torch.randn(count, n), steps, torch.randint(0, 3, (count,)), matrix
 
 
 @pytest.mark.parametrize(("count", "n"), SHAPES)

@@ -59,7 +59,7 @@ def test_bfloat16_is_rounded_to_nearest_even(rounding_path: str) -> None:
 @pytest.mark.parametrize("trials", [1, 9, 20])
 def test_errors_are_those_of_float64(rounding_path: str, n: int, k: int, size: int, trials: int) -> None:
     weight, matter = weights(n, k), torch.rand(k) + 0.1
-    scales = (torch.rand(n, k // size, trials) + 0.5) * 0.2
+    scales = (torch.rand(n, k // size, trials) + 0.5) * 0.2 * (torch.randint(0, 2, (n, k // size, trials)) * 2 - 1)
     found = nearest.errors(weight, matter, scales, RANGE)
     grouped = weight.double().view(n, -1, 1, size)
     step = scales.double().unsqueeze(3)

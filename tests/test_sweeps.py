@@ -36,7 +36,8 @@ def hessian(k: int) -> Tensor:
 
 def layer(n: int, k: int, groups: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(n + k)
-    return torch.randn(n, k, generator=draw), torch.rand(n, groups, generator=draw) * 0.2 + 0.2
+    weight, steps = torch.randn(n, k, generator=draw), torch.rand(n, groups, generator=draw) * 0.2 + 0.2
+    return weight, steps * (torch.randint(0, 2, steps.shape, generator=draw) * 2 - 1)  # of both signs
 
 
 def upper(matrix: Tensor) -> Tensor:

@@ -104,8 +104,8 @@ def _fold(q, multiple, HIGH: tl.constexpr, ASM: tl.constexpr):  # type: ignore[n
     """Return int8 code * multiple of bytes' low or HIGH nibbles, codes + 8; ``multiple`` [ROWS] is -15..16.
 
     A word of four nibbles times the multiple, plus 128 - 8 multiples in each byte, is 128 + code * multiple four times,
-    0..248: one multiply-add modulo 2^32, and no byte lends to another. Turning the top bits makes that signed: both sides of a dot are of
-    one type here.
+    0..248: one multiply-add modulo 2^32, and no byte lends to another. Turning the top bits makes that signed: both
+    sides of a dot are of one type here.
     """
     m = multiple.to(tl.int32)[:, None]
     if ASM:

@@ -59,7 +59,7 @@ def test_a_chained_threads_sixteen_bytes_are_its_operand_as_they_are_and_shifted
 
 
 def test_a_folded_threads_words_and_multiples_are_its_operand() -> None:
-    """Nibbles times the row's multiple plus an offset are 128 + code * multiple in each byte: nothing carries or borrows."""
+    """Nibbles times the row's multiple plus an offset are 128 + code * multiple in each byte: no byte lends."""
     n, k, group_size = 200, 512, 256
     codes = random_codes(n, k)
     multiples = torch.randint(-15, 17, (n, 2), dtype=torch.int8)
@@ -82,7 +82,9 @@ def test_a_folded_threads_words_and_multiples_are_its_operand() -> None:
         upper = block * 64 + 16 * (thread // 32) + thread % 32 // 4
         for r in range(4):
             row = upper + 8 * (r % 2)
-            m = weight[row_chunk, k_block, 8192 + row : 8193 + row].view(torch.int8).numpy().astype(np.uint32)  # modulo 2^32
+            m = (
+                weight[row_chunk, k_block, 8192 + row : 8193 + row].view(torch.int8).numpy().astype(np.uint32)
+            )  # modulo 2^32
             nibbles = (words[r // 2] >> np.uint32(0 if r % 2 else 4)) & np.uint32(0x0F0F0F0F)
             operand = (nibbles * m + (np.uint32(0x80808080) - m * np.uint32(0x08080808))).view(np.uint8)
             column = k_block * 128 + step * 32 + 4 * (thread % 4) + 16 * (r // 2)
