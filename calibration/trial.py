@@ -104,5 +104,6 @@ def ending(skeleton: Skeleton, source: Source) -> tuple[nn.Module, Tensor]:
     stored = {local: source.read_finite(f"{residual.norm}.{local}") for local in empty.state_dict()}
     norm = copy.deepcopy(empty)
     norm.load_state_dict(stored, assign=True)
-    weight = source.read(f"{residual.embedding if skeleton.tied else residual.head}.weight")
+    tied = skeleton.tied and source.config.get("tie_word_embeddings", True)  # rotation unties
+    weight = source.read(f"{residual.embedding if tied else residual.head}.weight")
     return norm.to(skeleton.device, torch.float32).requires_grad_(False), weight

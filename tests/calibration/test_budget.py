@@ -9,16 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests_support import save_random
 from transformers import AutoModelForCausalLM
 
 import qtoolkit
-from qtoolkit import checkpoint
+from qtoolkit import architecture, checkpoint
+from qtoolkit.calibration import budget, trial
 from qtoolkit.calibration.budget import Unit, allocate, between, spend
+from qtoolkit.calibration.compensation import Compensate, CompensateOptions
 from qtoolkit.errors import RequestError
 from qtoolkit.int8 import W8A8Linear
 from qtoolkit.runtime import W4A8Linear
+from qtoolkit.scheme import Scheme
+from qtoolkit.source import resolve
+from qtoolkit.stages import Context
 
 QUICK = {
     "calibration.samples": 4,
@@ -77,6 +82,45 @@ def test_what_was_not_measured_lies_between_its_neighbours() -> None:
     assert between(known, 3) == pytest.approx(4.0)
     assert between(known, 0) == 1.0
     assert between(known, 9) == 16.0
+
+
+@pytest.mark.parametrize("sensitive", [(0, "self_attn.o_proj"), (1, "mlp.down_proj")])
+def test_a_unit_loses_what_the_whole_model_loses_by_it_alone(sensitive: tuple[int, str], tmp_path: Path) -> None:
+    """All layers but one lie on the int4 grid, so that a block's divergence is that layer's, and activations'."""
+    place, name = sensitive
+    folder = save_random(tmp_path / "model")
+    file, draw = folder / "model.safetensors", torch.Generator().manual_seed(1)
+    state = {key: tensor.float() for key, tensor in load_file(file).items()}
+    one = f"model.layers.{place}.{name}.weight"
+    for key, weight in state.items():
+        if "proj" in key:
+            grid = torch.randint(-7, 8, weight.shape, generator=draw) * 2.0**-6
+            grid[:, ::64] = 7 * 2.0**-6  # each group's largest: its scale is 2^-6
+            state[key] = grid if key != one else weight * 4
+    state["lm_head.weight"] *= 8
+    save_file(state, file, metadata={"format": "pt"})
+    source, tokens = resolve(folder), torch.randint(2, 258, (8, 64), generator=draw)
+    skeleton = architecture.skeleton(source)
+    options = CompensateOptions(compensate=False, scale_search=False, aim=False, couple=False)
+    context = Context(Scheme(group_size=64), torch.float32, lambda _: None)
+    units = budget.measure(
+        skeleton, source, {"gptq": Compensate(options)}, lambda s, i: skeleton.block(i, s), tokens, context
+    )
+    found = {layer: unit.loss[context.scheme.name] for unit in units for layer in unit.layers}
+    assert max(found, key=found.__getitem__) == one.removesuffix(".weight")
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    held = trial.split(tokens)[1]
+    with torch.inference_mode():
+        before = model(held).logits.log_softmax(-1)
+        layer = model.get_submodule(one.removesuffix(".weight"))
+        steps = state[one].double().unflatten(1, (-1, 64))
+        width = steps.abs().amax(dim=-1, keepdim=True) / 7
+        layer.weight.copy_(((steps / width).round().clamp(-8, 7) * width).flatten(1))
+        after = model(held).logits.log_softmax(-1)
+    lost = float((before.exp() * (before - after)).sum(-1).mean())
+    assert lost > 1e-3
+    assert found[one.removesuffix(".weight")] == pytest.approx(lost, rel=0.2)
 
 
 @pytest.mark.parametrize("bits", [5.0, 8.0, 12.0])

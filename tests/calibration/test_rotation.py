@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import qtoolkit
 from qtoolkit import architecture, checkpoint
-from qtoolkit.calibration import capture
+from qtoolkit.calibration import capture, trial
 from qtoolkit.calibration.rotation import Rotate, Rotated, RotateOptions, Rotation
 from qtoolkit.source import resolve
 
@@ -131,6 +131,22 @@ def test_the_stream_of_the_rotated_model_is_the_float_stream_turned(tmp_path: Pa
             plain = torch.cat(stream.batches)
     torch.testing.assert_close(view.hidden.turn(plain), turned, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(view.hidden.back(turned), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_behind_the_last_block_the_rotated_model_reads_the_head_that_it_is_served_with(
+    tied: bool, tmp_path: Path
+) -> None:
+    """Rotation unties: the final norm's gain is in its head, and not in its embedding."""
+    folder = exact(save_random(tmp_path / "model", tie_word_embeddings=tied))
+    view, source = rotated(folder), resolve(folder)
+    skeleton = architecture.skeleton(source)
+    assert skeleton.tied == tied
+    states = torch.randn(5, 128, generator=torch.Generator().manual_seed(2))
+    norm, head = trial.ending(skeleton, source)
+    turned_norm, turned_head = trial.ending(skeleton, view)
+    plain, turned = norm(states) @ head.T, turned_norm(view.hidden.turn(states)) @ turned_head.T.float()
+    torch.testing.assert_close(turned, plain, rtol=1e-3, atol=1e-4)
 
 
 def test_an_outlier_channel_is_spread_over_all(tmp_path: Path) -> None:
