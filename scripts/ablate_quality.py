@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scales fitted to the codes": {"gptq.refit": True},
     "no shrinkage of the Hessian": {"gptq.shrinkage": 0},
     "no refinement": {"gptq.refine": 0},
+    "scales above 0": {"gptq.signed": False},
     "min-max scales": {"gptq.scale_search": False},
     "columns in activation order": {"gptq.activation_order": True},
     "plain compensation (GPTQ)": {
