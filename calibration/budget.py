@@ -160,7 +160,12 @@ def _units(
     for transform in transforms.values():
         if not block.quantized:  # what the transform before made of the float weights
             exact = {name: block.linear(name).weight.data.clone() for name in names}
+        given = dict(block.schemes)
         experts.apply(transform, block, fit, context)
+        if block.schemes != given:
+            raise RequestError(
+                "A size budget chooses each layer's scheme, and gptq.chained has chosen one.", "Drop one of the two."
+            )
     out = trial.served(block, held, context.scheme.activation_bits)
     int4 = {name: block.linear(name).weight.data for name in names}
     for name, weight in exact.items():

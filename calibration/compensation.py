@@ -224,14 +224,16 @@ class Solved:
                 rows_each = even(len(weight), ROWS)
                 both = zip(weight.split(rows_each), scales.split(rows_each), strict=True)
                 return QuantizedWeight.joined([begin(*part, rounds=rounds) for part in both])
-            once = partial(begin, rounds=min(rounds, 1))  # every part is refined once more below
+            once = partial(begin, rounds=min(rounds, 1))  # every part is refined again below
             found = rows.rounded(weight, metric, several, scales, once)
             if not rounds:
                 return found
             del over, begin, once
             if self.last:
                 self.factor, self._more = None, []
-            return rows.refined(weight, matrix, metric, several, found, scheme, packed)
+            for _ in range(max(1, rounds - 1)):
+                found = rows.refined(weight, matrix, metric, several, found, scheme, packed)
+            return found
 
     @contextmanager
     def _damped(self) -> Iterator[Tensor]:

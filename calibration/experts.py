@@ -57,7 +57,8 @@ def apply(transform: Transform, block: Block, stream: Stream, context: Context) 
     compared = getattr(transform, "reads_floats", False) and bool(stream.floats)
     floats = Stream(stream.floats, stream.kwargs, device=stream.device)
     wanted = arrivals(block, floats).hidden if compared else []  # before anything is changed
-    asked = _asked(block, block.probe) if block.probe is not None else {}
+    probe = block.probe if getattr(transform, "reads_gradients", False) else None
+    asked = {} if probe is None else _asked(block, probe)
     report = transform.apply(around(block), stream, context)
     with quantized_activations(block, context.scheme.activation_bits):
         seen = arrivals(block, stream)
@@ -99,7 +100,10 @@ def around(block: Block) -> Block:
 
 
 def parts(block: Block) -> Iterator[tuple[int, Block]]:
-    """Yield number and block of every expert that is to be quantized."""
+    """Yield number and block of every expert that is to be quantized.
+
+    Its layers that read the block's norm are a group without producers: they share an input, but are not smoothed here.
+    """
     children = block.layer(block.experts) if block.experts else nn.ModuleList()
     for number, module in enumerate(children.children()):
         inside = f"{block.experts}.{number}."
@@ -114,11 +118,11 @@ def parts(block: Block) -> Iterator[tuple[int, Block]]:
                     groups=tuple(
                         replace(
                             group,
-                            producers=_local(inside, group.producers),
+                            producers=_local(inside, group.producers) if _within(inside, group.producers) else (),
                             consumers=_local(inside, group.consumers),
                         )
                         for group in block.groups
-                        if _within(inside, group.producers)
+                        if any(name.startswith(inside) for name in group.consumers)
                     ),
                 ),
             )
@@ -139,7 +143,7 @@ def refuse_together(block: Block) -> None:
 
 @torch.inference_mode()
 def arrivals(block: Block, stream: Stream) -> Arrivals:
-    """Return what arrives at the experts of ``block``; it waits where the stream's batches wait.
+    """Return what arrives at the experts of ``block``; it waits on the CPU where the stream's batches do.
 
     Raises:
         NumericError: it holds NaN or Inf.
@@ -172,7 +176,7 @@ def arrivals(block: Block, stream: Stream) -> Arrivals:
 def _asked(block: Block, probe: Probe) -> dict[int, Probe]:
     """Return what the model's loss asks of each expert's output, on the probe's tokens that are routed to it."""
     given = arrivals(block, probe.stream)
-    behind = [gradient for _, gradient in backward(block, probe, (block.experts,))]  # [tokens, hidden]
+    behind = [gradient for (gradient,) in backward(block, probe, (block.experts,), inputs=False)]  # [tokens, hidden]
     found = {}
     for number, _ in parts(block):
         each = [gradient * share for gradient, share in zip(behind, given.shares(number), strict=True)]
@@ -191,4 +195,4 @@ def _within(inside: str, names: tuple[str, ...]) -> bool:
 
 
 def _local(inside: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name.removeprefix(inside) for name in names)
+    return tuple(name.removeprefix(inside) for name in names if name.startswith(inside))

@@ -95,12 +95,13 @@ def refined(
         own = QuantizedWeight(codes[rows], start.scales[rows])
         if packed is None:
             pull = products.times(gap, matrix)
-            moving = pull.T.contiguous()
+            moving = pull.T.clone(memory_format=torch.contiguous_format)  # of one row it would be the same memory
             after, left = descend(matrix, own, scheme, moving), moving.T
         else:
             steps = own.scales.float()
             after, pull, left = sweeps.descended_with_slopes(packed, gap, own.codes, steps, scheme.code_range)
-        step = QuantizedWeight(after - own.codes, own.scales).dequantize()  # codes differ by 15 at most
+        apart = after - own.codes if scheme.weight_bits <= 4 else after.short() - own.codes
+        step = QuantizedWeight(apart, own.scales).dequantize()
         if ((inside @ left) * (gap + step)).sum() < ((inside @ pull) * gap).sum():
             codes[rows] = after
             lost[rows] += step

@@ -58,7 +58,7 @@ class Smooth:
     def apply(self, block: Block, stream: Stream, context: Context) -> dict[str, dict[str, float]]:
         """Smooth every group of ``block`` in place; return threshold, losses and the largest scale per group."""
         report = {}
-        groups = [group for group in block.groups if not any(name in block.refused for name in group.consumers)]
+        groups = [g for g in block.groups if g.producers and not any(name in block.refused for name in g.consumers)]
         with halves.narrowed(block.module):
             ranges = input_ranges(block, groups, stream)  # folding a group changes no other's
         for group in groups:

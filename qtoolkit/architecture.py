@@ -188,6 +188,18 @@ class Skeleton:
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
     @property
+    def longest(self) -> int | None:
+        """Return the tokens of the longest text that all blocks attend to alike; None: the config does not say.
+
+        It is the model's context, or a shorter window to which some blocks attend and others do not: calibration gives
+        every block what the first one is given.
+        """
+        context = getattr(self.config, "max_position_embeddings", None)
+        window = getattr(self.config, "sliding_window", None)
+        mixed = len({*(getattr(self.config, "layer_types", None) or ())}) > 1
+        return min(filter(None, (context, window if mixed else None)), default=None)
+
+    @property
     def tied(self) -> bool:
         """Tell whether the head and the embedding are one tensor."""
         return bool(getattr(self.config, "tie_word_embeddings", False))
@@ -263,8 +275,8 @@ def build(config: PreTrainedConfig, architecture: Architecture, **options: Any) 
     return model
 
 
-def load(source: Source, device: torch.device) -> PreTrainedModel:
-    """Return the whole model of ``source`` in float32, for one who needs all of it at once.
+def load(source: Source, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return the whole model of ``source`` in ``dtype``, for one who needs all of it at once.
 
     Raises:
         ModelError: as from ``skeleton``.
@@ -277,10 +289,10 @@ def load(source: Source, device: torch.device) -> PreTrainedModel:
 
         for name in source.files:
             source.read_finite(name)
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
     else:
         stored = {name: found.architecture.stored(name) for name in model.state_dict()}
-        state = {name: source.read_finite(of).float() for name, of in stored.items() if of in source.files}
+        state = {name: source.read_finite(of).to(dtype) for name, of in stored.items() if of in source.files}
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
     return model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]  # transformers wraps nn.Module.to

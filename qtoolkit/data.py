@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -39,7 +40,9 @@ PLENTY = 64  # characters for each token wanted: of longer text only what window
 GENEROUS = 8  # characters that a token rarely exceeds on the mean
 CUT = 16  # tokens at the end of a piece that another end might change
 LINES = re.compile(r"\n+")  # tokenizers split behind line ends, but not between them
-BATCH = 128  # sequences that a model writes at once
+BATCH = 128  # sequences that a model writes at once, at most
+CACHE = 8 << 30  # bytes of keys and values that they may take
+LARGE = 1_000_000_000  # parameters: from here on a model writes in the dtype that is stored, in half the memory
 
 
 def calibration_tokens(
@@ -54,7 +57,7 @@ def calibration_tokens(
     Args:
         source: the float model; it writes the text itself when ``wanted.data`` is "self".
         wanted: the recipe's part about calibration.
-        longest: the model's context; windows are cut to it.
+        longest: the longest text that the model is calibrated on, such as its context; windows are cut to it.
         say: is told what happens.
         device: where the model writes.
 
@@ -72,8 +75,11 @@ def calibration_tokens(
         if len(tokens) < wanted.samples:
             say(f"the text gives {len(tokens)} windows of {length} tokens, not {wanted.samples}")
         return tokens
-    model = architecture.load(source, device)
+    large = sum(math.prod(shape) for shape in source.shapes().values()) >= LARGE
+    model = architecture.load(source, device, architecture.stored_dtype(source) if large else torch.float32)
     say(f"the model writes {wanted.samples} x {length} tokens to calibrate on")
+    if large:
+        say("for that it is held in memory as a whole; with --data TEXT no more than a block of it is")
     start = start_tokens(tokenizer)
     first = int(start[0]) if len(start) else int(tokenizer.eos_token_id or 0)
     return self_written(model, first, wanted.samples, length, wanted.seed)
@@ -216,10 +222,10 @@ def self_written(model: PreTrainedModel, first: int, samples: int, length: int, 
         int64 [samples, length].
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    batches = []
+    batches, most = [], max(1, min(BATCH, CACHE // (length * _cached_bytes(model))))
     with _one_thread_if_small(model):
-        for start in range(0, samples, BATCH):
-            token = torch.full((min(BATCH, samples - start), 1), first, device="cpu")
+        for start in range(0, samples, most):
+            token = torch.full((min(most, samples - start), 1), first, device="cpu")
             written, past = [token], None
             while len(written) < length:
                 out = model(input_ids=token.to(model.device), past_key_values=past, use_cache=True)
@@ -229,6 +235,14 @@ def self_written(model: PreTrainedModel, first: int, samples: int, length: int, 
                 written.append(token)
             batches.append(torch.cat(written, dim=1))
     return torch.cat(batches)
+
+
+def _cached_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of a token's keys and values in all layers."""
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * int(config.num_hidden_layers * heads * width) * model.dtype.itemsize
 
 
 @contextmanager

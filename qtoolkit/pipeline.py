@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -142,12 +143,16 @@ class Run:
         self._refuse_if_nothing_fits()
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return everything that decides the result: two runs with the same one may continue each other."""
+        """Return what decides the result: two runs with the same one may continue each other.
+
+        How many threads compute, and on which instructions, moves last bits and may differ between the two.
+        """
         return {
             "qtoolkit": __version__,
             "model": self.source.digest(),
             "recipe": self.recipe.digest,
             "torch": torch.__version__,
+            "transformers": version("transformers"),
             "device": self.skeleton.device.type,
         }
 
@@ -294,7 +299,7 @@ class Run:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _calibration_tokens(self) -> Tensor:
-        longest = int(getattr(self.skeleton.config, "max_position_embeddings", self.recipe.calibration.length))
+        longest = self.skeleton.longest or self.recipe.calibration.length
         return data.calibration_tokens(
             self.source, self.recipe.calibration, longest, self.progress.say, self.skeleton.device
         )

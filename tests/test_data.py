@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from qtoolkit import data, source
 from qtoolkit.errors import DataError, RequestError
+from qtoolkit.recipe import Calibration
 
 TEXT = "One line.\nAnother, with a list:\n\n  - a\n  - b\n\n\n\n= Heading =\n\r\nThe end of it \n\n and more\n" * 40
 
@@ -100,3 +105,31 @@ def test_long_text_of_too_few_tokens_is_refused() -> None:
 
     with pytest.raises(DataError, match="has 20 tokens, but one window takes 100"):
         data.windows(["word " * 4000], Coarse(), 1, 100, seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("large", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_model_that_writes_holds_no_more_keys_and_values_than_it_may(
+    large: bool, dtype: torch.dtype, random_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers of two heads of 32, keys and values: 256 numbers a token; a large model keeps its own dtype."""
+    length, together = 12, 2
+    monkeypatch.setattr(data, "LARGE", 1 if large else 1 << 60)
+    monkeypatch.setattr(data, "CACHE", together * length * 256 * dtype.itemsize + 1)
+    wide: list[int] = []
+    forward = LlamaForCausalLM.forward
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert self.dtype == dtype
+        out = forward(self, *args, **kwargs)
+        layers = out.past_key_values.layers
+        wide.append(sum(each.nbytes for layer in layers for each in (layer.keys, layer.values)))
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watched)
+    said: list[str] = []
+    wanted = Calibration(data="self", samples=5, length=length, seed=0)
+    tokens = data.calibration_tokens(source.resolve(random_llama), wanted, 256, said.append)
+    assert tokens.shape == (5, length)
+    assert len(wide) == 3 * (length - 1)  # two, two and one sequence
+    assert max(wide) <= data.CACHE
+    assert any("--data" in line for line in said) == large

@@ -20,10 +20,11 @@ from tests_support import save_random
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qtoolkit
-from qtoolkit import checkpoint, pipeline, recipe, registry
+from qtoolkit import architecture, checkpoint, pipeline, recipe, registry
 from qtoolkit.errors import CheckpointError, DataError, ModelError, NumericError, RequestError
 from qtoolkit.runtime import W4A8Linear
 from qtoolkit.scheme import CHANNEL
+from qtoolkit.source import resolve
 from qtoolkit.vision.record import VisionRecipe
 
 QUICK = {
@@ -67,6 +68,19 @@ def test_a_loaded_model_gives_the_same_tensors_as_its_folder(
         qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes=QUICK)
     qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes=QUICK, tokenizer=tokenizer)
     assert digests(tmp_path / "out")["model.safetensors"] == digests(quantized)["model.safetensors"]
+
+
+@pytest.mark.parametrize(("window", "length"), [(16, 16), (64, 32)])
+def test_where_some_blocks_attend_to_a_window_text_is_no_longer_than_that(
+    window: int, length: int, tmp_path: Path
+) -> None:
+    """Every block is calibrated under the mask of the first one."""
+    types = ["full_attention", "sliding_attention"]
+    values = {"use_sliding_window": True, "sliding_window": window, "layer_types": types}
+    model = save_random(tmp_path / "model", "qwen2", **values)
+    assert architecture.skeleton(resolve(model)).longest == window
+    result = qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes=QUICK)
+    assert result.calibration_tokens == 4 * length
 
 
 def test_the_config_is_standard_and_the_manifest_is_whole(quantized: Path) -> None:

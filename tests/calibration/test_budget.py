@@ -158,6 +158,12 @@ def test_a_checkpoint_keeps_to_its_budget_and_loads_everywhere(bits: float, tmp_
     assert float((served - floating).abs().float().mean()) < 0.5 * scale
 
 
+def test_a_budget_beside_the_chained_grid_is_refused(tmp_path: Path) -> None:
+    changes = {**QUICK, "scheme.group_size": "channel", "gptq.chained": True, "budget.bits": 5.0}
+    with pytest.raises(RequestError, match=r"gptq\.chained has chosen one"):
+        qtoolkit.quantize(save_random(tmp_path / "model"), "w4a8", tmp_path / "out", changes=changes)
+
+
 def test_layers_that_engines_fuse_become_the_same_thing(tmp_path: Path) -> None:
     model = save_random(tmp_path / "model", num_hidden_layers=3)
     qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes={**QUICK, "budget.bits": 6.5})

@@ -19,6 +19,7 @@ from qtoolkit.architecture import Skeleton
 from qtoolkit.calibration import capture, experts, smoothing
 from qtoolkit.calibration.backward import backward
 from qtoolkit.calibration.compensation import Compensate, CompensateOptions
+from qtoolkit.calibration.hessian import shared_inputs
 from qtoolkit.errors import ModelError, RequestError
 from qtoolkit.experts import Experts
 from qtoolkit.scheme import Scheme
@@ -166,6 +167,8 @@ def test_what_the_loss_asks_of_an_expert_is_the_gradient_at_its_output(model: tu
     class Watch:
         """Notes the probe of every block it is given."""
 
+        reads_gradients = True
+
         def apply(self, inner: Block, given: Stream, context: Context) -> dict[str, dict[str, float]]:
             asked[inner.name] = inner.probe
             return {}
@@ -179,6 +182,15 @@ def test_what_the_loss_asks_of_an_expert_is_the_gradient_at_its_output(model: tu
         torch.testing.assert_close(torch.cat(probe.gradients)[:, 0], expected, rtol=1e-4, atol=1e-6)
         inside = torch.cat([x.flatten(0, 1) for x in probe.stream.batches])
         assert inside.shape == (len(expected), 128)
+
+
+def test_layers_that_share_an_expert_s_input_are_compensated_together(model: tuple[Source, Skeleton]) -> None:
+    source, skeleton = model
+    names = skeleton.architecture.experts
+    assert names is not None
+    for _, expert in experts.parts(skeleton.block(0, source)):
+        assert [{*mates} for mates in shared_inputs(expert).values()] == [{names.gate, names.up}, {names.down}]
+        assert [group.consumers for group in expert.groups if group.producers] == [(names.down,)]
 
 
 def test_compensation_beats_rounding_on_every_expert(model: tuple[Source, Skeleton]) -> None:

@@ -83,6 +83,26 @@ def test_refining_never_raises_the_error(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(noise.codes, after.codes)  # nothing that raises it is taken
 
 
+def test_a_part_of_one_row_is_refined_too() -> None:
+    weight, hessian, metric = made(3)
+    scheme = Scheme(group_size=-1)
+    matrix, several = hessian.matrix + 0.1 * torch.eye(K), [torch.tensor([row]) for row in range(N)]
+    scales = grid.minmax_scales(weight, scheme, torch.float32)
+    start = QuantizedWeight(grid.to_codes(weight, scales, scheme), scales)
+    after = rows.refined(weight, matrix, metric, several, start, scheme)
+    assert rows.error(weight, matrix, metric, after) < 0.9 * rows.error(weight, matrix, metric, start)
+
+
+def test_more_rounds_of_refinement_lose_less_under_the_metric() -> None:
+    weight, hessian, metric = made(4)
+    scheme, lost = Scheme(group_size=-1), []
+    for rounds in (2, 6):
+        solved = Solved(hessian, CompensateOptions(refine=rounds))
+        found = solved.quantize(weight, scheme, torch.float32, metric, rows.parts(N, K, HEAD))
+        lost.append(rows.error(weight, hessian.matrix, metric, found))
+    assert lost[1] < lost[0]
+
+
 def test_coupling_loses_less_under_the_metric_than_rounding_rows_alone() -> None:
     for group_size in (8, -1):
         weight, hessian, metric = made(2)
