@@ -48,14 +48,6 @@ class Hessian:
         self.mean.mul_(self.tokens / seen).add_(x.sum(dim=0), alpha=1.0 / seen)
         self.tokens = seen
 
-    def merge(self, other: Hessian) -> None:
-        """Add the inputs that ``other`` has seen."""
-        seen = self.tokens + other.tokens
-        if other.tokens:
-            self.matrix.mul_(self.tokens / seen).add_(other.matrix, alpha=other.tokens / seen)
-            self.mean.mul_(self.tokens / seen).add_(other.mean, alpha=other.tokens / seen)
-            self.tokens = seen
-
     @property
     def matrix(self) -> Tensor:
         """Return H [k, k] itself, which may be changed for a while."""

@@ -16,7 +16,7 @@ def inherited(sample: Inputs, weight: Tensor, aim: Tensor) -> dict[str, float]:
     """Return ``inherited_error``: |W x - W y|^2 over |A x|^2, what quantizing earlier layers has changed.
 
     W is the float ``weight`` [n, k], A the ``aim`` it was to have, which makes up for a part of it, x the layer's input
-    and y the float network's, of held-out tokens.
+    and y the float network's, of a sample of tokens.
     """
     with products.rough():
         seen = products.times(sample.seen, aim.T)
@@ -24,7 +24,7 @@ def inherited(sample: Inputs, weight: Tensor, aim: Tensor) -> dict[str, float]:
 
 
 def parts(sample: Inputs, aim: Tensor, gap: Tensor) -> dict[str, float]:
-    """Return three parts of the squared output error over the output's energy, on a sample of held-out tokens.
+    """Return three parts of the squared output error over the output's energy, on a sample of tokens.
 
     With A the ``aim`` [n, k] the weight was to have, ``gap`` what is served less A, x the layer's input and x' the same
     rounded:

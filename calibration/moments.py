@@ -14,7 +14,7 @@ from qtoolkit.calibration.twin import Inputs
 HELD_OUT = 4  # the last token in so many of every batch checks what the others were fitted to
 CHECKED = 2048  # tokens held out at most: they are kept as they are
 AT_ONCE = 512  # of them that are taken to float32 at once
-SAMPLE = 128  # held-out tokens kept in float, to split the error into its parts
+SAMPLE = 128  # the first batch's last tokens, kept in float to split the error into its parts
 
 
 class Moments:
@@ -173,7 +173,7 @@ class Seen:
                     drift = None if part.drift is None else part.drift[rows]
                     moments.update(part.served[rows], part.wanted[rows], drift)
             if self.sample is None:
-                self.sample = part.cut(min(cut, count - 1), SAMPLE)
+                self.sample = part.cut(max(0, count - SAMPLE), SAMPLE)
             del part  # before the next batch is computed
 
     def all(self) -> Moments:

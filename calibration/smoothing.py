@@ -32,7 +32,7 @@ BIAS, MANTISSA = 127, 23  # of a float32's exponent, and bits behind it
 class SmoothOptions(Options):
     """Options of the step ``smooth``."""
 
-    grid: int = Field(100, ge=1, description="thresholds tried for each group, at least")
+    grid: int = Field(100, ge=1, description="thresholds from the largest to the least, of which the search finds one")
     tokens: int = Field(1024, ge=1, description="calibration tokens on which each threshold is judged")
 
 

@@ -1,4 +1,4 @@
-"""The loop that GPTQ and SparseGPT share: change a weight column by column, and let later columns make up for it.
+"""The loop of SparseGPT and the chained grid: change a weight column by column, and let later ones make up for it.
 
 Sources: GPTQ (Frantar et al. 2022, algorithm 1), SparseGPT (Frantar and Alistarh 2023).
 """

@@ -150,14 +150,11 @@ def test_a_hessian_that_has_seen_nothing_is_zero_and_can_be_damped() -> None:
         assert damped.equal(1.5 * torch.eye(64))
     assert hessian.dead.all()
     assert not hessian.matrix.any()
-    other, inputs = Hessian(64), torch.randn(100, 64)
-    other.update(inputs)
-    hessian.merge(other)
-    assert hessian.matrix.equal(other.matrix)
-    again = Hessian(64)
-    assert again.dead.all()
-    again.update(inputs)
-    assert again.matrix.equal(other.matrix)
+    fresh, inputs = Hessian(64), torch.randn(100, 64)
+    fresh.update(inputs)
+    hessian.update(inputs)
+    assert hessian.matrix.equal(fresh.matrix)
+    assert not hessian.dead.any()
 
 
 def test_dead_inputs_and_a_singular_hessian_are_survived() -> None:

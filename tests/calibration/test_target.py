@@ -184,3 +184,12 @@ def test_the_error_s_parts_are_those_of_the_outputs() -> None:
     assert parts["weight_error"] == pytest.approx(float((x @ (q - a).T).square().sum() / energy), rel=1e-4)
     assert parts["activation_error"] == pytest.approx(float(((rounded - x) @ a.T).square().sum() / energy), rel=1e-4)
     assert parts["both_error"] == pytest.approx(float((rounded @ q.T - x @ a.T).square().sum() / energy), rel=1e-4)
+
+
+def test_the_errors_parts_are_taken_on_the_first_batch_s_last_tokens() -> None:
+    draw = torch.Generator().manual_seed(11)
+    batches = [Inputs(*(torch.randn(300, 8, generator=draw) for _ in range(3)), None) for _ in range(2)]
+    seen = Seen([torch.randn(4, 8, generator=draw)], iter(batches), 600)
+    assert seen.sample is not None
+    assert torch.equal(seen.sample.seen, batches[0].seen[-128:])
+    assert torch.equal(seen.sample.wanted, batches[0].wanted[-128:])
