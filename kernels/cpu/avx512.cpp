@@ -354,8 +354,9 @@ void multiply_groups(const Job& job, int64_t panel, int64_t begin, int64_t end, 
 }
 
 // Many rows of a folded layer, or of one with a scale a channel, whose multiples are 1. A panel becomes bytes once: 128 + code *
-// multiple, 0..248, the unsigned operand of the dot products; rows start at -128 * sum(codes). No tile then masks a nibble or ends a group. The first tile unpacks as it
-// multiplies, at most UNPACK_STEPS at a time, which stay in L2 for the other tiles; their totals wait in memory meanwhile.
+// multiple, 0..248, the unsigned operand of the dot products; rows start at -128 * sum(codes). No tile then masks a nibble or ends
+// a group. The first tile unpacks as it multiplies, at most UNPACK_STEPS at a time, which stay in L2 for the other tiles; their
+// totals wait in memory meanwhile.
 //
 // It costs the first tile some 8 cycles a step beside the 12 of its dot products, and spares every tile more than a tenth
 // of that, so it pays from about 32 rows on. |total| < 2**31 up to k = 131072 (128 * 127 * k).

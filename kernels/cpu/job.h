@@ -21,7 +21,7 @@ constexpr int64_t STEP_BYTES = 128;  // bytes of a panel for one step of 4 input
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, UINT8 = 3 };
 
 // Folded groups (see folded.py; layout "cpu-panel64 folded") have scales of type UINT8, [panels, 4 + groups, 64]: four
-// rows are 64 float32 bases, the others each group's multiples, -15..16 in two's complement. Sums of all groups are then one int32.
+// rows are 64 float32 bases, the others each group's multiples, int8 -15..16. Sums of all groups are then one int32.
 constexpr int64_t BASE_ROWS = 4;
 
 struct Job {
