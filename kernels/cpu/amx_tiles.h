@@ -32,9 +32,9 @@ inline void store_sums(int32_t* to) {
   }
 }
 
-// A folded group's multiples: codes times them are `(word's nibbles ^ turned) * times - minus`. A 16-bit lane holds two nibbles: their
-// products stay below 256, so no carry passes between them, and what is taken away is right in eight bits, since -8 * 16 and 8 * 15 are.
-// Nibbles are code + 8; of a negative multiple they are turned over to 7 - code, and times is its size.
+// A folded group's multiples: codes times them are `(word's nibbles ^ turned) * times - minus`. Nibbles are code + 8; of a negative
+// multiple they are turned over to 7 - code, and times is its size. A 16-bit lane holds two nibbles: their products stay below 256,
+// so no carry passes between them, and what is taken away is right in eight bits, since -8 * 16 and 8 * 15 are.
 struct Multiples {
   __m512i turned[4], times[4], minus[4];  // of 16 channels each
 
@@ -57,8 +57,8 @@ inline __m512 scales_at(const char* scales, Dtype dtype, int64_t i) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// Up to 16 rows of a panel's sums, [2][...][2][16][16] with `apart` bytes between its halves, as the epilogue wants them. Totals over
-// all inputs get a scale a channel here, as in scale_totals.
+// Up to 16 rows of a panel's sums, [2][...][2][16][16] with `apart` bytes between its halves, as the epilogue wants them. Totals
+// over all inputs get a scale a channel here, as in scale_totals.
 inline void gather_rows(const char* own, int64_t apart, const char* scales, Dtype dtype, bool whole, int64_t rows,
                         float* out) {
   for (int i = 0; i < 4; ++i) {

@@ -117,12 +117,16 @@ namespace {
       "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",      \
       "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm30"
 
-// A tile that is alone on its panel streams the weights from memory: two lines a step, which are used once. The tiles of a block share the work of bringing the next block there. Where there
-// are no blocks, tiles share the next panel, into L2, and each brings its own weights from there into L1.
+// A tile that is alone on its panel streams the weights from memory: two lines a step, which are used once. The tiles of a block
+// share the work of bringing the next block there. Where there are no blocks, tiles share the next panel, into L2, and each
+// brings its own weights from there into L1.
 // Where the first two bring lines to is said in stream.h. A block that is only brought to L2 (HINT t1, not nta) keeps none of
 // L1's few misses waiting.
 #define STREAM_PAST_L2 "prefetchnta (%[ahead])\nprefetchnta 64(%[ahead])\n"
-#define STREAM "prefetcht1 (%[ahead])\nprefetcht1 64(%[ahead])\nprefetcht0 %c[near]+128*.Lstep(%[w])\nprefetcht0 %c[near]+128*.Lstep+64(%[w])\n"
+#define STREAM                                                  \
+  "prefetcht1 (%[ahead])\nprefetcht1 64(%[ahead])\n"            \
+  "prefetcht0 %c[near]+128*.Lstep(%[w])\n"                      \
+  "prefetcht0 %c[near]+128*.Lstep+64(%[w])\n"
 #define BLOCK(HINT) "prefetch" HINT " (%[ahead])\n"
 #define SHARE "prefetcht1 (%[ahead])\nprefetcht0 1024+128*.Lstep(%[w])\nprefetcht0 1088+128*.Lstep(%[w])\n"
 
