@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import time
 from collections import Counter
@@ -36,6 +37,7 @@ from qtoolkit.errors import ModelError, RequestError
 from qtoolkit.job import Job
 from qtoolkit.progress import Progress, Silent
 from qtoolkit.recipe import Recipe
+from qtoolkit.registry import suggest
 from qtoolkit.scheme import Scheme
 from qtoolkit.source import Source, resolve, save
 from qtoolkit.stages import Block, Context, Packer, Rewrite, Stream, Transform, Way
@@ -140,6 +142,7 @@ class Run:
         self.dtype = architecture.stored_dtype(source)
         self.context = Context(recipe.scheme, self.dtype, progress.say)
         self.blocks = len(self.skeleton.blocks)
+        self._refuse_unknown_kept()
         self._refuse_if_nothing_fits()
 
     def fingerprint(self) -> dict[str, Any]:
@@ -150,7 +153,8 @@ class Run:
         return {
             "qtoolkit": __version__,
             "model": self.source.digest(),
-            "recipe": self.recipe.digest,
+            "recipe": self.recipe.deciding(),
+            "order": list(self.recipe.steps),
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "device": self.skeleton.device.type,
@@ -265,6 +269,23 @@ class Run:
         self.progress.say(f"budget of {bits:g} bits a weight: {record.used:.3f} used ({said})")
         return record
 
+    def _refuse_unknown_kept(self) -> None:
+        """Refuse what the recipe keeps and the model does not have: a layer's full name, or its name within a block."""
+        modules = self.skeleton.model.named_modules()
+        leaves = [name for name, module in modules if any(True for _ in module.parameters(recurse=False))]
+        stored = self.skeleton.architecture.stored
+        within = {".".join(name.split(".")[self._name(0).count(".") + 1 :]) for name in leaves if self._in_block(name)}
+        known = {*leaves, *map(stored, leaves), *within}
+        for name in self.recipe.keep:
+            if name not in known:
+                outside = {stored(leaf) for leaf in leaves if not self._in_block(leaf)}
+                short = {local for local in within if not re.search(r"\.\d+\.", local)}  # not every expert's
+                local = re.sub(rf"^{re.escape(self.skeleton.architecture.blocks)}\.\d+\.", "", name)
+                raise RequestError(
+                    f"The recipe keeps {name!r}, which is no layer of {self.source.name}.",
+                    f"{suggest(local, short | outside)} Layers go by their full name, or by that within every block.",
+                )
+
     def _refuse_if_nothing_fits(self) -> None:
         first = self.skeleton.blocks[0]
         targets = self.skeleton.architecture.within(first).targets
@@ -328,6 +349,9 @@ class Run:
                     groups.append({"name": name, "step": step, "figures": figures})
             if self._round_floats(block):
                 stream.floats_way.moves = False
+        if missed := [name for name in layers if name not in block.quantized]:
+            steps = ", ".join(self.transforms)
+            raise RequestError(f"No step ({steps}) has rounded {block.name}.{missed[0]}.", "Add gptq: {} as the last.")
         shapes = {name: list(block.quantized[name].codes.shape) for name in layers}
         schemes = {name: scheme.name for name, scheme in block.schemes.items()}
         return {"layers": layers, "shapes": shapes, "groups": groups, "refused": block.refused, "schemes": schemes}
@@ -392,7 +416,25 @@ def build_transforms(
             raise RequestError(f"The step {step} is for {other} models, not for {own} models.", f"Known: {known}.")
         kind = registry.transforms.get(step)
         built[step] = kind(read_options(kind.Options, step, {**(values or {}), **options.get(step, {})}))
+    if own == "llm":
+        _check_rounding(recipe, built)
     return built
+
+
+def _check_rounding(recipe: Recipe, built: Mapping[str, Transform]) -> None:
+    """Refuse steps of which none rounds, or one that would change what is rounded already."""
+    order = built if recipe.outliers.method is None else [step for step in recipe.under("both") if step in built]
+    steps = {step: getattr(built[step], "rounds", None) for step in order if not isinstance(built[step], Rewrite)}
+    if all(rounds is False for rounds in steps.values()):  # one of others' making may say nothing of it
+        raise RequestError(f"No step of the recipe {recipe.name} rounds the weights.", "Add gptq: {} under its steps.")
+    rounded = ""
+    for step, rounds in steps.items():
+        if rounded and rounds is not True:
+            raise RequestError(
+                f"The step {step} stands behind {rounded}, which has rounded the weights that it would change.",
+                f"Put {step} before {rounded}.",
+            )
+        rounded = step if rounds else rounded
 
 
 def peak_rss_bytes() -> int:

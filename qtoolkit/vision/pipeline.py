@@ -107,7 +107,8 @@ def compress(
     fingerprint = {
         "qtoolkit": __version__,
         "model": resolved.digest(),
-        "recipe": settings.digest,
+        "recipe": settings.deciding(),
+        "order": list(settings.steps),
         "images": len(training),
         "torch": torch.__version__,
     }
