@@ -144,6 +144,9 @@ class Run:
         self.blocks = len(self.skeleton.blocks)
         self._refuse_unknown_kept()
         self._refuse_if_nothing_fits()
+        if recipe.budget.bits is not None:
+            blocks = (self._decided(self.skeleton.described(index)) for index in range(self.blocks))
+            budget.check(blocks, recipe.budget.bits, self.context)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides the result: two runs with the same one may continue each other.
@@ -264,6 +267,8 @@ class Run:
     def _spend(self, tokens: Tensor, bits: float) -> checkpoint.BudgetRecord:
         units = budget.measure(self.skeleton, self.weights, self.transforms, self._block, tokens, self.context)
         record = budget.spend(units, bits)
+        if all(row.kind == budget.FLOAT for row in record.rows):
+            raise budget.too_large(bits, self.context)
         counts = Counter(row.kind for row in record.rows for _ in row.layers)
         said = ", ".join(f"{count} layers {kind}" for kind, count in counts.items())
         self.progress.say(f"budget of {bits:g} bits a weight: {record.used:.3f} used ({said})")
@@ -326,7 +331,10 @@ class Run:
         )
 
     def _block(self, weights: Source, index: int) -> Block:
-        block = self.skeleton.block(index, weights)
+        return halves.hasten(self._decided(self.skeleton.block(index, weights)), self.skeleton.device)
+
+    def _decided(self, block: Block) -> Block:
+        """Return ``block`` with what is known of its layers before it is calibrated: floats, schemes."""
         for name in block.targets:
             kind = self.kinds.get(f"{block.name}.{name}", self.recipe.scheme.name)
             if reason := self._reason(block.name, name, block.module):
@@ -336,7 +344,7 @@ class Run:
             elif kind != self.recipe.scheme.name:
                 block.schemes[name] = Scheme.named(kind)
         experts.refuse_together(block)
-        return halves.hasten(block, self.skeleton.device)
+        return block
 
     def _transform(self, block: Block, stream: Stream) -> dict[str, Any]:
         layers: dict[str, dict[str, float]] = {name: {} for name, _ in block.linears()}
