@@ -296,9 +296,11 @@ class Run:
         targets = self.skeleton.architecture.within(first).targets
         reasons = [self._reason(self._name(0), name, first) for name in targets]
         if all(reasons):
+            hint = "Try --group-size channel, or a smaller group."
+            if self.recipe.scheme.weight_bits == 8:
+                hint = "Write packer: int8 into the recipe, and group_size: channel into its scheme."
             raise ModelError(
-                f"No layer of {self.source.name} can be quantized to {self.recipe.scheme.name}: {reasons[0]}.",
-                "Try --group-size channel, or a smaller group.",
+                f"No layer of {self.source.name} can be quantized to {self.recipe.scheme.name}: {reasons[0]}.", hint
             )
 
     def _reason(self, block: str, name: str, module: nn.Module) -> str | None:

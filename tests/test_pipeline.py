@@ -37,6 +37,9 @@ QUICK = {
 }
 
 
+PACKINGS: dict[str, list[str]] = {"foreign": ["foo"], "unpacked": []}
+
+
 def digests(folder: Path) -> dict[str, str]:
     """Return a hash of every weight file and config of a checkpoint."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
@@ -383,6 +386,24 @@ def test_a_damaged_checkpoint_is_one_clear_error(quantized: Path, tmp_path: Path
     ):
         with pytest.raises(CheckpointError, match=words):
             qtoolkit.load(folder)
+    endless = json.dumps(manifest).replace('"schema_version": 1', '"schema_version": 1e400').encode()
+    stepless = json.dumps({**manifest, "recipe": {"steps": None}}).encode()
+    other = {name: json.dumps({**manifest, "packing": packing}).encode() for name, packing in PACKINGS.items()}
+    for words, folder in (
+        ("infinity", damaged("endless", "qtoolkit.json", endless)),
+        ("damaged at recipe", damaged("stepless", "qtoolkit.json", stepless)),
+        ("damaged at packing: 'foo' is not known", damaged("foreign", "qtoolkit.json", other["foreign"])),
+        ("damaged at packing: there is none", damaged("unpacked", "qtoolkit.json", other["unpacked"])),
+        ("has no model_type", damaged("empty", "config.json", b"{}")),
+        ("has no quantization_config", damaged("plain", "config.json", b'{"model_type": "llama"}')),
+        ("cannot be read as JSON", damaged("torn", "config.json", b"{")),
+    ):
+        for read in (qtoolkit.load, checkpoint.verify):
+            with pytest.raises(CheckpointError, match=words):
+                read(folder)
+        with pytest.raises(CheckpointError, match=words):
+            qtoolkit.convert(folder, tmp_path / "converted", "gptq")
+        assert not (tmp_path / "converted").exists()
     (damaged("headless", "config.json", b"") / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         checkpoint.verify(tmp_path / "headless")
