@@ -23,6 +23,7 @@ import qtoolkit
 from qtoolkit import architecture, checkpoint, pipeline, recipe, registry
 from qtoolkit.calibration.options import Options as NoOptions
 from qtoolkit.errors import CheckpointError, DataError, ModelError, NumericError, QToolkitError, RequestError
+from qtoolkit.job import Job
 from qtoolkit.runtime import W4A8Linear
 from qtoolkit.scheme import CHANNEL
 from qtoolkit.source import resolve
@@ -512,3 +513,21 @@ def test_a_damaged_part_of_an_interrupted_run_is_told(random_llama: Path, tmp_pa
         qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK)
     with pytest.raises(RequestError, match=r"another recipe\.calibration\.seed 0, now 9\."):
         qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes={**QUICK, "calibration.seed": 9})
+
+
+def test_a_damaged_part_is_told_even_if_parts_are_only_joined(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: pipeline.Run, job: Job) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Run, "assemble", killed)
+        with pytest.raises(KeyboardInterrupt):
+            qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK)
+    part = tmp_path / "out.partial" / "rest-00000.safetensors"
+    part.write_bytes(part.read_bytes()[:-9])
+    with pytest.raises(QToolkitError, match=r"rest-00000\.safetensors of an interrupted run is damaged") as caught:
+        qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK)
+    assert "--fresh" in caught.value.hint
+    assert qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK, fresh=True).ok

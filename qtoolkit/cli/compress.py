@@ -24,7 +24,7 @@ def command(
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration images.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="step.key=value, any recipe value; goes before other options.")
+        list[str] | None, typer.Option("--set", help="step.key=value, any recipe value; wins over other options.")
     ] = None,
     onnx: Annotated[str, typer.Option(help="Write the result as ONNX, too; alone for a folder that is done.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; replace a finished checkpoint.")] = False,

@@ -25,7 +25,7 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; 'auto' takes the GPU where there is one.")] = "auto",
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="step.key=value, any recipe value; goes before other options.")
+        list[str] | None, typer.Option("--set", help="step.key=value, any recipe value; wins over other options.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; replace a finished checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the request, print the recipe, and stop.")] = False,
