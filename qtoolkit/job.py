@@ -25,6 +25,7 @@ from qtoolkit.errors import QToolkitError, RequestError, said
 PARTIAL = ".partial"  # what the run's folder is called beyond the output
 FINGERPRINT, LOCK = "job.json", "lock"
 REPLACES, REPLACED = "replaces", "replaced"  # a run that takes a checkpoint's place; that checkpoint, at the end
+NOTHING = "not given"  # of a key that one of two runs does not have
 SHOWN = 4  # differences between two runs that are told, at most
 
 
@@ -67,7 +68,6 @@ class Job:
     def _begin(self, fresh: bool) -> None:
         self._refuse_foreign()
         if fresh:
-            self._put_back()
             self.replace = (self.output / MANIFEST).is_file()  # the old checkpoint stays until the new one is whole
         elif self.output.exists() and self._interrupted_after_publishing():
             self.published = True
@@ -77,6 +77,7 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         if fresh:
+            self._put_back()
             self._forget()
             if self.replace:
                 (self.folder / REPLACES).touch()
@@ -198,6 +199,7 @@ class Job:
         """Undo the first of the two renames of a run that was killed between them while it replaced a checkpoint."""
         if not self.output.exists() and (self.folder / REPLACED / MANIFEST).is_file():
             (self.folder / REPLACED).rename(self.output)
+            self.replace = True
 
     @contextmanager
     def _damage(self, file: Path) -> Iterator[None]:
@@ -222,9 +224,10 @@ class Job:
 
     def _compare(self, earlier: Mapping[str, Any]) -> None:
         was, now = _flat(earlier), _flat(self.fingerprint)
-        changed = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
+        changed = sorted(key for key in {*was, *now} if was.get(key, NOTHING) != now.get(key, NOTHING))
         if changed:
-            told = [f"{key} {was.get(key)!r}, now {now.get(key)!r}" for key in changed[:SHOWN]]
+            before, after = ({key: repr(value) for key, value in each.items()} for each in (was, now))
+            told = [f"{key} {before.get(key, NOTHING)}, now {after.get(key, NOTHING)}" for key in changed[:SHOWN]]
             told += [f"{len(changed) - SHOWN} more"] * (len(changed) > SHOWN)
             raise RequestError(
                 f"{self.folder} was started with another {'; '.join(told)}.",

@@ -155,7 +155,7 @@ def test_another_recipe_is_told_by_the_keys_that_differ(tmp_path: Path) -> None:
     first = Job.open(tmp_path / "out", {"recipe": {"steps": {"gptq": {"damping": 0.01}}, "seed": 1}})
     first.save("block", {"weight": torch.ones(2)})
     first.close()
-    with pytest.raises(RequestError, match=r"another recipe\.steps\.gptq\.damping 0\.01, now None\.") as caught:
+    with pytest.raises(RequestError, match=r"another recipe\.steps\.gptq\.damping 0\.01, now not given\.") as caught:
         Job.open(tmp_path / "out", {"recipe": {"steps": {"gptq": {}}, "seed": 1}})
     assert "seed" not in caught.value.message
     with pytest.raises(RequestError, match=r"; 1 more\."):
