@@ -8,7 +8,7 @@ Embeddings, head and norms do not count. W4A8-g128 with 16-bit scales takes 4.12
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -55,11 +55,7 @@ def allocate(units: Sequence[Unit], bits_per_weight: float) -> list[str]:
     weights = sum(unit.weights for unit in units)
     left = bits_per_weight * weights - sum(unit.bits[kind] for unit, kind in zip(units, kinds, strict=True))
     if left < 0:
-        least = bits_per_weight - left / weights
-        raise RequestError(
-            f"A budget of {bits_per_weight:g} bits a weight is too small: {kinds[0]} alone takes {least:.3f}.",
-            "Give more, or a larger --group-size.",
-        )
+        raise _too_small(bits_per_weight, kinds[0], bits_per_weight - left / weights)
     while True:
         best, step = 0.0, None
         for index, (unit, kind) in enumerate(zip(units, kinds, strict=True)):
@@ -74,6 +70,36 @@ def allocate(units: Sequence[Unit], bits_per_weight: float) -> list[str]:
         index, kind, extra = step
         kinds[index] = kind
         left -= extra
+
+
+def check(blocks: Iterable[Block], bits_per_weight: float, context: Context) -> None:
+    """Refuse, before anything is measured, a budget that the layers' shapes alone tell to be too small or too large.
+
+    Raises:
+        RequestError: it does not hold every layer in the recipe's scheme, or it holds all of them in float.
+    """
+    layers = [(linear, bool(block.experts)) for block in blocks for _, linear in block.linears()]
+    width, weights = 8 * context.scale_dtype.itemsize, sum(linear.weight.numel() for linear, _ in layers)
+    least = sum(linear.weight.numel() * context.scheme.bits(linear.in_features, width) for linear, _ in layers)
+    if least > bits_per_weight * weights:
+        raise _too_small(bits_per_weight, context.scheme.name, least / weights)
+    if bits_per_weight >= width and not any(mixture for _, mixture in layers):  # experts have the recipe's scheme
+        raise too_large(bits_per_weight, context)
+
+
+def _too_small(bits_per_weight: float, kind: str, least: float) -> RequestError:
+    return RequestError(
+        f"A budget of {bits_per_weight:g} bits a weight is too small: {kind} alone takes {least:.3f}.",
+        "Give more, or a larger --group-size.",
+    )
+
+
+def too_large(bits_per_weight: float, context: Context) -> RequestError:
+    """Return the error of a budget under which nothing would be quantized."""
+    return RequestError(
+        f"A budget of {bits_per_weight:g} bits a weight leaves every layer in float.",
+        f"Give less: floats take {8 * context.scale_dtype.itemsize}.",
+    )
 
 
 def spend(units: Sequence[Unit], bits_per_weight: float) -> BudgetRecord:

@@ -40,7 +40,9 @@ class CompensateOptions(Options):
     compensate: bool = Field(True, description="false: round to nearest")
     scale_search: bool = Field(True, description="search each scale by Hessian-weighted error; false: absmax / 7")
     signed: bool = Field(True, description="searched scales may be negative: -8 is for a group's larger end")
-    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a part of its mean")
+    damping: float = Field(
+        0.01, gt=0, allow_inf_nan=False, description="added to the Hessian's diagonal, as a part of its mean"
+    )
     shrinkage: float = Field(0.25, ge=0, lt=1, description="of what inputs have in common, against other text: 0 to 1")
     activation_order: bool = Field(False, description="round the inputs with the largest Hessian diagonal first")
     sequential: bool = Field(True, description="a layer sees its block's earlier layers quantized; false: in float")
@@ -57,6 +59,7 @@ class Compensate:
     """The transform: replaces every target's weight by what its int4 codes stand for."""
 
     Options = CompensateOptions
+    rounds = True  # what a block's weights become is settled behind it
 
     def __init__(self, options: CompensateOptions) -> None:
         self.options = options

@@ -50,6 +50,7 @@ class Smooth:
 
     Options = SmoothOptions
     keeps_function = True  # what the block computes in float stays
+    rounds = False
 
     def __init__(self, options: SmoothOptions) -> None:
         self.options = options

@@ -218,10 +218,15 @@ class Skeleton:
         state = {local: source.read_finite(stored(f"{name}.{local}")) for local in empty.state_dict()}
         module.load_state_dict(state, strict=True, assign=True)
         module.to(self.device, torch.float32).eval().requires_grad_(False)
+        return self.described(index, module)
+
+    def described(self, index: int, module: nn.Module | None = None) -> Block:
+        """Return block ``index`` with a ``module`` that has weights, or without any."""
+        module = self.blocks[index] if module is None else module
         heads, kv_heads = self.config.num_attention_heads, getattr(self.config, "num_key_value_heads", None)
         layout = self.architecture.within(module)
         return Block(
-            name=name,
+            name=f"{self.architecture.blocks}.{index}",
             module=module,
             targets=layout.targets,
             groups=layout.groups,

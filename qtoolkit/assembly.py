@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from qtoolkit import __version__, checkpoint
 from qtoolkit.architecture import Skeleton
@@ -52,8 +53,10 @@ def assemble(
         for leftover in staging.iterdir():
             leftover.unlink()
         checkpoint.copy_companions(source.path, staging)
-        files = _write_shards(job, [*blocks.values(), *rest], staging, stored)
         facts = {name: job.facts(part) for name, part in blocks.items()}
+        for part in rest:
+            job.facts(part)  # a damaged part is told before parts are joined
+        files = _write_shards(job, [*blocks.values(), *rest], staging, stored)
         unquantized = tuple(
             checkpoint.Unquantized(name=stored(f"{block}.{name}"), reason=reason)
             for block, fact in facts.items()
@@ -64,14 +67,17 @@ def assemble(
             for block, module in zip(blocks, skeleton.blocks, strict=True)
             for name in skeleton.architecture.within(module).floats
         ]
-        ignore = list(dict.fromkeys([*recipe.keep, *(row.name for row in unquantized), *floats]))
+        layers = tuple(_layer_records(facts, recipe.scheme.name, stored))
+        packed = {row.name for row in layers}
+        linear = [stored(name) for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
+        others = [name for name in linear if name not in packed]  # the head, whatever the recipe says of it
+        ignore = list(dict.fromkeys([*recipe.keep, *(row.name for row in unquantized), *floats, *others]))
         config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
         config["dtype"] = str(dtype).removeprefix("torch.")
-        layers = tuple(_layer_records(facts, recipe.scheme.name, stored))
-        others = {row.name: row.parsed_scheme for row in layers if row.scheme != recipe.scheme.name}
+        schemes = {row.name: row.parsed_scheme for row in layers if row.scheme != recipe.scheme.name}
         experts = skeleton.architecture.experts
         config["quantization_config"] = written.quantization_config(
-            recipe.packer, recipe.scheme, ignore, others, stored(f".{experts.module}.") if experts else ""
+            recipe.packer, recipe.scheme, ignore, schemes, stored(f".{experts.module}.") if experts else ""
         )
         checkpoint.write_json(staging / "config.json", config)
         manifest = checkpoint.Manifest(
@@ -84,7 +90,7 @@ def assemble(
             seed=recipe.calibration.seed,
             calibration_tokens=tokens,
             versions={"qtoolkit": __version__, **{name: version(name) for name in ("torch", "transformers")}},
-            packing=(recipe.packer, *(["int8"] if others else [])),
+            packing=(recipe.packer, *(["int8"] if schemes else [])),
             layers=layers,
             groups=tuple(_group_records(facts)),
             unquantized=unquantized,

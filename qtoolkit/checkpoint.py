@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from qtoolkit.errors import CheckpointError, RequestError
+from qtoolkit import registry
+from qtoolkit.errors import CheckpointError, ModelError, RequestError
 from qtoolkit.packed import PackedLayer, integer_packer
 from qtoolkit.scheme import Scheme
 from qtoolkit.source import Source
@@ -141,6 +142,23 @@ class Manifest(BaseModel):
     bytes_after: int
     files: dict[str, int] = Field(description="bytes of every weight file")
 
+    @field_validator("recipe")
+    @classmethod
+    def _check_recipe(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(value.get("steps", {}), dict):
+            raise ValueError("its steps are no mapping of names to options")
+        return value
+
+    @field_validator("packing")
+    @classmethod
+    def _check_packing(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("there is none")
+        for name in value:
+            if name not in registry.packers.targets():
+                raise ValueError(f"{name!r} is not known here")
+        return value
+
     def packed(self, layer: LayerRecord) -> PackedLayer:
         """Return one of the layers with its packer: the first named, or int8 for what has eight bits beside it.
 
@@ -175,7 +193,7 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         data = json.loads(file.read_text("utf-8"))
         version = int(data["schema_version"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
         raise CheckpointError(f"{file} is damaged: {' '.join(str(error).split())}.", "Quantize again.") from None
     if version > SCHEMA_VERSION:
         raise CheckpointError(
@@ -186,7 +204,8 @@ def read_manifest(path: str | Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{file} is damaged at {place}: {first['msg']}.", "Quantize again.") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"{file} is damaged at {place}: {said}.", "Quantize again.") from None
 
 
 def _kind(data: dict[str, Any]) -> type[Manifest]:
@@ -211,11 +230,11 @@ def verify(path: str | Path) -> Manifest:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise CheckpointError(f"{folder / name} {state}.", "Copy the checkpoint again, or quantize again.")
+    source = Source(folder, str(folder))
+    _verify_config(source, manifest)
     if manifest.kind == "vision":
         return manifest  # each packer checks its own tensors when they are unpacked
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder / 'config.json'} is missing.", "Copy the checkpoint again, or quantize again.")
-    shapes = Source(folder, str(folder)).shapes()
+    shapes = source.shapes()
     for record in manifest.layers:
         layer = manifest.packed(record)
         for tensor, shape in integer_packer(layer.packer).shapes(*record.shape, layer.scheme).items():
@@ -224,6 +243,20 @@ def verify(path: str | Path) -> Manifest:
                 state = f"shape {list(shapes[name])}" if name in shapes else "nothing"
                 raise CheckpointError(f"{folder}: {name} should have shape {list(shape)}, found {state}.")
     return manifest
+
+
+def _verify_config(source: Source, manifest: Manifest) -> None:
+    file, hint = source.path / "config.json", "Copy the checkpoint again, or quantize again."
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing.", hint)
+    try:
+        config = source.config
+    except ModelError as error:
+        raise CheckpointError(error.message, hint) from None
+    wanted: dict[str, type] = {"model_type": str} | ({"quantization_config": dict} if manifest.kind == "llm" else {})
+    for key, kind in wanted.items():
+        if not isinstance(config.get(key), kind):
+            raise CheckpointError(f"{file} has no {key}, as a checkpoint's does.", hint)
 
 
 def companions(source: Path) -> Iterator[Path]:

@@ -42,6 +42,7 @@ CUT = 16  # tokens at the end of a piece that another end might change
 LINES = re.compile(r"\n+")  # tokenizers split behind line ends, but not between them
 BATCH = 128  # sequences that a model writes at once, at most
 CACHE = 8 << 30  # bytes of keys and values that they may take
+SURROGATES = re.compile(r"[\ud800-\udfff]")  # halves of characters, which JSON can say and UTF-8 cannot
 LARGE = 1_000_000_000  # parameters: from here on a model writes in the dtype that is stored, in half the memory
 
 
@@ -115,15 +116,34 @@ def documents(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> li
         found = list(_jsonl(path, tokenizer)) if path.suffix == ".jsonl" else [_read_text(path)]
     elif name in HUB:
         found = list(_hub(*HUB[name], tokenizer))
-    elif name.split(":")[0].count("/") == 1 and not name.startswith((".", "/", "~")):
+    elif _on_hub(name):
         repo, configuration, split, *_ = (*name.split(":"), "", "")
         found = list(_hub(repo, configuration or None, split or "train", None, tokenizer))
     else:
-        raise RequestError(f"There is no data {name!r}: no such file or data set.", suggest(name, {*HUB, "self"}))
-    found = [text for text in found if text and not text.isspace()]
+        raise _unknown(name)
+    found = [SURROGATES.sub("\ufffd", text) for text in found if text and not text.isspace()]
     if not found:
         raise DataError(f"The data {name} holds no text.", "Give a .txt or .jsonl file, or a data set's name.")
     return found
+
+
+def check(name: str) -> None:
+    """Refuse what is no calibration text by its name alone; whether the hub has it is seen when it is read.
+
+    Raises:
+        RequestError: no such file or data set name.
+    """
+    if name != "self" and name not in HUB and not _on_hub(name) and not Path(name).expanduser().is_file():
+        raise _unknown(name)
+
+
+def _on_hub(name: str) -> bool:
+    """Tell whether a name has the form of a hub data set's, ``org/name[:configuration[:split]]``."""
+    return name.split(":")[0].count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _unknown(name: str) -> RequestError:
+    return RequestError(f"There is no data {name!r}: no such file or data set.", suggest(name, {*HUB, "self"}))
 
 
 def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int) -> Tensor:
@@ -259,9 +279,11 @@ def _one_thread_if_small(model: PreTrainedModel) -> Iterator[None]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+        return path.read_text("utf-8-sig")  # with or without a byte order mark
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}.", "Save it as UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _jsonl(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:

@@ -13,16 +13,20 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from torch import Tensor
 
 from qtoolkit.checkpoint import MANIFEST, write_json
-from qtoolkit.errors import QToolkitError, RequestError
+from qtoolkit.errors import QToolkitError, RequestError, said
 
+PARTIAL = ".partial"  # what the run's folder is called beyond the output
 FINGERPRINT, LOCK = "job.json", "lock"
+REPLACES, REPLACED = "replaces", "replaced"  # a run that takes a checkpoint's place; that checkpoint, at the end
+NOTHING = "not given"  # of a key that one of two runs does not have
+SHOWN = 4  # differences between two runs that are told, at most
 
 
 class Job:
@@ -30,7 +34,7 @@ class Job:
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any]) -> None:
         self.output = output
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder = output.with_name(output.name + PARTIAL)
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.published = False
         self.replace = False
@@ -41,10 +45,14 @@ class Job:
         """Start a run, or go on with an interrupted one of the same ``fingerprint``.
 
         Raises:
-            RequestError: the output exists, another run is at work, or what is there was started otherwise.
-            QToolkitError: nothing can be written there.
+            RequestError: the output exists, another run is at work, or what is there was started otherwise, or not by
+                a run.
+            QToolkitError: nothing can be written there, or what is there is damaged.
         """
         output = Path(os.path.realpath(output.expanduser()))  # a rename would replace a link, not what it leads to
+        if output.name.endswith(PARTIAL):
+            hint = f"Choose another name, such as {output.name.removesuffix(PARTIAL) or 'model'}."
+            raise RequestError(f"{output} is what an unfinished run's folder is called.", hint)
         if os.path.ismount(output):
             hint = f"Choose a folder in it, such as {output / 'model'}."
             raise RequestError(f"{output} is a mount point, which a finished folder cannot replace.", hint)
@@ -58,6 +66,7 @@ class Job:
         return job
 
     def _begin(self, fresh: bool) -> None:
+        self._refuse_foreign()
         if fresh:
             self.replace = (self.output / MANIFEST).is_file()  # the old checkpoint stays until the new one is whole
         elif self.output.exists() and self._interrupted_after_publishing():
@@ -68,12 +77,14 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         if fresh:
+            self._put_back()
             self._forget()
-        state = self.folder / FINGERPRINT
-        if state.is_file():
-            self._compare(json.loads(state.read_text("utf-8")))
+            if self.replace:
+                (self.folder / REPLACES).touch()
+        if (earlier := self._earlier()) is not None:
+            self._compare(earlier)
         else:
-            write_json(state, self.fingerprint)
+            write_json(self.folder / FINGERPRINT, self.fingerprint)
 
     def has(self, part: str) -> bool:
         """Tell whether ``part`` is finished."""
@@ -95,10 +106,15 @@ class Job:
             temporary.replace(file)
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """Return a finished part's tensors."""
+        """Return a finished part's tensors.
+
+        Raises:
+            QToolkitError: the part is damaged.
+        """
         from safetensors.torch import load_file
 
-        return load_file(self.file(part))
+        with self._damage(self.file(part)):
+            return load_file(self.file(part))
 
     def drop(self, part: str) -> None:
         """Remove a part that nobody asks for any more."""
@@ -106,11 +122,15 @@ class Job:
             self.file(part).unlink(missing_ok=True)
 
     def facts(self, part: str) -> dict[str, Any]:
-        """Return a finished part's facts."""
+        """Return a finished part's facts.
+
+        Raises:
+            QToolkitError: the part is damaged.
+        """
         from safetensors import safe_open
 
-        with safe_open(self.file(part), framework="pt") as handle:
-            return json.loads(handle.metadata()["facts"])
+        with self._damage(self.file(part)), safe_open(self.file(part), framework="pt") as handle:
+            return _mapping(json.loads(handle.metadata()["facts"]))
 
     @property
     def staging(self) -> Path:
@@ -125,13 +145,10 @@ class Job:
                 file.chmod(usual)  # safetensors writes files that only their owner may read
                 flush(file)
             flush(self.staging)
-            old = self.output.with_name(self.output.name + ".replaced")
             if self.replace:
-                shutil.rmtree(old, ignore_errors=True)
-                self.output.rename(old)
+                self.output.rename(self.folder / REPLACED)
             os.replace(self.staging, self.output)
             flush(self.output.parent)
-            shutil.rmtree(old, ignore_errors=True)
         self.published = True
         self.close()
 
@@ -139,7 +156,7 @@ class Job:
         """Let go of the run; an unpublished one can be resumed, if it got anywhere."""
         held = self._lock is not None
         if self.published or (held and not any(self.folder.glob("*.safetensors"))):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove()
         if self._lock is not None:  # after the folder: whoever comes next makes one of his own
             self._lock.close()
             self._lock = None
@@ -150,10 +167,51 @@ class Job:
 
     def _interrupted_after_publishing(self) -> bool:
         """Tell whether the same run was killed between its last rename and its clean-up."""
-        state = self.folder / FINGERPRINT
-        if not (self.output / MANIFEST).is_file() or not self.folder.is_dir():
+        if not (self.output / MANIFEST).is_file():
             return False
-        return not state.is_file() or json.loads(state.read_text("utf-8")) == self.fingerprint
+        if (self.folder / REPLACES).is_file() and not (self.folder / REPLACED).is_dir():
+            return False  # what is there is still what the run was to replace
+        try:
+            return self._earlier() == self.fingerprint
+        except QToolkitError:
+            return False
+
+    def _earlier(self) -> dict[str, Any] | None:
+        """Return the fingerprint that the folder was started with; None: it was not."""
+        state = self.folder / FINGERPRINT
+        if not state.is_file():
+            return None
+        with self._damage(state):
+            return _mapping(json.loads(state.read_text("utf-8")))
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a folder of our name that no run made: what is in it would be removed."""
+        if not self.folder.is_dir():
+            return
+        there = {path.name for path in self.folder.iterdir()}
+        if there - {LOCK, FINGERPRINT + ".tmp"} and not {LOCK, FINGERPRINT} <= there:
+            raise RequestError(
+                f"{self.folder} exists and was not made by a run, which would remove it in the end.",
+                "Choose another output folder, or move that one away.",
+            )
+
+    def _put_back(self) -> None:
+        """Undo the first of the two renames of a run that was killed between them while it replaced a checkpoint."""
+        if not self.output.exists() and (self.folder / REPLACED / MANIFEST).is_file():
+            (self.folder / REPLACED).rename(self.output)
+            self.replace = True
+
+    @contextmanager
+    def _damage(self, file: Path) -> Iterator[None]:
+        """Turn what reading a damaged file of the run raises into one sentence."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise QToolkitError(
+                f"{file} of an interrupted run is damaged: {said(error)}.", "Start anew with --fresh."
+            ) from None
 
     def _refuse_existing(self) -> None:
         if self.output.is_dir() and not any(self.output.iterdir()):
@@ -165,11 +223,15 @@ class Job:
         raise RequestError(f"{self.output} exists and is not a qtoolkit checkpoint.", "Choose another output folder.")
 
     def _compare(self, earlier: Mapping[str, Any]) -> None:
-        changed = sorted(key for key in {*earlier, *self.fingerprint} if earlier.get(key) != self.fingerprint.get(key))
+        was, now = _flat(earlier), _flat(self.fingerprint)
+        changed = sorted(key for key in {*was, *now} if was.get(key, NOTHING) != now.get(key, NOTHING))
         if changed:
-            was = ", ".join(f"{key} {earlier.get(key)!r}, now {self.fingerprint.get(key)!r}" for key in changed)
+            before, after = ({key: repr(value) for key, value in each.items()} for each in (was, now))
+            told = [f"{key} {before.get(key, NOTHING)}, now {after.get(key, NOTHING)}" for key in changed[:SHOWN]]
+            told += [f"{len(changed) - SHOWN} more"] * (len(changed) > SHOWN)
             raise RequestError(
-                f"{self.folder} was started with another {was}.", "Give the same options, or start anew with --fresh."
+                f"{self.folder} was started with another {'; '.join(told)}.",
+                "Give the same options, or start anew with --fresh.",
             )
 
     def _forget(self) -> None:
@@ -179,6 +241,13 @@ class Job:
                 shutil.rmtree(left)
             elif left.name != LOCK:
                 left.unlink()
+
+    def _remove(self) -> None:
+        """Remove the folder, as far as it can be; until it is empty one sees whose it is."""
+        with suppress(OSError):
+            self._forget()
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _take_lock(self) -> None:
         self._lock = (self.folder / LOCK).open("w")
@@ -216,3 +285,17 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _mapping(data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise TypeError(f"{type(data).__name__} instead of an object")
+    return data
+
+
+def _flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        found |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return found

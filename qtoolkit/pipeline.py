@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import time
 from collections import Counter
@@ -36,6 +37,7 @@ from qtoolkit.errors import ModelError, RequestError
 from qtoolkit.job import Job
 from qtoolkit.progress import Progress, Silent
 from qtoolkit.recipe import Recipe
+from qtoolkit.registry import suggest
 from qtoolkit.scheme import Scheme
 from qtoolkit.source import Source, resolve, save
 from qtoolkit.stages import Block, Context, Packer, Rewrite, Stream, Transform, Way
@@ -140,7 +142,11 @@ class Run:
         self.dtype = architecture.stored_dtype(source)
         self.context = Context(recipe.scheme, self.dtype, progress.say)
         self.blocks = len(self.skeleton.blocks)
+        self._refuse_unknown_kept()
         self._refuse_if_nothing_fits()
+        if recipe.budget.bits is not None:
+            blocks = (self._decided(self.skeleton.described(index)) for index in range(self.blocks))
+            budget.check(blocks, recipe.budget.bits, self.context)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides the result: two runs with the same one may continue each other.
@@ -150,7 +156,8 @@ class Run:
         return {
             "qtoolkit": __version__,
             "model": self.source.digest(),
-            "recipe": self.recipe.digest,
+            "recipe": self.recipe.deciding(),
+            "order": list(self.recipe.steps),
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "device": self.skeleton.device.type,
@@ -260,19 +267,40 @@ class Run:
     def _spend(self, tokens: Tensor, bits: float) -> checkpoint.BudgetRecord:
         units = budget.measure(self.skeleton, self.weights, self.transforms, self._block, tokens, self.context)
         record = budget.spend(units, bits)
+        if all(row.kind == budget.FLOAT for row in record.rows):
+            raise budget.too_large(bits, self.context)
         counts = Counter(row.kind for row in record.rows for _ in row.layers)
         said = ", ".join(f"{count} layers {kind}" for kind, count in counts.items())
         self.progress.say(f"budget of {bits:g} bits a weight: {record.used:.3f} used ({said})")
         return record
+
+    def _refuse_unknown_kept(self) -> None:
+        """Refuse what the recipe keeps and the model does not have: a layer's full name, or its name within a block."""
+        modules = self.skeleton.model.named_modules()
+        leaves = [name for name, module in modules if any(True for _ in module.parameters(recurse=False))]
+        stored = self.skeleton.architecture.stored
+        within = {".".join(name.split(".")[self._name(0).count(".") + 1 :]) for name in leaves if self._in_block(name)}
+        known = {*leaves, *map(stored, leaves), *within}
+        for name in self.recipe.keep:
+            if name not in known:
+                outside = {stored(leaf) for leaf in leaves if not self._in_block(leaf)}
+                short = {local for local in within if not re.search(r"\.\d+\.", local)}  # not every expert's
+                local = re.sub(rf"^{re.escape(self.skeleton.architecture.blocks)}\.\d+\.", "", name)
+                raise RequestError(
+                    f"The recipe keeps {name!r}, which is no layer of {self.source.name}.",
+                    f"{suggest(local, short | outside)} Layers go by their full name, or by that within every block.",
+                )
 
     def _refuse_if_nothing_fits(self) -> None:
         first = self.skeleton.blocks[0]
         targets = self.skeleton.architecture.within(first).targets
         reasons = [self._reason(self._name(0), name, first) for name in targets]
         if all(reasons):
+            hint = "Try --group-size channel, or a smaller group."
+            if self.recipe.scheme.weight_bits == 8:
+                hint = "Write packer: int8 into the recipe, and group_size: channel into its scheme."
             raise ModelError(
-                f"No layer of {self.source.name} can be quantized to {self.recipe.scheme.name}: {reasons[0]}.",
-                "Try --group-size channel, or a smaller group.",
+                f"No layer of {self.source.name} can be quantized to {self.recipe.scheme.name}: {reasons[0]}.", hint
             )
 
     def _reason(self, block: str, name: str, module: nn.Module) -> str | None:
@@ -305,7 +333,10 @@ class Run:
         )
 
     def _block(self, weights: Source, index: int) -> Block:
-        block = self.skeleton.block(index, weights)
+        return halves.hasten(self._decided(self.skeleton.block(index, weights)), self.skeleton.device)
+
+    def _decided(self, block: Block) -> Block:
+        """Return ``block`` with what is known of its layers before it is calibrated: floats, schemes."""
         for name in block.targets:
             kind = self.kinds.get(f"{block.name}.{name}", self.recipe.scheme.name)
             if reason := self._reason(block.name, name, block.module):
@@ -315,7 +346,7 @@ class Run:
             elif kind != self.recipe.scheme.name:
                 block.schemes[name] = Scheme.named(kind)
         experts.refuse_together(block)
-        return halves.hasten(block, self.skeleton.device)
+        return block
 
     def _transform(self, block: Block, stream: Stream) -> dict[str, Any]:
         layers: dict[str, dict[str, float]] = {name: {} for name, _ in block.linears()}
@@ -328,6 +359,9 @@ class Run:
                     groups.append({"name": name, "step": step, "figures": figures})
             if self._round_floats(block):
                 stream.floats_way.moves = False
+        if missed := [name for name in layers if name not in block.quantized]:
+            steps = ", ".join(self.transforms)
+            raise RequestError(f"No step ({steps}) has rounded {block.name}.{missed[0]}.", "Add gptq: {} as the last.")
         shapes = {name: list(block.quantized[name].codes.shape) for name in layers}
         schemes = {name: scheme.name for name, scheme in block.schemes.items()}
         return {"layers": layers, "shapes": shapes, "groups": groups, "refused": block.refused, "schemes": schemes}
@@ -392,7 +426,25 @@ def build_transforms(
             raise RequestError(f"The step {step} is for {other} models, not for {own} models.", f"Known: {known}.")
         kind = registry.transforms.get(step)
         built[step] = kind(read_options(kind.Options, step, {**(values or {}), **options.get(step, {})}))
+    if own == "llm":
+        _check_rounding(recipe, built)
     return built
+
+
+def _check_rounding(recipe: Recipe, built: Mapping[str, Transform]) -> None:
+    """Refuse steps of which none rounds, or one that would change what is rounded already."""
+    order = built if recipe.outliers.method is None else [step for step in recipe.under("both") if step in built]
+    steps = {step: getattr(built[step], "rounds", None) for step in order if not isinstance(built[step], Rewrite)}
+    if all(rounds is False for rounds in steps.values()):  # one of others' making may say nothing of it
+        raise RequestError(f"No step of the recipe {recipe.name} rounds the weights.", "Add gptq: {} under its steps.")
+    rounded = ""
+    for step, rounds in steps.items():
+        if rounded and rounds is not True:
+            raise RequestError(
+                f"The step {step} stands behind {rounded}, which has rounded the weights that it would change.",
+                f"Put {step} before {rounded}.",
+            )
+        rounded = step if rounds else rounded
 
 
 def peak_rss_bytes() -> int:

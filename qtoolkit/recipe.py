@@ -31,7 +31,6 @@ class Calibration(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32)
 
 
-Method = Literal["none", "smooth", "rotate", "both"]
 METHODS: dict[str, tuple[str, ...]] = {
     "none": (),
     "smooth": ("smooth",),
@@ -45,7 +44,9 @@ class Outliers(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Method | Literal["auto"] | None = Field(None, description="auto: measured; not given: the steps as written")
+    method: Literal["none", "smooth", "rotate", "both", "auto"] | None = Field(
+        None, description="auto: measured; not given: the steps as written"
+    )
     blocks: int | None = Field(
         None, ge=1, description="on which auto tries every method; not given: 2 from 16 on, else 1"
     )
@@ -56,7 +57,9 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bits: float | None = Field(None, gt=0, description="bits a quantizable weight, codes and scales; 4.25 or '4.25bpw'")
+    bits: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="bits a quantizable weight, codes and scales; 4.25 or '4.25bpw'"
+    )
 
     @field_validator("bits", mode="before")
     @classmethod
@@ -82,8 +85,11 @@ class Recipe(BaseModel):
     @property
     def digest(self) -> str:
         """Return 12 hex digits that change with anything that changes the result."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"name", "about"}), separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(self.deciding(), separators=(",", ":")).encode()).hexdigest()[:12]
+
+    def deciding(self) -> dict[str, Any]:
+        """Return what changes the result, as plain data: all but the names."""
+        return self.model_dump(mode="json", exclude={"name", "about"})
 
     def under(self, method: str | None) -> dict[str, dict[str, Scalar]]:
         """Return the steps that run when outliers are treated by ``method``; None leaves the steps as written."""

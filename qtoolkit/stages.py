@@ -220,7 +220,10 @@ W = TypeVar("W", bound=Weight)
 
 
 class Transform(Protocol[C]):
-    """Changes a block's float weights so that the float block computes what will be served."""
+    """Changes a block's float weights so that the float block computes what will be served.
+
+    A class may say ``rounds``: True where it fills ``block.quantized``, False where it does not.
+    """
 
     def apply(self, block: Block, stream: Stream, context: C) -> dict[str, dict[str, float]]:
         """Change ``block`` in place; return figures per target or group for the report."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,32 @@ def test_a_model_that_writes_holds_no_more_keys_and_values_than_it_may(
     assert len(wide) == 3 * (length - 1)  # two, two and one sequence
     assert max(wide) <= data.CACHE
     assert any("--data" in line for line in said) == large
+
+
+def test_half_a_character_is_replaced_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
+    tokenizer = data.load_tokenizer(source.resolve("tiny"))
+    lines = tmp_path / "lines.jsonl"
+    rows = [{"text": "a \ud800 x"}, {"messages": [{"role": "user", "content": "\udfff"}]}, {"text": "\U0001f600"}]
+    lines.write_text("\n".join(map(json.dumps, rows)), "utf-8-sig")
+    first, second, third = data.documents(str(lines), tokenizer)
+    assert (first, third) == ("a \ufffd x", "\U0001f600")
+    assert "\ufffd" in second
+    assert len(data.windows([first, second], tokenizer, 1, 4, 0)) == 1
+    (tmp_path / "text.txt").write_text("a b", "utf-8-sig")
+    assert data.documents(str(tmp_path / "text.txt")) == ["a b"]
+
+
+def test_text_in_another_encoding_is_told_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(DataError, match="cannot be read as UTF-8") as caught:
+        data.documents(str(tmp_path / "text.txt"))
+    assert caught.value.hint == "Save it as UTF-8."
+
+
+def test_a_name_of_calibration_text_is_checked_without_reading_it(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a")
+    for name in ("self", "c4", "org/name:en:train", str(tmp_path / "text.txt")):
+        data.check(name)
+    for name in ("nothere.txt", "./nothere.txt", "c5"):
+        with pytest.raises(RequestError, match="no such file or data set"):
+            data.check(name)

@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qtoolkit
 from qtoolkit import architecture, checkpoint, pipeline, recipe, registry
-from qtoolkit.errors import CheckpointError, DataError, ModelError, NumericError, RequestError
+from qtoolkit.calibration.options import Options as NoOptions
+from qtoolkit.errors import CheckpointError, DataError, ModelError, NumericError, QToolkitError, RequestError
+from qtoolkit.job import Job
 from qtoolkit.runtime import W4A8Linear
 from qtoolkit.scheme import CHANNEL
 from qtoolkit.source import resolve
@@ -34,6 +36,9 @@ QUICK = {
     "scheme.group_size": 64,
     "outliers.method": "smooth",
 }
+
+
+PACKINGS: dict[str, list[str]] = {"foreign": ["foo"], "unpacked": []}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -382,6 +387,24 @@ def test_a_damaged_checkpoint_is_one_clear_error(quantized: Path, tmp_path: Path
     ):
         with pytest.raises(CheckpointError, match=words):
             qtoolkit.load(folder)
+    endless = json.dumps(manifest).replace('"schema_version": 1', '"schema_version": 1e400').encode()
+    stepless = json.dumps({**manifest, "recipe": {"steps": None}}).encode()
+    other = {name: json.dumps({**manifest, "packing": packing}).encode() for name, packing in PACKINGS.items()}
+    for words, folder in (
+        ("infinity", damaged("endless", "qtoolkit.json", endless)),
+        ("damaged at recipe", damaged("stepless", "qtoolkit.json", stepless)),
+        ("damaged at packing: 'foo' is not known", damaged("foreign", "qtoolkit.json", other["foreign"])),
+        ("damaged at packing: there is none", damaged("unpacked", "qtoolkit.json", other["unpacked"])),
+        ("has no model_type", damaged("empty", "config.json", b"{}")),
+        ("has no quantization_config", damaged("plain", "config.json", b'{"model_type": "llama"}')),
+        ("cannot be read as JSON", damaged("torn", "config.json", b"{")),
+    ):
+        for read in (qtoolkit.load, checkpoint.verify):
+            with pytest.raises(CheckpointError, match=words):
+                read(folder)
+        with pytest.raises(CheckpointError, match=words):
+            qtoolkit.convert(folder, tmp_path / "converted", "gptq")
+        assert not (tmp_path / "converted").exists()
     (damaged("headless", "config.json", b"") / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         checkpoint.verify(tmp_path / "headless")
@@ -403,3 +426,108 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
             qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK)
     assert not (tmp_path / "out").exists()
     assert qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK).ok
+
+
+@pytest.mark.parametrize("keep", [[], ["model.layers.0.mlp.down_proj"], ["mlp.down_proj"]])
+def test_the_head_stays_in_float_whatever_the_recipe_keeps(keep: list[str], random_llama: Path, tmp_path: Path) -> None:
+    settings = recipe.load("rtn", {key: value for key, value in QUICK.items() if "smooth" not in f"{key} {value}"})
+    qtoolkit.quantize(random_llama, settings.model_copy(update={"keep": tuple(keep)}), tmp_path / "out")
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {"lm_head", *(name for name in keep if name.startswith("model"))} <= {*ignored}
+    tokens = torch.randint(2, 258, (1, 8), generator=torch.Generator().manual_seed(0))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert torch.allclose(stock(tokens).logits, qtoolkit.load(tmp_path / "out")(tokens).logits, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mlp.down_pro", "Did you mean mlp.down_proj"),
+        ("model.layers.7.mlp.down_proj", "Did you mean mlp.down_proj"),
+        ("model.layers.0.mlp", "mlp.up_proj"),
+        ("lm_haed", "Did you mean lm_head"),
+        ("xyz", "Known: "),
+    ],
+)
+def test_a_layer_to_keep_that_the_model_does_not_have_is_refused(
+    name: str, hint: str, random_llama: Path, tmp_path: Path
+) -> None:
+    settings = recipe.load("rtn").model_copy(update={"keep": ("lm_head", name)})
+    with pytest.raises(RequestError, match=f"keeps '{name}', which is no layer") as caught:
+        qtoolkit.quantize(random_llama, settings, tmp_path / "out")
+    assert hint in caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def planned(steps: list[str], method: str | None = None) -> recipe.Recipe:
+    """Return a recipe of these steps, without options."""
+    return recipe.validate({"name": "x", "steps": {step: {} for step in steps}, "outliers": {"method": method}})
+
+
+@pytest.mark.parametrize("steps", [[], ["smooth"], ["rotate"], ["rotate", "smooth"]])
+def test_a_recipe_whose_steps_round_nothing_is_refused(steps: list[str]) -> None:
+    with pytest.raises(RequestError, match="No step of the recipe x rounds the weights") as caught:
+        pipeline.build_transforms(planned(steps))
+    assert "gptq" in caught.value.hint
+
+
+def test_a_step_behind_the_one_that_rounds_is_refused() -> None:
+    with pytest.raises(RequestError, match="The step smooth stands behind gptq"):
+        pipeline.build_transforms(planned(["gptq", "smooth"]))
+    for settings in (planned(["smooth", "gptq", "rotate"]), planned(["gptq", "smooth"], "auto")):
+        assert pipeline.build_transforms(settings)  # a rewrite goes first, and so do the steps that a method names
+
+
+def test_a_step_of_others_making_that_rounds_nothing_is_told_when_it_is_seen(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Idle:
+        Options = NoOptions
+
+        def __init__(self, options: NoOptions) -> None: ...
+
+        def apply(self, *given: object) -> dict[str, dict[str, float]]:
+            return {}
+
+    find = registry.transforms.get
+    monkeypatch.setattr(registry.transforms, "get", lambda name: Idle if name == "idle" else find(name))
+    settings = recipe.validate({"name": "x", "steps": {"idle": {}}, "calibration": {"samples": 2, "length": 16}})
+    with pytest.raises(RequestError, match=r"No step \(idle\) has rounded model\.layers\.0\."):
+        qtoolkit.quantize(random_llama, settings, tmp_path / "out")
+
+
+def test_a_damaged_part_of_an_interrupted_run_is_told(random_llama: Path, tmp_path: Path) -> None:
+    class Stop:
+        def start(self, blocks: int, done: int) -> None: ...
+        def say(self, text: str) -> None: ...
+        def block(self, name: str, error: float) -> None:
+            if name.endswith("1"):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK, progress=Stop())
+    part = tmp_path / "out.partial" / "block-00000.safetensors"
+    part.write_bytes(part.read_bytes()[:-9])
+    with pytest.raises(QToolkitError, match=r"block-00000\.safetensors of an interrupted run is damaged"):
+        qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK)
+    with pytest.raises(RequestError, match=r"another recipe\.calibration\.seed 0, now 9\."):
+        qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes={**QUICK, "calibration.seed": 9})
+
+
+def test_a_damaged_part_is_told_even_if_parts_are_only_joined(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: pipeline.Run, job: Job) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Run, "assemble", killed)
+        with pytest.raises(KeyboardInterrupt):
+            qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK)
+    part = tmp_path / "out.partial" / "rest-00000.safetensors"
+    part.write_bytes(part.read_bytes()[:-9])
+    with pytest.raises(QToolkitError, match=r"rest-00000\.safetensors of an interrupted run is damaged") as caught:
+        qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK)
+    assert "--fresh" in caught.value.hint
+    assert qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=QUICK, fresh=True).ok

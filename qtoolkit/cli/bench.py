@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Annotated
 
 import typer
 
 from qtoolkit.cli import output
+
+SIDE = 128  # of a matrix, at least, and what both sides are multiples of
 
 app = typer.Typer(help="Time kernels or servers beside their peers, in turns.", rich_markup_mode=None)
 
@@ -29,15 +32,11 @@ def kernels(
 
     from qtoolkit.evals import kernel_bench, kernel_remote, roofline
 
+    sizes = tuple(_shape(word) for word in _words(shapes)) or kernel_bench.SHAPES
+    counts = tuple(_number(word, "--tokens", "1,16,256") for word in _words(tokens)) or kernel_bench.TOKENS
+    chosen, seconds = tuple(_words(names)) or None, _seconds(seconds)
     with kernel_remote.workers(peer or []) as workers:
-        result = kernel_bench.run(
-            tuple(_shape(word) for word in _words(shapes)) or kernel_bench.SHAPES,
-            tuple(_number(word, "--tokens") for word in _words(tokens)) or kernel_bench.TOKENS,
-            tuple(_words(names)) or None,
-            seconds,
-            output.note,
-            workers,
-        )
+        result = kernel_bench.run(sizes, counts, chosen, seconds, output.note, workers)
     if folder:
         output.note(f"wrote {roofline.write(result, Path(folder))}")
     if as_json:
@@ -54,7 +53,7 @@ def vision_kernels(
     """Time binary and sparse vision layers beside float32, int8, and the machine's measured limits."""
     from qtoolkit.evals import vision_kernel_bench
 
-    result = vision_kernel_bench.run(seconds=seconds, progress=output.note)
+    result = vision_kernel_bench.run(seconds=_seconds(seconds), progress=output.note)
     if as_json:
         output.emit({"ok": True, **result})
     else:
@@ -106,14 +105,30 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _number(word: str, option: str) -> int:
+def _number(word: str, option: str, example: str) -> int:
     from qtoolkit.errors import RequestError
 
-    if not word.isdecimal():
-        raise RequestError(f"{option} {word!r} is not a number.", "Example: --tokens 1,16,256")
+    if not word.isdecimal() or not int(word):
+        raise RequestError(f"{option} {word!r} is not a number above 0.", f"Example: {option} {example}")
     return int(word)
 
 
 def _shape(word: str) -> tuple[int, int]:
-    k, _, n = word.partition("x")
-    return _number(k, "--shapes"), _number(n, "--shapes")
+    from qtoolkit.errors import RequestError
+
+    example = "4096x11008"
+    parts = word.split("x")
+    if len(parts) != 2:
+        raise RequestError(f"--shapes {word!r} is not of the form KxN.", f"Example: --shapes {example}")
+    k, n = (_number(part, "--shapes", example) for part in parts)
+    if k % SIDE or n % SIDE:
+        raise RequestError(f"--shapes {word}: both must be multiples of {SIDE}.", f"Example: --shapes {example}")
+    return k, n
+
+
+def _seconds(value: float) -> float:
+    from qtoolkit.errors import RequestError
+
+    if not 0 < value < math.inf:
+        raise RequestError(f"--seconds {value:g} is no time to measure in.", "Example: --seconds 2")
+    return value

@@ -20,10 +20,12 @@ def command(
     test: Annotated[str, typer.Option(help="Test images, to measure accuracy before and after.")] = "",
     pattern: Annotated[str, typer.Option(help="2:4, 4:8, 1x16, filter, binary, debut ...")] = "",
     rate: Annotated[float | None, typer.Option(help="Part of filters or 1xN blocks to remove.")] = None,
-    epochs: Annotated[int, typer.Option(help="Training epochs of the step recover.")] = 0,
-    samples: Annotated[int, typer.Option(help="Calibration images.")] = 0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs of the step recover.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration images.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="step.key=value, any recipe value.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="step.key=value, any recipe value; wins over other options.")
+    ] = None,
     onnx: Annotated[str, typer.Option(help="Write the result as ONNX, too; alone for a folder that is done.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; replace a finished checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
@@ -38,14 +40,17 @@ def command(
         "scheme.pattern": pattern or None,
         "scheme.rate": rate,
         "calibration.data": data or None,
-        "calibration.samples": samples or None,
+        "calibration.samples": samples,
         "calibration.seed": seed,
-        "recover.epochs": epochs or None,
+        "recover.epochs": epochs,
     }
     changes = {key: value for key, value in options.items() if value is not None}
     changes |= recipes.parse_set(settings or [])
     chosen = recipes.load(recipe, changes, VisionRecipe)
     if dry_run:
+        from qtoolkit.pipeline import build_transforms
+
+        build_transforms(chosen)  # refuses unknown steps and options
         if as_json:
             output.emit({"ok": True, "model": model, "digest": chosen.digest, "recipe": chosen.model_dump()})
         else:

@@ -43,6 +43,9 @@ def command(
         return
     if test:
         raise RequestError("--test is for image classifiers.", "Give --ppl TEXT or --tasks.")
+    for option, value in (("--limit", limit), ("--task-dir", task_dir or None)):
+        if value is not None and not tasks:
+            raise RequestError(f"{option} is about tasks, and there are none.", "Add --tasks NAMES.")
     from qtoolkit.evals import gates, report
     from qtoolkit.evals.run import evaluate
     from qtoolkit.evals.texts import label
@@ -97,7 +100,7 @@ def _tell(result: EvalResult | VisionResult, folder: Path | None, gate: Callable
         gate()
         failed = None
     except GateError as error:
-        failed = error
+        failed = error if written else GateError(error.message, "Add -o DIR to see the details.")
     if as_json:
         _emit(result, written, failed)
     else:

@@ -24,9 +24,11 @@ def command(
     budget: Annotated[str, typer.Option(help="Bits a weight, such as 4.25bpw: int8 or float where it helps.")] = "",
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; 'auto' takes the GPU where there is one.")] = "auto",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="step.key=value, any recipe value.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="step.key=value, any recipe value; wins over other options.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; replace a finished checkpoint.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the request, print the recipe, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantize a model to int4 weights and int8 activations."""
@@ -45,11 +47,11 @@ def command(
         "calibration.length": length,
         "calibration.seed": seed,
     }
-    changes = recipes.parse_set(settings or [])
-    changes |= {key: value for key, value in options.items() if value is not None}
+    changes = {key: value for key, value in options.items() if value is not None}
+    changes |= recipes.parse_set(settings or [])
     chosen: recipes.Recipe = recipes.load(recipe or "w4a8", changes)
     if dry_run:
-        _dry_run(model, chosen, as_json)
+        _dry_run(model, chosen, device, as_json)
         return
     if not out:
         raise RequestError("No output folder was given.", "Add -o DIR.")
@@ -77,12 +79,17 @@ def _group_size(text: str) -> str | int | None:
     return None if not text else int(text) if text.isdecimal() else text
 
 
-def _dry_run(model: str, recipe: Any, as_json: bool) -> None:
-    from qtoolkit.pipeline import build_transforms
+def _dry_run(model: str, recipe: Any, device: str, as_json: bool) -> None:
+    """Print the recipe; refuse what the run would refuse before it calibrates."""
+    from qtoolkit import data, device as devices
+    from qtoolkit.pipeline import Run
+    from qtoolkit.progress import Silent
     from qtoolkit.source import resolve
 
-    source = resolve(model)
-    build_transforms(recipe)  # refuses unknown steps and options
+    output.quiet_libraries()
+    where, source = devices.choose(device), resolve(model)
+    data.check(recipe.calibration.data)
+    Run(source, recipe, Silent(), where)
     if as_json:
         output.emit({"ok": True, "model": source.name, "digest": recipe.digest, "recipe": recipe.model_dump()})
     else:

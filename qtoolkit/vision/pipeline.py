@@ -17,6 +17,7 @@ from qtoolkit import __version__, checkpoint, recipe as recipes, registry
 from qtoolkit.errors import DataError, NumericError, RequestError
 from qtoolkit.job import Job, disk_errors
 from qtoolkit.pipeline import build_transforms, peak_rss_bytes
+from qtoolkit.registry import suggest
 from qtoolkit.source import Source
 from qtoolkit.stages import Block
 from qtoolkit.vision import data, measure, models, runtime, similarity
@@ -107,7 +108,8 @@ def compress(
     fingerprint = {
         "qtoolkit": __version__,
         "model": resolved.digest(),
-        "recipe": settings.digest,
+        "recipe": settings.deciding(),
+        "order": list(settings.steps),
         "images": len(training),
         "torch": torch.__version__,
     }
@@ -199,6 +201,12 @@ class Run:
 
     def _block(self) -> Block:
         block = self.model.block(self.recipe.scheme.kind)
+        known = {*block.targets, *self.model.untouched()}
+        for name in self.recipe.keep:
+            if name not in known:
+                raise RequestError(
+                    f"The recipe keeps {name!r}, which is no layer of {self.model.name}.", suggest(name, known)
+                )
         for name in block.targets:
             geometry = Geometry.of(block.layer(name))
             reason = self.packer.refuse(geometry.n, geometry.k, self.recipe.scheme)

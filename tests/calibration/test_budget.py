@@ -187,3 +187,21 @@ def test_the_config_names_the_int8_layers_and_nothing_of_our_own(tmp_path: Path)
     record = checkpoint.verify(tmp_path / "out").budget
     assert record is not None
     assert set(named.targets) == {name for row in record.rows for name in row.layers if row.kind == "W8A8-channel"}
+
+
+def test_a_budget_that_shapes_rule_out_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    model = save_random(tmp_path / "model", "qwen3_moe")
+    for bits, said in ((4.2, r"W4A8-g64 alone takes 4\.250"), (16, "every layer in float")):
+        if bits == 16:
+            model = save_random(tmp_path / "dense")
+        with pytest.raises(RequestError, match=said):
+            qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes={**QUICK, "budget.bits": bits})
+        assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_budget_that_leaves_nothing_quantized_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_random(tmp_path / "model")
+    monkeypatch.setattr(budget, "check", lambda *given: None)  # what shapes do not tell
+    with pytest.raises(RequestError, match="every layer in float"):
+        qtoolkit.quantize(model, "w4a8", tmp_path / "out", changes={**QUICK, "budget.bits": 17})
+    assert not (tmp_path / "out").exists()

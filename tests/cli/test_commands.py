@@ -61,8 +61,30 @@ def test_help_names_every_command(run: Run) -> None:
         (["convert", "tiny", "-o", "x", "--to", "gpt"], 2, "gptq"),
         (["convert", "tiny", "-o", "x", "--to", "gptq"], 2, "not quantized"),
         (["convert", "nowhere", "-o", "x", "--to", "gptq"], 2, "'nowhere'"),
+        (["quantize", "tiny", "--dry-run", "--outliers", "turn"], 2, "'auto'"),
+        (["quantize", "tiny", "--dry-run", "--device", "foo"], 2, "not a device"),
+        (["quantize", "tiny", "--dry-run", "--data", "nothere.txt"], 2, "nothere.txt"),
+        (["quantize", "tiny", "--dry-run", "--group-size", "100000"], 1, "100000"),
+        (["quantize", "tiny", "--dry-run", "--budget", "2bpw"], 2, "alone takes 4."),
+        (["quantize", "tiny", "--dry-run", "--budget", "100bpw"], 2, "every layer in float"),
+        (["quantize", "tiny", "--dry-run", "--budget", "inf"], 2, "budget.bits"),
+        (["quantize", "tiny", "--dry-run", "--set", "gptq.damping=.inf"], 2, "finite"),
+        (["compress", "digits-mlp", "--dry-run", "--epochs", "-3"], 2, "--epochs"),
+        (["compress", "digits-mlp", "--dry-run", "--epochs", "0"], 2, "--epochs"),
+        (["compress", "digits-mlp", "--dry-run", "--samples", "0"], 2, "--samples"),
         (["list", "recipe"], 2, "recipes"),
         (["bench", "kernels", "--tokens", "one"], 2, "--tokens"),
+        (["bench", "kernels", "--tokens", "0"], 2, "Example: --tokens 1"),
+        (["bench", "kernels", "--shapes", "0x0"], 2, "Example: --shapes 4096x"),
+        (["bench", "kernels", "--shapes", "7x5"], 2, "multiples of 128"),
+        (["bench", "kernels", "--shapes", "128"], 2, "KxN"),
+        (["bench", "kernels", "--shapes", "128x128x128"], 2, "KxN"),
+        (["bench", "kernels", "--seconds", "0"], 2, "--seconds 0"),
+        (["bench", "kernels", "--seconds", "-1"], 2, "Example: --seconds"),
+        (["bench", "kernels", "--seconds", "nan"], 2, "Example: --seconds"),
+        (["bench", "vision-kernels", "--seconds", "0"], 2, "Example: --seconds"),
+        (["eval", "tiny", "--limit", "3"], 2, "--tasks"),
+        (["eval", "tiny", "--task-dir", "x"], 2, "--tasks"),
         (["bench", "serve"], 2, "--int4"),
         (["bench", "serve", "--int4", "nowhere"], 2, "nowhere"),
     ],
@@ -89,14 +111,41 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(run: Run, random_llama: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_precedence_is_flag_then_set_then_file(run: Run, random_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "code", "says"),
+    [
+        ({"packer": "foo"}, 2, "packer"),
+        ({"packer": "nm"}, 2, "stores no layers"),
+        ({"packer": "gptq", "budget": {"bits": 5}}, 2, "int8 weights"),
+        ({"steps": {}}, 2, "add gptq"),
+        ({"scheme": {"weight_bits": 8}}, 1, "packer: int8"),
+        ({"steps": {"gptq": {}, "smooth": {}}}, 2, "behind gptq"),
+        ({"keep": ["mlp.down"]}, 2, "mlp.down_proj"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(
+    part: dict[str, Any], code: int, says: str, run: Run, random_llama: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps({"name": "mine", "steps": {"gptq": {}}, **part}))  # JSON is YAML
+    for words in (["--dry-run"], ["-o", tmp_path / "out"]):
+        found, out, err = run("quantize", random_llama, "--recipe", file, *words)
+        assert (found, out) == (code, "")
+        assert says.lower() in err.lower()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_precedence_is_set_then_flag_then_file(run: Run, random_llama: Path, tmp_path: Path) -> None:
     from qtoolkit import recipe
 
     file = tmp_path / "mine.yaml"
     file.write_text(recipe.load("w4a8", {"calibration.seed": 7, "calibration.samples": 7}).to_yaml())
     words = ["--recipe", file, "--samples", 3, "--set", "calibration.samples=5", "--set", "calibration.length=64"]
     out = run("quantize", random_llama, *words, "--dry-run", "--json")[1]
-    assert json.loads(out)["recipe"]["calibration"] == {"data": "self", "samples": 3, "length": 64, "seed": 7}
+    assert json.loads(out)["recipe"]["calibration"] == {"data": "self", "samples": 5, "length": 64, "seed": 7}
+    words = ["digits-mlp", "--seed", 3, "--samples", 4, "--set", "calibration.samples=5", "--dry-run", "--json"]
+    found = json.loads(run("compress", *words)[1])["recipe"]["calibration"]
+    assert (found["samples"], found["seed"]) == (5, 3)
 
 
 def test_quantize_prints_what_it_promises_and_inspect_reads_it(run: Run, random_llama: Path, tmp_path: Path) -> None:
@@ -125,6 +174,8 @@ def test_quantize_prints_what_it_promises_and_inspect_reads_it(run: Run, random_
 def test_convert_prints_what_it_did_and_inspect_shows_it(run: Run, random_llama: Path, tmp_path: Path) -> None:
     words = ["--recipe", "rtn", "--samples", "1", "--length", "16"]
     assert run("quantize", random_llama, "-o", tmp_path / "int4", *words)[0] == 0
+    code, _, err = run("quantize", tmp_path / "int4", "--dry-run")
+    assert (code, "already quantized" in err) == (1, True)
     code, out, err = run("convert", tmp_path / "int4", "-o", tmp_path / "gptq", "--to", "gptq")
     assert code == 0, err
     assert "14 layers, int4 -> gptq" in out

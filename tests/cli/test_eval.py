@@ -78,6 +78,11 @@ def test_gate_that_fails_exits_3_with_the_numbers(
     code, _, err = run(random_llama, "--ppl", text_file, *bad, "-o", tmp_path / "report")
     assert code == 3
     assert "ppl.foxes is" in err
+    assert "The report has the details" in err
+    code, _, err = run(random_llama, "--ppl", text_file, *bad)
+    assert code == 3
+    assert "Add -o DIR" in err
+    assert "The report" not in err
     assert "above 2" in err
     assert (tmp_path / "report" / "report.html").is_file()  # what failed can be looked at
     code, out, _ = run(random_llama, "--ppl", text_file, *bad, "--json")
@@ -96,7 +101,7 @@ def test_gate_that_fails_exits_3_with_the_numbers(
         (["--ppl", "sampel"], 2, "sample"),
         (["--ppl", "none", "--tasks", "piqa", "--task-dir", "/nowhere"], 2, "/nowhere"),
         (["--backend", "tgi"], 2, "hf or vllm"),
-        (["--limit", "0"], 2, "--limit 1"),
+        (["--tasks", "piqa", "--limit", "0"], 2, "--limit 1"),
         (["--window", "4096"], 2, "256"),
         (["--reference", "nowhere"], 2, "'nowhere'"),
         (["--endpoint", "http://127.0.0.1:9"], 1, "No answer"),

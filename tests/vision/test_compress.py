@@ -250,3 +250,11 @@ def test_on_a_terminal_a_bar_shows_the_training_steps(tmp_path: Path) -> None:
     assert "epoch 1/1" in text
     assert "training" in text
     assert "10/10" in text  # 1297 images in whole batches of 128
+
+
+def test_a_layer_to_keep_that_the_network_does_not_have_is_refused(digits_weights: Path, tmp_path: Path) -> None:
+    settings = recipe.load("nm", SHORT, VisionRecipe).model_copy(update={"keep": ("conv2", "convv3")})
+    with pytest.raises(RequestError, match="keeps 'convv3', which is no layer") as caught:
+        compress("digits", settings, tmp_path / "out", weights=digits_weights)
+    assert "conv3" in caught.value.hint
+    assert not list(tmp_path.glob("out*"))
