@@ -39,6 +39,6 @@ def test_a_run_has_ratios_limits_and_at_least_five_turns() -> None:
 def test_the_command_prints_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CASES", SMALL)
     monkeypatch.setattr(bench.run, "__defaults__", (SMALL, 0.0, None))
-    done = CliRunner().invoke(cli.app, ["bench", "vision-kernels", "--seconds", "0", "--json"])
+    done = CliRunner().invoke(cli.app, ["bench", "vision-kernels", "--seconds", "0.001", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["ok"] is True
