@@ -82,10 +82,16 @@ def main() -> None:
             for seed in wanted.seeds:
                 settings = {**common, **changes, "scheme.group_size": group, "calibration.seed": seed}
                 scores.append(measure(wanted.model, settings, reference, windows, before))
+                say(f"{label}, {group}, seed {seed}: {1e3 * scores[-1].kl:.3f}e-3 nats")
             cells.append(cell(scores, default.get(group)))
             if not changes:
                 default[group] = scores
         print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
+
+
+def say(text: str) -> None:
+    """Tell what is known so far, on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def measure(
