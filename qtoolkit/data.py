@@ -179,6 +179,33 @@ def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, 
     return torch.stack([torch.cat([start, ids[place : place + room].long()]) for place in places])
 
 
+def strewn(tokens: Tensor, share: float, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
+    """Put random tokens in the place of a ``share`` of the windows, those in the middle.
+
+    What inputs of one text have in common, a solver takes for granted of all text. Random tokens have nothing in common
+    but what the network itself makes of them, so that less of it is. Trials take their text from both ends.
+
+    Args:
+        tokens: int64 [windows, length].
+        share: of the windows, rounded down: a few windows are all left as they are.
+        tokenizer: each of its tokens is as likely, but for special and added ones.
+        seed: of the draw.
+
+    Returns:
+        int64 [windows, length]; every window still begins with what the tokenizer puts before a text.
+    """
+    count = int(len(tokens) * share)
+    if not count:
+        return tokens
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    plain = torch.tensor(sorted({*tokenizer.get_vocab().values()} - special), dtype=torch.int64, device="cpu")
+    draw = torch.Generator("cpu").manual_seed(seed)
+    found, first, begin = tokens.clone(), (len(tokens) - count) // 2, len(start_tokens(tokenizer))
+    place = found[first : first + count, begin:]
+    place.copy_(plain[torch.randint(len(plain), place.shape, generator=draw, device="cpu")])
+    return found
+
+
 def _tokens_from(text: str, place: int, wanted: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return ``wanted`` tokens from the beginning of the line on that holds a ``place`` in the text, int64 [wanted].
 

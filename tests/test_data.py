@@ -97,6 +97,29 @@ def test_a_window_without_room_for_text_is_refused() -> None:
         data.windows([LINES], tokenizer, 2, len(data.start_tokens(tokenizer)), seed=0)
 
 
+def test_random_tokens_take_the_place_of_windows_in_the_middle() -> None:
+    tokenizer = data.load_tokenizer(source.resolve("tiny"))
+    plain = data.windows([LINES], tokenizer, 64, 128, seed=3)
+    found = data.strewn(plain, 0.13, tokenizer, seed=3)
+    left = [*range(28), *range(36, 64)]
+    assert torch.equal(found[left], plain[left])
+    assert torch.equal(found[:, :1], plain[:, :1])  # BOS
+    placed = found[28:36, 1:].flatten()
+    assert not {*placed.tolist()} & {*tokenizer.all_special_ids}
+    every = len(tokenizer)
+    expected = every * (1 - (1 - 1 / every) ** len(placed))  # different ones, when each is as likely
+    assert abs(len(placed.unique()) - expected) < 5 * expected**0.5
+    assert torch.equal(found, data.strewn(plain, 0.13, tokenizer, seed=3))
+    assert not torch.equal(found, data.strewn(plain, 0.13, tokenizer, seed=4))
+
+
+@pytest.mark.parametrize(("rows", "share"), [(64, 0.0), (7, 0.125), (1, 0.99)])
+def test_a_few_windows_or_no_share_are_left_to_the_text(rows: int, share: float) -> None:
+    tokenizer = data.load_tokenizer(source.resolve("tiny"))
+    tokens = torch.arange(rows * 16).view(rows, 16)
+    assert torch.equal(data.strewn(tokens, share, tokenizer, seed=0), tokens)
+
+
 def test_long_text_of_too_few_tokens_is_refused() -> None:
     class Coarse:
         bos_token_id = None
