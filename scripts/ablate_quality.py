@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scales fitted to the codes": {"gptq.refit": True},
     "no shrinkage of the Hessian": {"gptq.shrinkage": 0},
     "no refinement": {"gptq.refine": 0},
+    "no random tokens": {"calibration.random": 0},
     "scales above 0": {"gptq.signed": False},
     "min-max scales": {"gptq.scale_search": False},
     "columns in activation order": {"gptq.activation_order": True},
@@ -43,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "gptq.couple": False,
         "gptq.starts": 1,
         "gptq.refine": 0,
+        "calibration.random": 0,
     },
     "rounding to nearest": {"gptq.compensate": False, "gptq.scale_search": False},
 }
