@@ -53,7 +53,7 @@ def calibration_tokens(
     say: Callable[[str], None],
     device: torch.device = CPU,
 ) -> Tensor:
-    """Return the tokens that a recipe asks to calibrate on.
+    """Return the tokens that a recipe asks to calibrate on, random ones among them.
 
     Args:
         source: the float model; it writes the text itself when ``wanted.data`` is "self".
@@ -69,6 +69,19 @@ def calibration_tokens(
         DataError: the text is empty, too short or cannot be read.
         NumericError: the model holds NaN or Inf, so that it cannot write.
     """
+    count = int(wanted.samples * wanted.random)
+    tokens = text_tokens(source, wanted.model_copy(update={"samples": wanted.samples - count}), longest, say, device)
+    count = min(count, round(len(tokens) * wanted.random / (1 - wanted.random)))  # of a short text a share, too
+    if not count:
+        return tokens
+    say(f"{count} windows of random tokens are among them")
+    return strewn(tokens, count, load_tokenizer(source), wanted.seed)
+
+
+def text_tokens(
+    source: Source, wanted: Calibration, longest: int, say: Callable[[str], None], device: torch.device
+) -> Tensor:
+    """Return ``wanted.samples`` windows of text, int64 [samples, length], as ``calibration_tokens`` describes them."""
     tokenizer = load_tokenizer(source)
     length = min(wanted.length, longest)
     if wanted.data != "self":
@@ -84,6 +97,30 @@ def calibration_tokens(
     start = start_tokens(tokenizer)
     first = int(start[0]) if len(start) else int(tokenizer.eos_token_id or 0)
     return self_written(model, first, wanted.samples, length, wanted.seed)
+
+
+def strewn(tokens: Tensor, count: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
+    """Put ``count`` windows of random tokens into the middle of windows of text: trials read both ends.
+
+    What inputs have in common on one text, a solver takes for granted of all text. Random tokens have nothing in common
+    but what the network itself makes of them.
+
+    Args:
+        tokens: int64 [windows, length].
+        count: of windows that come in between.
+        tokenizer: each of its tokens is as likely, but for special and added ones.
+        seed: of the draw.
+
+    Returns:
+        int64 [windows + count, length]; each begins with what the tokenizer puts before a text.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    plain = torch.tensor(sorted({*tokenizer.get_vocab().values()} - special), dtype=torch.int64, device="cpu")
+    start, draw = start_tokens(tokenizer), torch.Generator("cpu").manual_seed(seed)
+    places = torch.randint(len(plain), (count, tokens.shape[1] - len(start)), generator=draw, device="cpu")
+    random = torch.cat([start.expand(count, -1), plain[places]], dim=1)
+    half = len(tokens) // 2
+    return torch.cat([tokens[:half], random, tokens[half:]])
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -177,33 +214,6 @@ def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, 
     samples = min(samples, max(1, len(ids) // room))
     places = torch.randint(0, len(ids) - room + 1, (samples,), generator=draw, device="cpu").tolist()
     return torch.stack([torch.cat([start, ids[place : place + room].long()]) for place in places])
-
-
-def strewn(tokens: Tensor, share: float, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
-    """Put random tokens in the place of a ``share`` of the windows, those in the middle.
-
-    What inputs of one text have in common, a solver takes for granted of all text. Random tokens have nothing in common
-    but what the network itself makes of them, so that less of it is. Trials take their text from both ends.
-
-    Args:
-        tokens: int64 [windows, length].
-        share: of the windows, rounded down: a few windows are all left as they are.
-        tokenizer: each of its tokens is as likely, but for special and added ones.
-        seed: of the draw.
-
-    Returns:
-        int64 [windows, length]; every window still begins with what the tokenizer puts before a text.
-    """
-    count = int(len(tokens) * share)
-    if not count:
-        return tokens
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    plain = torch.tensor(sorted({*tokenizer.get_vocab().values()} - special), dtype=torch.int64, device="cpu")
-    draw = torch.Generator("cpu").manual_seed(seed)
-    found, first, begin = tokens.clone(), (len(tokens) - count) // 2, len(start_tokens(tokenizer))
-    place = found[first : first + count, begin:]
-    place.copy_(plain[torch.randint(len(plain), place.shape, generator=draw, device="cpu")])
-    return found
 
 
 def _tokens_from(text: str, place: int, wanted: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -327,10 +327,10 @@ class Run:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _calibration_tokens(self) -> Tensor:
-        wanted = self.recipe.calibration
-        longest = self.skeleton.longest or wanted.length
-        tokens = data.calibration_tokens(self.source, wanted, longest, self.progress.say, self.skeleton.device)
-        return data.strewn(tokens, wanted.random, data.load_tokenizer(self.source), wanted.seed)
+        longest = self.skeleton.longest or self.recipe.calibration.length
+        return data.calibration_tokens(
+            self.source, self.recipe.calibration, longest, self.progress.say, self.skeleton.device
+        )
 
     def _block(self, weights: Source, index: int) -> Block:
         return halves.hasten(self._decided(self.skeleton.block(index, weights)), self.skeleton.device)

@@ -28,7 +28,7 @@ class Calibration(BaseModel):
     data: str = Field("self", description="text file, .jsonl, hub data set, or 'self': text the model itself writes")
     samples: int = Field(128, ge=1, description="windows of `length` tokens")
     length: int = Field(2048, ge=8, description="tokens a window; cut to the model's context")
-    random: float = Field(0.125, ge=0, lt=1, description="share of the windows that random tokens take the place of")
+    random: float = Field(0.125, ge=0, lt=1, description="share of the windows that are random tokens, not text")
     seed: int = Field(0, ge=0, lt=2**32)
 
 

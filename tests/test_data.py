@@ -97,27 +97,48 @@ def test_a_window_without_room_for_text_is_refused() -> None:
         data.windows([LINES], tokenizer, 2, len(data.start_tokens(tokenizer)), seed=0)
 
 
-def test_random_tokens_take_the_place_of_windows_in_the_middle() -> None:
+def test_random_tokens_come_into_the_middle_of_the_text() -> None:
     tokenizer = data.load_tokenizer(source.resolve("tiny"))
-    plain = data.windows([LINES], tokenizer, 64, 128, seed=3)
-    found = data.strewn(plain, 0.13, tokenizer, seed=3)
-    left = [*range(28), *range(36, 64)]
-    assert torch.equal(found[left], plain[left])
-    assert torch.equal(found[:, :1], plain[:, :1])  # BOS
+    text = data.windows([LINES], tokenizer, 56, 128, seed=3)
+    found = data.strewn(text, 8, tokenizer, seed=3)
+    assert torch.equal(torch.cat([found[:28], found[36:]]), text)
+    assert torch.equal(found[:, 0], found[:1, 0].expand(64))  # BOS
     placed = found[28:36, 1:].flatten()
     assert not {*placed.tolist()} & {*tokenizer.all_special_ids}
     every = len(tokenizer)
     expected = every * (1 - (1 - 1 / every) ** len(placed))  # different ones, when each is as likely
     assert abs(len(placed.unique()) - expected) < 5 * expected**0.5
-    assert torch.equal(found, data.strewn(plain, 0.13, tokenizer, seed=3))
-    assert not torch.equal(found, data.strewn(plain, 0.13, tokenizer, seed=4))
+    assert torch.equal(found, data.strewn(text, 8, tokenizer, seed=3))
+    assert not torch.equal(found, data.strewn(text, 8, tokenizer, seed=4))
 
 
-@pytest.mark.parametrize(("rows", "share"), [(64, 0.0), (7, 0.125), (1, 0.99)])
-def test_a_few_windows_or_no_share_are_left_to_the_text(rows: int, share: float) -> None:
+@pytest.mark.parametrize(
+    ("samples", "share", "text", "random"),
+    [(64, 0.125, 56, 8), (64, 0.0, 64, 0), (7, 0.125, 7, 0), (9, 0.3, 7, 2), (500, 0.125, 70, 10), (2, 0.99, 1, 1)],
+)
+def test_a_share_of_the_windows_is_random_also_where_the_text_is_short(
+    samples: int, share: float, text: int, random: int, tmp_path: Path
+) -> None:
+    """The text has 70 windows of 64 tokens and a few more."""
     tokenizer = data.load_tokenizer(source.resolve("tiny"))
-    tokens = torch.arange(rows * 16).view(rows, 16)
-    assert torch.equal(data.strewn(tokens, share, tokenizer, seed=0), tokens)
+    ids = data.encoded(LINES, tokenizer)[: 63 * 70 + 20]
+    file = tmp_path / "text.txt"
+    file.write_text(tokenizer.decode(ids))
+    assert len(data.encoded(file.read_text(), tokenizer)) // 63 == 70
+    wanted = Calibration(data=str(file), samples=samples, length=64, random=share)
+    said: list[str] = []
+    found = data.calibration_tokens(source.resolve("tiny"), wanted, 256, said.append)
+    assert found.shape == (text + random, 64)
+    assert any(f"{random} windows of random tokens" in line for line in said) == bool(random)
+    plain = data.text_tokens(
+        source.resolve("tiny"),
+        wanted.model_copy(update={"samples": samples - int(samples * share)}),
+        256,
+        str,
+        data.CPU,
+    )
+    half = text // 2
+    assert torch.equal(torch.cat([found[:half], found[half + random :]]), plain)
 
 
 def test_long_text_of_too_few_tokens_is_refused() -> None:

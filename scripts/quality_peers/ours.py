@@ -29,7 +29,7 @@ def quantize(job: Job, meter: Meter) -> Quantized:
     work_alone()  # as the command does, too
     load_transformers()  # here, for nobody's imports are timed
     tokens = job.calibration()
-    data.calibration_tokens = lambda *_, **__: tokens  # instead of text of its own
+    data.text_tokens = lambda _, wanted, *__: tokens[: wanted.samples]  # instead of text of its own
     changes = {
         "scheme.group_size": job.group_size,
         "calibration.samples": tokens.shape[0],
