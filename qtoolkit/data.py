@@ -345,12 +345,23 @@ def _render(row: Any, tokenizer: PreTrainedTokenizerBase | None) -> str:
     if isinstance(messages := row.get("messages"), list):
         if not all(isinstance(message, dict) and "role" in message for message in messages):
             raise ValueError("a message has no role")
+        messages = [_plain(message) for message in messages]
         if tokenizer is None or not tokenizer.chat_template:
             return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return row["prompt"] + row["completion"]
     raise ValueError(f"no text among the keys {', '.join(sorted(map(str, row)))}")
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a chat message whose content is one text, where it is a list of typed parts."""
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise ValueError("a message has a part that is no text")
+    return {**message, "content": "".join(part["text"] for part in parts)}
 
 
 def _hub(

@@ -193,6 +193,21 @@ def test_half_a_character_is_replaced_and_a_byte_order_mark_is_none(tmp_path: Pa
     assert data.documents(str(tmp_path / "text.txt")) == ["a b"]
 
 
+def test_content_in_parts_is_their_text_joined(tmp_path: Path) -> None:
+    tokenizer = data.load_tokenizer(source.resolve("tiny"))
+    whole = [{"role": "user", "content": "one, two"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "one, "}, {"type": "text", "text": "two"}]}]
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("\n".join(json.dumps({"messages": messages}) for messages in (whole, parts)))
+    for one in (tokenizer, None):
+        first, second = data.documents(str(lines), one)
+        assert first == second
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    lines.write_text(json.dumps({"messages": picture}))
+    with pytest.raises(DataError, match=r"line 1: a message has a part that is no text\."):
+        data.documents(str(lines), tokenizer)
+
+
 def test_text_in_another_encoding_is_told_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes("Größe".encode("latin-1"))
     with pytest.raises(DataError, match="cannot be read as UTF-8") as caught:

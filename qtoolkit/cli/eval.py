@@ -39,6 +39,8 @@ def command(
     if _vision(target):
         if ppl or tasks or task_dir or limit or window or endpoint:
             raise RequestError(f"{target} is an image classifier: it has no text or tasks.", "Give --test DATA.")
+        if device or backend != "hf":
+            raise RequestError("--backend and --device are for language models.", "Leave them out.")
         _classifier(target, test, reference, out, fail_above or [], as_json)
         return
     if test:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qtoolkit.checkpoint import Manifest
-from qtoolkit.recipe import Recipe
+from qtoolkit.recipe import Budget, Outliers, Recipe
 from qtoolkit.stages import ChannelGroup
 from qtoolkit.vision.pattern import Pattern
 
@@ -31,6 +31,12 @@ class VisionRecipe(Recipe):
     calibration: ImageCalibration = ImageCalibration()  # type: ignore[assignment]
     packer: Literal["pattern"] = Field("pattern", description="the pattern has just one packer")
     keep: tuple[str, ...] = Field((), description="layers that stay in float, besides the architecture's own")
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> VisionRecipe:
+        if self.outliers != Outliers() or self.budget != Budget():
+            raise ValueError("outliers and budget are for language models")
+        return self
 
 
 class VisionManifest(Manifest):

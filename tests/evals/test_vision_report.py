@@ -100,7 +100,12 @@ def test_the_command_prints_writes_and_fails_where_a_bound_is_broken(folder: Pat
 
 @pytest.mark.parametrize(
     ("words", "error"),
-    [(["--ppl", "sample"], "no text"), (["--tasks", "piqa"], "no text"), (["--fail-above", "los=0"], "los")],
+    [
+        (["--ppl", "sample"], "no text"),
+        (["--tasks", "piqa"], "no text"),
+        (["--device", "cuda"], "language models"),
+        (["--fail-above", "los=0"], "los"),
+    ],
 )
 def test_what_makes_no_sense_for_images_is_refused(folder: Path, words: list[str], error: str) -> None:
     done = CliRunner().invoke(cli.app, ["eval", str(folder / "out"), *words])
