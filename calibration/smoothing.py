@@ -166,13 +166,16 @@ def record(block: Block, group: ChannelGroup, stream: Stream, tokens: int) -> li
 
 
 def sequences(stream: Stream, tokens: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Yield calls with about ``tokens`` tokens, at least one sequence, taken evenly from all batches."""
+    """Yield calls with about ``tokens`` tokens, at least one sequence, taken evenly from all batches, early ones first.
+
+    So a few are all of text, which random tokens follow.
+    """
     shapes = stream.shapes()
     every = sum(size for size, _ in shapes)
     wanted = min(every, max(1, tokens // shapes[0][1]))
     seen = 0
     for number, (size, _) in enumerate(shapes):
-        count = (seen + size) * wanted // every - seen * wanted // every
+        count = -(-(seen + size) * wanted // every) + (-seen * wanted // every)
         seen += size
         if count:
             hidden, kwargs = stream.call(number)

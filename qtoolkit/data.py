@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,32 +50,37 @@ def calibration_tokens(
     source: Source,
     wanted: Calibration,
     longest: int,
+    vocabulary: int,
     say: Callable[[str], None],
     device: torch.device = CPU,
-) -> Tensor:
-    """Return the tokens that a recipe asks to calibrate on, random ones among them.
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens that a recipe asks to calibrate on: windows of text, and windows of random tokens.
+
+    What inputs have in common on one text, a solver takes for granted of all text. Random tokens have nothing in common
+    but what the network itself makes of them.
 
     Args:
         source: the float model; it writes the text itself when ``wanted.data`` is "self".
         wanted: the recipe's part about calibration.
         longest: the longest text that the model is calibrated on, such as its context; windows are cut to it.
+        vocabulary: rows of the model's embedding.
         say: is told what happens.
         device: where the model writes.
 
     Returns:
-        int64 [samples, length].
+        int64 [windows, length] each, ``wanted.samples`` together, or fewer of both where the text is short.
 
     Raises:
         DataError: the text is empty, too short or cannot be read.
         NumericError: the model holds NaN or Inf, so that it cannot write.
     """
     count = int(wanted.samples * wanted.random)
-    tokens = text_tokens(source, wanted.model_copy(update={"samples": wanted.samples - count}), longest, say, device)
-    count = min(count, round(len(tokens) * wanted.random / (1 - wanted.random)))  # of a short text a share, too
-    if not count:
-        return tokens
-    say(f"{count} windows of random tokens are among them")
-    return strewn(tokens, count, load_tokenizer(source), wanted.seed)
+    text = text_tokens(source, wanted.model_copy(update={"samples": wanted.samples - count}), longest, say, device)
+    count = min(count, round(len(text) * wanted.random / (1 - wanted.random)))  # of a short text a share, too
+    found = random_tokens(load_tokenizer(source), vocabulary, count, text.shape[1], wanted.seed)
+    if len(text) + count < wanted.samples:
+        say(f"the text gives {len(text)} windows of {text.shape[1]} tokens, with {count} of random tokens beside them")
+    return text, found
 
 
 def text_tokens(
@@ -85,10 +90,7 @@ def text_tokens(
     tokenizer = load_tokenizer(source)
     length = min(wanted.length, longest)
     if wanted.data != "self":
-        tokens = windows(documents(wanted.data, tokenizer), tokenizer, wanted.samples, length, wanted.seed)
-        if len(tokens) < wanted.samples:
-            say(f"the text gives {len(tokens)} windows of {length} tokens, not {wanted.samples}")
-        return tokens
+        return windows(documents(wanted.data, tokenizer), tokenizer, wanted.samples, length, wanted.seed)
     large = sum(math.prod(shape) for shape in source.shapes().values()) >= LARGE
     model = architecture.load(source, device, architecture.stored_dtype(source) if large else torch.float32)
     say(f"the model writes {wanted.samples} x {length} tokens to calibrate on")
@@ -99,28 +101,21 @@ def text_tokens(
     return self_written(model, first, wanted.samples, length, wanted.seed)
 
 
-def strewn(tokens: Tensor, count: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
-    """Put ``count`` windows of random tokens into the middle of windows of text: trials read both ends.
-
-    What inputs have in common on one text, a solver takes for granted of all text. Random tokens have nothing in common
-    but what the network itself makes of them.
-
-    Args:
-        tokens: int64 [windows, length].
-        count: of windows that come in between.
-        tokenizer: each of its tokens is as likely, but for special and added ones.
-        seed: of the draw.
+def random_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int, count: int, length: int, seed: int) -> Tensor:
+    """Return ``count`` windows of tokens that are all as likely, but for special and added ones.
 
     Returns:
-        int64 [windows + count, length]; each begins with what the tokenizer puts before a text.
+        int64 [count, length], below ``vocabulary``; each begins with what the tokenizer puts before a text. None where
+        the tokenizer has nothing but such tokens.
     """
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    plain = torch.tensor(sorted({*tokenizer.get_vocab().values()} - special), dtype=torch.int64, device="cpu")
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    special = {*tokenizer.all_special_ids, *(added if isinstance(added, Mapping) else ())}  # Mistral's own has none
+    known = {index for index in tokenizer.get_vocab().values() if index < vocabulary}
+    plain = torch.tensor(sorted(known - special), dtype=torch.int64, device="cpu")
     start, draw = start_tokens(tokenizer), torch.Generator("cpu").manual_seed(seed)
-    places = torch.randint(len(plain), (count, tokens.shape[1] - len(start)), generator=draw, device="cpu")
-    random = torch.cat([start.expand(count, -1), plain[places]], dim=1)
-    half = len(tokens) // 2
-    return torch.cat([tokens[:half], random, tokens[half:]])
+    count = count if len(plain) else 0
+    places = torch.randint(max(1, len(plain)), (count, length - len(start)), generator=draw, device="cpu")
+    return torch.cat([start.expand(count, -1), plain[places]], dim=1)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -360,7 +355,7 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(parts, list):
         return message
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        raise ValueError("a message has a part that is no text")
+        raise ValueError("a part of a message has no text")
     return {**message, "content": "".join(part["text"] for part in parts)}
 
 

@@ -166,12 +166,13 @@ class Run:
     def prepare(self, job: Job) -> None:
         """Decide, before the first block, what the model's own measurements decide; the job remembers it."""
         if not job.has(CALIBRATION):
-            job.save(CALIBRATION, {"tokens": self._calibration_tokens()})
-        tokens = job.tensors(CALIBRATION)["tokens"]
+            text, random = self._calibration_tokens()
+            job.save(CALIBRATION, {"text": text, "random": random})
+        text = job.tensors(CALIBRATION)["text"]  # trials are about nothing else
         method: str | None = self.recipe.outliers.method
         if method == "auto":
             if not job.has(CHOICE):
-                job.save(CHOICE, {}, self._choose(tokens).model_dump())
+                job.save(CHOICE, {}, self._choose(text).model_dump())
             self.choice = checkpoint.Choice.model_validate(job.facts(CHOICE))
             method = self.choice.chosen
         self.weights, self.transforms = self._candidate(method)
@@ -179,7 +180,7 @@ class Run:
             self.progress.say(note)
         if self.recipe.budget.bits is not None:
             if not job.has(BUDGET):
-                job.save(BUDGET, {}, self._spend(tokens, self.recipe.budget.bits).model_dump())
+                job.save(BUDGET, {}, self._spend(text, self.recipe.budget.bits).model_dump())
             self.budget = checkpoint.BudgetRecord.model_validate(job.facts(BUDGET))
             self.kinds = {name: row.kind for row in self.budget.rows for name in row.layers}
 
@@ -188,7 +189,7 @@ class Run:
         done = next((i for i in range(self.blocks) if not job.has(_part(i))), self.blocks)
         if done == self.blocks and all(job.has(part) for part in self._rest().values()):
             return
-        tokens = job.tensors(CALIBRATION)["tokens"]
+        tokens = _tokens(job)
         self.progress.start(self.blocks, done)
         gradients = None
         if any(getattr(transform, "reads_gradients", False) for transform in self.transforms.values()):
@@ -240,7 +241,7 @@ class Run:
     def assemble(self, job: Job) -> None:
         """Put the finished parts together as a checkpoint folder, in the job's staging place."""
         blocks = {self._name(index): _part(index) for index in range(self.blocks)}
-        tokens = job.tensors(CALIBRATION)["tokens"].numel()
+        tokens = _tokens(job).numel()
         dtype, choice, budget = self.dtype, self.choice, self.budget
         skeleton, rest = self.skeleton, [*self._rest().values()]
         assembly.assemble(job, self.weights, skeleton, self.recipe, dtype, blocks, rest, tokens, choice, budget)
@@ -326,11 +327,10 @@ class Run:
         tensor = self.weights.read(name)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
-    def _calibration_tokens(self) -> Tensor:
-        longest = self.skeleton.longest or self.recipe.calibration.length
-        return data.calibration_tokens(
-            self.source, self.recipe.calibration, longest, self.progress.say, self.skeleton.device
-        )
+    def _calibration_tokens(self) -> tuple[Tensor, Tensor]:
+        wanted, skeleton = self.recipe.calibration, self.skeleton
+        longest, vocabulary = skeleton.longest or wanted.length, skeleton.config.vocab_size
+        return data.calibration_tokens(self.source, wanted, longest, vocabulary, self.progress.say, skeleton.device)
 
     def _block(self, weights: Source, index: int) -> Block:
         return halves.hasten(self._decided(self.skeleton.block(index, weights)), self.skeleton.device)
@@ -463,6 +463,12 @@ def peak_rss_bytes() -> int:
 def _copied(batches: list[Tensor] | Waiting) -> list[Tensor] | Waiting:
     """Return a copy of a stream's batches, where they are: on a GPU or on the disk."""
     return [batch.clone() for batch in batches] if isinstance(batches, list) else Waiting(batches.folder, batches)
+
+
+def _tokens(job: Job) -> Tensor:
+    """Return all that is calibrated on, text first, int64 [windows, length]."""
+    kept = job.tensors(CALIBRATION)
+    return torch.cat([kept["text"], kept["random"]])
 
 
 def _part(index: int) -> str:

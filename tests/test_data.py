@@ -97,19 +97,41 @@ def test_a_window_without_room_for_text_is_refused() -> None:
         data.windows([LINES], tokenizer, 2, len(data.start_tokens(tokenizer)), seed=0)
 
 
-def test_random_tokens_come_into_the_middle_of_the_text() -> None:
+def test_random_tokens_are_all_as_likely_but_for_special_and_added_ones() -> None:
     tokenizer = data.load_tokenizer(source.resolve("tiny"))
-    text = data.windows([LINES], tokenizer, 56, 128, seed=3)
-    found = data.strewn(text, 8, tokenizer, seed=3)
-    assert torch.equal(torch.cat([found[:28], found[36:]]), text)
-    assert torch.equal(found[:, 0], found[:1, 0].expand(64))  # BOS
-    placed = found[28:36, 1:].flatten()
-    assert not {*placed.tolist()} & {*tokenizer.all_special_ids}
-    every = len(tokenizer)
-    expected = every * (1 - (1 - 1 / every) ** len(placed))  # different ones, when each is as likely
-    assert abs(len(placed.unique()) - expected) < 5 * expected**0.5
-    assert torch.equal(found, data.strewn(text, 8, tokenizer, seed=3))
-    assert not torch.equal(found, data.strewn(text, 8, tokenizer, seed=4))
+    tokenizer.add_tokens(["<added>"])
+    length, vocabulary = 1 << 17, 4000  # the last ones have no row in the embedding
+    found = data.random_tokens(tokenizer, vocabulary, 2, length, seed=3)
+    assert found[:, 0].tolist() == [tokenizer.bos_token_id] * 2
+    left_out = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    assert tokenizer.convert_tokens_to_ids("<added>") in left_out
+    seen = found[:, 1:].flatten().bincount(minlength=vocabulary)
+    wanted = torch.tensor([index not in left_out for index in range(vocabulary)])
+    assert len(seen) == vocabulary
+    assert not seen[~wanted].any()
+    mean = 2 * (length - 1) / int(wanted.sum())
+    assert ((seen[wanted] - mean).abs() < 6 * mean**0.5).all()
+    assert torch.equal(found, data.random_tokens(tokenizer, vocabulary, 2, length, seed=3))
+    assert not torch.equal(found, data.random_tokens(tokenizer, vocabulary, 2, length, seed=4))
+
+
+def test_a_tokenizer_that_tells_of_no_added_tokens_will_do_and_one_of_nothing_else_gives_none() -> None:
+    class Odd:
+        bos_token_id = None
+        all_special_ids = (0,)
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [1]}
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "b": 1, "c": 7}
+
+        def added_tokens_decoder(self) -> None:
+            """As in Mistral's own tokenizers, where this is not implemented."""
+
+    odd: Any = Odd()
+    assert data.random_tokens(odd, 4, 3, 5, seed=0).tolist() == [[1] * 5] * 3
+    assert data.random_tokens(odd, 1, 3, 5, seed=0).shape == (0, 5)
 
 
 @pytest.mark.parametrize(
@@ -120,25 +142,22 @@ def test_a_share_of_the_windows_is_random_also_where_the_text_is_short(
     samples: int, share: float, text: int, random: int, tmp_path: Path
 ) -> None:
     """The text has 70 windows of 64 tokens and a few more."""
-    tokenizer = data.load_tokenizer(source.resolve("tiny"))
+    model, tokenizer = source.resolve("tiny"), data.load_tokenizer(source.resolve("tiny"))
     ids = data.encoded(LINES, tokenizer)[: 63 * 70 + 20]
     file = tmp_path / "text.txt"
     file.write_text(tokenizer.decode(ids))
     assert len(data.encoded(file.read_text(), tokenizer)) // 63 == 70
     wanted = Calibration(data=str(file), samples=samples, length=64, random=share)
     said: list[str] = []
-    found = data.calibration_tokens(source.resolve("tiny"), wanted, 256, said.append)
-    assert found.shape == (text + random, 64)
-    assert any(f"{random} windows of random tokens" in line for line in said) == bool(random)
-    plain = data.text_tokens(
-        source.resolve("tiny"),
-        wanted.model_copy(update={"samples": samples - int(samples * share)}),
-        256,
-        str,
-        data.CPU,
+    found = data.calibration_tokens(model, wanted, 256, 4096, said.append)
+    assert [each.shape for each in found] == [(text, 64), (random, 64)]
+    assert said == (
+        [f"the text gives {text} windows of 64 tokens, with {random} of random tokens beside them"]
+        if text + random < samples
+        else []
     )
-    half = text // 2
-    assert torch.equal(torch.cat([found[:half], found[half + random :]]), plain)
+    less = wanted.model_copy(update={"samples": samples - int(samples * share)})
+    assert torch.equal(found[0], data.text_tokens(model, less, 256, str, data.CPU))
 
 
 def test_long_text_of_too_few_tokens_is_refused() -> None:
@@ -173,8 +192,8 @@ def test_a_model_that_writes_holds_no_more_keys_and_values_than_it_may(
     monkeypatch.setattr(LlamaForCausalLM, "forward", watched)
     said: list[str] = []
     wanted = Calibration(data="self", samples=5, length=length, seed=0)
-    tokens = data.calibration_tokens(source.resolve(random_llama), wanted, 256, said.append)
-    assert tokens.shape == (5, length)
+    text, random = data.calibration_tokens(source.resolve(random_llama), wanted, 256, 4096, said.append)
+    assert (len(text), len(random)) == (5, 0)
     assert len(wide) == 3 * (length - 1)  # two, two and one sequence
     assert max(wide) <= data.CACHE
     assert any("--data" in line for line in said) == large
@@ -204,7 +223,7 @@ def test_content_in_parts_is_their_text_joined(tmp_path: Path) -> None:
         assert first == second
     picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     lines.write_text(json.dumps({"messages": picture}))
-    with pytest.raises(DataError, match=r"line 1: a message has a part that is no text\."):
+    with pytest.raises(DataError, match=r"line 1: a part of a message has no text\."):
         data.documents(str(lines), tokenizer)
 
 

@@ -16,7 +16,9 @@ def command(
     out: Annotated[str, typer.Option("-o", "--output", help="Folder to write.")] = "",
     recipe: Annotated[str, typer.Option(help="Preset name or YAML file.")] = "nm",
     weights: Annotated[str, typer.Option(help="Trained weights: .npz or .safetensors.")] = "",
-    data: Annotated[str, typer.Option(help="Training images: .npz, folder of classes, hub data set, digits.")] = "",
+    data: Annotated[
+        str | None, typer.Option(help="Training images: .npz, folder of classes, hub data set, digits.")
+    ] = None,
     test: Annotated[str, typer.Option(help="Test images, to measure accuracy before and after.")] = "",
     pattern: Annotated[str, typer.Option(help="2:4, 4:8, 1x16, filter, binary, debut ...")] = "",
     rate: Annotated[float | None, typer.Option(help="Part of filters or 1xN blocks to remove.")] = None,
@@ -39,7 +41,7 @@ def command(
     options = {
         "scheme.pattern": pattern or None,
         "scheme.rate": rate,
-        "calibration.data": data or None,
+        "calibration.data": data,
         "calibration.samples": samples,
         "calibration.seed": seed,
         "recover.epochs": epochs,

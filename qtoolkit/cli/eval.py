@@ -37,7 +37,7 @@ def command(
 ) -> None:
     """Measure what was lost: perplexity, divergence and lm-eval tasks; of an image classifier accuracy and cost."""
     if _vision(target):
-        if ppl or tasks or task_dir or limit or window or endpoint:
+        if ppl or tasks or task_dir or endpoint or limit is not None or window is not None:
             raise RequestError(f"{target} is an image classifier: it has no text or tasks.", "Give --test DATA.")
         if device or backend != "hf":
             raise RequestError("--backend and --device are for language models.", "Leave them out.")

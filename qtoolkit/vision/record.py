@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from qtoolkit.checkpoint import Manifest
 from qtoolkit.recipe import Budget, Outliers, Recipe
@@ -32,11 +32,12 @@ class VisionRecipe(Recipe):
     packer: Literal["pattern"] = Field("pattern", description="the pattern has just one packer")
     keep: tuple[str, ...] = Field((), description="layers that stay in float, besides the architecture's own")
 
-    @model_validator(mode="after")
-    def _check_parts(self) -> VisionRecipe:
-        if self.outliers != Outliers() or self.budget != Budget():
-            raise ValueError("outliers and budget are for language models")
-        return self
+    @field_validator("outliers", "budget")
+    @classmethod
+    def _leave_out(cls, value: Outliers | Budget) -> Outliers | Budget:
+        if value != type(value)():
+            raise ValueError("it is for language models")
+        return value
 
 
 class VisionManifest(Manifest):
