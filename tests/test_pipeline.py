@@ -65,6 +65,31 @@ def test_the_result_says_what_was_done(random_llama: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_trials_read_text_alone_and_the_run_random_tokens_behind_it(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[str, list[torch.Tensor]] = {"choice": [], "budget": [], "run": []}
+
+    def watched(name: str, module: Any, function: str, place: int) -> None:
+        made = getattr(module, function)
+
+        def watch(*args: Any, **kwargs: Any) -> Any:
+            read[name].append(args[place].clone())
+            return made(*args, **kwargs)
+
+        monkeypatch.setattr(module, function, watch)
+
+    watched("choice", pipeline.choice, "choose", 4)
+    watched("budget", pipeline.budget, "measure", 4)
+    watched("run", pipeline.Gradients, "__init__", 4)
+    changes = {**QUICK, "calibration.samples": 16, "outliers.method": "auto", "budget.bits": 5}
+    result = qtoolkit.quantize(random_llama, "w4a8", tmp_path / "out", changes=changes)
+    assert result.calibration_tokens == 16 * 32
+    assert [each.shape for each in (*read["choice"], *read["budget"])] == [(14, 32)] * 2
+    assert torch.equal(read["run"][0][:14], read["choice"][0])
+    assert read["run"][0].shape == (16, 32)
+
+
 def test_a_loaded_model_gives_the_same_tensors_as_its_folder(
     random_llama: Path, quantized: Path, tmp_path: Path
 ) -> None:

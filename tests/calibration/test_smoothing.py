@@ -93,7 +93,8 @@ def test_thresholds_are_judged_on_text_from_every_batch(block_and_stream: tuple[
     some = smoothing.record(block, group, parts, tokens=2 * 24)
     assert [len(call.args[0]) for call in whole] == [1, 1, 1]
     assert len(some) == 2
-    torch.testing.assert_close(some[-1].expected, whole[-1].expected)  # the last batch is among them
+    for early, call in zip(some, whole, strict=False):  # what follows the text is not among a few
+        torch.testing.assert_close(early.expected, call.expected)
     together = smoothing.record(block, group, stream, tokens=2 * 24)  # one batch of three: its first two
     torch.testing.assert_close(together[0].expected, torch.cat([call.expected for call in whole[:2]]))
 

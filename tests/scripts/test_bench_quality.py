@@ -95,6 +95,28 @@ def test_the_evaluator_multiplies_what_our_own_runtime_multiplies(random_llama: 
     assert (ours - served).abs().max() < 1e-3 * served.abs().max()  # sums in another order, now and then another code
 
 
+def test_ours_takes_its_share_of_text_from_the_tokens_that_every_peer_gets(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contract = part("contract")
+    tokens = torch.randint(5, 100, (16, 32), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
+    monkeypatch.setattr(data, "text_tokens", data.text_tokens)  # what the peer puts there goes again
+    run, seen = data.calibration_tokens, []
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        seen.append(run(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(data, "calibration_tokens", watch)
+    job = contract.Job(
+        "ours", "ours", str(random_llama), str(tmp_path / "tokens.safetensors"), 64, 0, {"recipe": "rtn"}
+    )
+    part("ours").quantize(job, contract.Meter())
+    assert torch.equal(seen[0][0], tokens[:14])
+    assert seen[0][1].shape == (2, 32)
+
+
 def test_a_head_with_weights_of_its_own_is_untied(tmp_path: Path) -> None:
     from tests_support import save_random
 
