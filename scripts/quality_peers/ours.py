@@ -1,4 +1,4 @@
-"""This package: the recipe as users run it, calibrated on the tokens that every peer gets, of which it makes up a share itself."""
+"""This package: the recipe as users run it, calibrated on seven eighths of the tokens that every peer gets."""
 
 from __future__ import annotations
 
