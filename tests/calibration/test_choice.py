@@ -89,7 +89,7 @@ def test_outliers_are_treated_and_the_numbers_say_why(tmp_path: Path) -> None:
     assert found is not None
     assert list(found.divergence) == ["none", "smooth", "rotate", "both"]
     assert found.chosen != "none"
-    assert found.divergence[found.chosen] < 0.5 * found.divergence["none"]
+    assert found.divergence[found.chosen] < 0.7 * found.divergence["none"]
     assert found.held_out_tokens == 2 * 48
     assert found.blocks == ("model.layers.1",)
 
