@@ -147,8 +147,8 @@ def input_ranges(block: Block, groups: Sequence[ChannelGroup], stream: Stream) -
 def record(block: Block, group: ChannelGroup, stream: Stream, tokens: int) -> list[Call]:
     """Record calls of the module that ``group`` is judged by, and their outputs, on sequences from all of ``stream``.
 
-    About ``tokens`` tokens are taken, at least one sequence, evenly from the batches (``sequences``): memory is bounded,
-    and what is read is not the beginning of the text alone.
+    About ``tokens`` tokens are taken, at least one sequence, evenly from the batches: memory is bounded, and what is
+    read is not the beginning of the text alone.
     """
     module = block.layer(group.inside or group.consumers[0])
     recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
