@@ -25,7 +25,7 @@ def layers(result: EvalResult) -> Section | None:
     errors, worst = sorted(known.values()), max(known, key=lambda name: known[name])
     text = (
         f"{len(layers)} layers were quantized. The error of a layer is the energy of what its output lost, as a share "
-        f"of the output's, on the calibration text: {errors[len(errors) // 2]:.2%} in the median, "
+        f"of the output's, on the calibration tokens: {errors[len(errors) // 2]:.2%} in the median, "
         f"{known[worst]:.2%} at worst ({worst}).",
     )
     rows = tuple((row.name, f"{row.shape[0]} x {row.shape[1]}", f"{known[row.name]:.3%}") for row in layers)

@@ -33,7 +33,7 @@ def section(result: EvalResult) -> Section | None:
     text = (
         f"Most of the loss comes from the {more}: on average over the layers {weights:.3%} of an output's energy is "
         f"lost by the integer weights alone and {activations:.3%} by rounding the inputs to int8 alone, on a sample of "
-        "the calibration text. Inherited is what quantizing earlier layers changed in the output, before the layer "
+        "the calibration tokens. Inherited is what quantizing earlier layers changed in the output, before the layer "
         "makes up for a part of it.",
     )
     head = ("kind of layer", *PARTS.values())
